@@ -1,0 +1,321 @@
+/* windows MODE: threads that live inside the first five bytes of functions.
+ *
+ *   loop     threads call functions whose windows hold several instructions
+ *   signals  the same, while timer signals interrupt them; the handlers stay
+ *            a while, on the thread's stack or on an alternate one
+ *   tight    the same; each alternate stack has just room for the handler,
+ *            and below it lie bytes that nobody may touch
+ *   sleep    threads block in `syscall` instructions in or behind a window
+ *   sibling  another process in the same address space calls them too
+ *   vfork    a thread spends its life waiting for a vfork child that sleeps
+ *
+ * Commands: p park, report; g go on; r report progress; q quit. */
+#include "target.h"
+#include <sched.h>
+
+/* cpuid takes long (in a virtual machine: it traps), so threads are nearly
+ * always found on it, three bytes into the window. */
+FUNCTION(win_slow, "push %rbx\n mov %edi,%eax\n cpuid\n"
+                   "lea 1(%rdi),%rax\n pop %rbx\n ret");
+FUNCTION(win_ones, "push %rbx\n push %rdi\n pop %rbx\n clc\n cmc\n"
+                   "lea 2(%rbx),%rax\n pop %rbx\n ret");
+FUNCTION(win_pause, "push %rbx\n pause\n pause\n lea 3(%rdi),%rax\n"
+                    "pop %rbx\n ret");
+FUNCTION(win_call, "call win_deep\n lea 1(%rax),%rax\n ret");
+FUNCTION(win_call1, "push %rbx\n call win_deep\n lea 2(%rax),%rax\n"
+                    "pop %rbx\n ret");
+/* Returns its argument plus the distance of its return address. */
+FUNCTION(win_deep, "mov (%rsp),%rax\n lea win_slow(%rip),%rcx\n"
+                   "sub %rcx,%rax\n pause\n pause\n pause\n ret");
+/* A branch back to the entry, and a rip-relative operand in the window. */
+FUNCTION(win_back, "dec %rdi\n jnz win_back\n mov $7,%eax\n ret");
+FUNCTION(win_data, "mov win_word(%rip),%eax\n add %edi,%eax\n ret");
+__asm__(".data\n win_word: .long 1234567\n.text");
+/* The system call's number is in the caller's rax. */
+FUNCTION(nap_inside, "nop\n syscall\n nop\n nop\n ret");
+FUNCTION(nap_behind, "nopl (%rax)\n syscall\n nop\n ret");
+FUNCTION(nap_alone, "mov $35,%eax\n syscall\n ret");
+
+long win_slow(long), win_ones(long), win_pause(long), win_call(long),
+     win_call1(long), win_deep(long), win_back(long), win_data(long);
+extern char win_call_return[];
+
+static long call_nap(void *function, long number, long a, long b, long c,
+                     long d)
+{
+    register long r10 __asm__("r10") = d;
+    long value = number;
+    __asm__ volatile("call *%[function]" : "+a"(value)
+                     : [function] "r"(function), "D"(a), "S"(b), "d"(c),
+                       "r"(r10)
+                     : "rcx", "r11", "memory");
+    return value;
+}
+extern char nap_inside[], nap_behind[], nap_alone[];
+
+static atomic_int parked, n_parked, n_threads;
+static atomic_long n_slow, n_ones, n_pause, n_call, n_call1, n_back, n_data,
+                   n_nap, n_handled, n_vfork, max_late_us;
+static long far_call, far_call1;
+static int mode;
+static __thread int has_stack;
+enum { TIGHT = 4096, N_CANARIES = 4096 };
+static __thread unsigned char canaries[N_CANARIES + (128 << 10)]
+    __attribute__((aligned(64)));
+#define stack (canaries + N_CANARIES)
+static __thread size_t stack_size;
+
+static void rest(void)
+{
+    sigset_t all, saved;
+    if (!parked)
+        return;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &saved);
+    n_parked++;
+    while (parked && !quitting)
+        nap_us(500);
+    n_parked--;
+    pthread_sigmask(SIG_SETMASK, &saved, NULL);
+}
+
+static void check_stack(int flags)
+{
+    stack_t s;
+    if (!has_stack)
+        return;
+    if (sigaltstack(NULL, &s))
+        wrong("sigaltstack: %s", strerror(errno));
+    if (s.ss_flags != flags || s.ss_sp != stack
+        || s.ss_size != stack_size)
+        wrong("alternate stack: flags %d, not %d", s.ss_flags, flags);
+    for (int i = 0; i < N_CANARIES; i++)
+        if (canaries[i] != 0x5a) {
+            wrong("%d bytes below the alternate stack were changed",
+                  N_CANARIES - i);
+            memset(canaries, 0x5a, N_CANARIES);
+        }
+}
+
+static void *work(void *argument)
+{
+    long kind = (long)argument, i = 0;
+    for (; !quitting; i++) {
+        rest();
+        switch (kind % 4) {
+        case 0:
+            if (win_slow(i % 3) != i % 3 + 1)
+                wrong("win_slow");
+            n_slow++;
+            break;
+        case 1:
+            for (int n = 0; n < 200; n++)
+                if (win_ones(n) != n + 2)
+                    wrong("win_ones");
+            n_ones += 200;
+            break;
+        case 2:
+            for (int n = 0; n < 50; n++)
+                if (win_pause(n) != n + 3)
+                    wrong("win_pause");
+            if (win_back(30) != 7 || win_data(3) != 1234570)
+                wrong("win_back or win_data");
+            n_pause += 50;
+            n_back += 30;
+            n_data++;
+            break;
+        case 3:
+            for (int n = 0; n < 50; n++) {
+                if (win_call(n) != far_call + 1)
+                    wrong("win_call sees another return address");
+                if (win_call1(n) != far_call1 + 2)
+                    wrong("win_call1 sees another return address");
+            }
+            n_call += 50;
+            n_call1 += 50;
+            break;
+        }
+        check_stack(0);
+    }
+    return NULL;
+}
+
+/* ---- signals ----------------------------------------------------------- */
+static void handler(int number)
+{
+    struct timespec t = {0, 200000};
+    int saved = errno;
+    check_stack(SS_ONSTACK);
+    if (nanosleep(&t, NULL) && errno != EINTR)
+        wrong("nanosleep in the handler");
+    n_handled++;
+    errno = saved;
+}
+
+static void *work_signalled(void *argument)
+{
+    long kind = (long)argument;
+    struct sigevent e = {.sigev_notify = SIGEV_THREAD_ID,
+                         .sigev_signo = kind % 2 ? SIGUSR1 : SIGUSR2};
+    struct itimerspec t = {{0, 700000 + kind * 13000}, {0, 1000000}};
+    timer_t timer;
+    if (kind & 4 || mode == 't') {
+        stack_size = mode == 't' ? TIGHT : 128 << 10;
+        stack_t s = {.ss_sp = stack, .ss_size = stack_size};
+        memset(canaries, 0x5a, sizeof canaries);
+        if (sigaltstack(&s, NULL))
+            wrong("sigaltstack: %s", strerror(errno));
+        has_stack = 1;
+    }
+    e._sigev_un._tid = syscall(SYS_gettid);
+    if (timer_create(CLOCK_MONOTONIC, &e, &timer)
+        || timer_settime(timer, 0, &t, NULL))
+        wrong("timer: %s", strerror(errno));
+    work(argument);
+    timer_delete(timer);
+    return NULL;
+}
+
+/* ---- blocked in the window --------------------------------------------- */
+static void *work_asleep(void *argument)
+{
+    long kind = (long)argument;
+    struct timespec t = {0, 5000000}, until;
+    while (!quitting) {
+        rest();
+        long r;
+        uint64_t begun = now_ns();
+        if (kind % 4 == 0) {
+            r = call_nap(nap_inside, 35, (long)&t, 0, 0, 0);
+        } else if (kind % 4 == 1) {
+            r = call_nap(nap_behind, 35, (long)&t, 0, 0, 0);
+        } else if (kind % 4 == 2) {
+            r = call_nap(nap_alone, 0, (long)&t, 0, 0, 0);
+        } else {
+            clock_gettime(CLOCK_MONOTONIC, &until);
+            until.tv_nsec += 5000000;
+            if (until.tv_nsec >= 1000000000)
+                until.tv_sec++, until.tv_nsec -= 1000000000;
+            r = call_nap(nap_inside, 230, CLOCK_MONOTONIC, TIMER_ABSTIME,
+                         (long)&until, 0);
+        }
+        if (r)
+            wrong("sleep %ld in the window: %ld", kind % 4, r);
+        if (now_ns() - begun < 4900000)
+            wrong("sleep %ld in the window: early", kind % 4);
+        n_nap++;
+    }
+    return NULL;
+}
+
+/* ---- another process in the same address space ------------------------- */
+static volatile long sibling_calls, sibling_wrong, sibling_quit, sibling_park;
+
+/* No libc here: this process shares the thread-local storage of main. */
+static int sibling(void *argument)
+{
+    while (!sibling_quit) {
+        if (win_slow(1) != 2)
+            sibling_wrong++;
+        for (int n = 0; n < 100; n++)
+            if (win_ones(n) != n + 2)
+                sibling_wrong++;
+        sibling_calls++;
+    }
+    return 0;
+}
+
+/* ---- vfork ------------------------------------------------------------- */
+static int vfork_ms = 300;
+
+static void *work_vfork(void *argument)
+{
+    struct timespec t = {vfork_ms / 1000, vfork_ms % 1000 * 1000000};
+    while (!quitting) {
+        int status;
+        uint64_t begun = now_ns();
+        pid_t pid = vfork();
+        if (pid == 0) {
+            long r = syscall(SYS_nanosleep, &t, NULL);
+            syscall(SYS_exit, r ? 8 : 7);
+        }
+        long late = (long)(now_ns() - begun) / 1000 - vfork_ms * 1000;
+        if (late > max_late_us)
+            max_late_us = late;
+        if (late < -1000)
+            wrong("vfork child ended early");
+        if (waitpid(pid, &status, 0) != pid || WEXITSTATUS(status) != 7)
+            wrong("vfork child: status %x", status);
+        n_vfork++;
+        if (win_ones(3) != 5)
+            wrong("win_ones");
+        n_ones++;
+        nap_us(20000);
+    }
+    return NULL;
+}
+
+static void report(void)
+{
+    say("slow=%ld ones=%ld pause=%ld call=%ld call1=%ld back=%ld data=%ld "
+        "nap=%ld handled=%ld sibling=%ld vfork=%ld late_us=%ld wrong=%ld",
+        n_slow, n_ones, n_pause, n_call, n_call1, n_back, n_data, n_nap,
+        n_handled, sibling_calls, n_vfork, max_late_us,
+        n_wrong + sibling_wrong);
+}
+
+int main(int argc, char **argv)
+{
+    static pthread_t threads[16];
+    static char sibling_stack[65536] __attribute__((aligned(64)));
+    pid_t pid = 0;
+    int c;
+    bounded();
+    mode = argc > 1 ? argv[1][0] : 'l';
+    if (argc > 2)
+        vfork_ms = atoi(argv[2]);
+    if (mode == 's' && argv[1][1] == 'l')
+        mode = 'n';                     /* sleep */
+    else if (mode == 's' && argv[1][2] == 'b')
+        mode = 'c';                     /* sibling */
+    far_call = win_call(0) - 1;
+    far_call1 = win_call1(0) - 2;
+    struct sigaction a = {.sa_handler = handler,
+                          .sa_flags = SA_ONSTACK | SA_RESTART};
+    sigaction(SIGUSR1, &a, NULL);
+    sigaction(SIGUSR2, &a, NULL);
+    n_threads = mode == 'v' ? 2 : 8;
+    for (long i = 0; i < n_threads; i++)
+        threads[i] = start(mode == 's' || mode == 't' ? work_signalled
+                           : mode == 'n' ? work_asleep
+                           : mode == 'v' && i == 0 ? work_vfork : work,
+                           (void *)i);
+    if (mode == 'c') {
+        pid = clone(sibling, sibling_stack + sizeof sibling_stack,
+                    CLONE_VM | CLONE_FS | CLONE_FILES | SIGCHLD, NULL);
+        if (pid < 0)
+            wrong("clone: %s", strerror(errno));
+    }
+    nap_us(50000);
+    say("ready sibling=%d", pid);
+    while ((c = command()) != 'q') {
+        if (c == 'p') {
+            parked = 1;
+            while (n_parked < n_threads - (mode == 'v'))
+                nap_us(1000);
+            report();
+        } else if (c == 'g') {
+            parked = 0;
+        } else if (c == 'r') {
+            report();
+        }
+    }
+    quitting = 1;
+    sibling_quit = 1;
+    for (int i = 0; i < n_threads; i++)
+        pthread_join(threads[i], NULL);
+    if (pid)
+        waitpid(pid, NULL, 0);
+    n_wrong += sibling_wrong;
+    return verdict();
+}
