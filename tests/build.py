@@ -12,7 +12,8 @@ import unittest
 HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCES = os.path.join(HERE, "targets")
 BUILT = os.path.join(HERE, ".build")
-COMMON = ("-O2", "-g0", "-Wall", "-Wno-unused-function", "-pthread")
+COMMON = ("-O2", "-g0", "-Wall", "-Wno-unused-function", "-pthread",
+          "-Wl,-z,now")             # no lazy binding on small stacks
 
 
 def build(name, flags=(), suffix=".c", output_suffix=""):

@@ -59,7 +59,7 @@ static atomic_long n_slow, n_ones, n_pause, n_call, n_call1, n_back, n_data,
 static long far_call, far_call1;
 static int mode;
 static __thread int has_stack;
-enum { TIGHT = 4096, N_CANARIES = 4096 };
+enum { N_CANARIES = 4096 };
 static __thread unsigned char canaries[N_CANARIES + (128 << 10)]
     __attribute__((aligned(64)));
 #define stack (canaries + N_CANARIES)
@@ -160,9 +160,18 @@ static void *work_signalled(void *argument)
     struct itimerspec t = {{0, 700000 + kind * 13000}, {0, 1000000}};
     timer_t timer;
     if (kind & 4 || mode == 't') {
-        stack_size = mode == 't' ? TIGHT : 128 << 10;
+        stack_size = 128 << 10;
         stack_t s = {.ss_sp = stack, .ss_size = stack_size};
         memset(canaries, 0x5a, sizeof canaries);
+        if (mode == 't') {              /* what does the handler need? */
+            sigaltstack(&s, NULL);
+            raise(SIGUSR1);
+            unsigned char *lowest = stack;
+            while (*lowest == 0x5a)
+                lowest++;
+            stack_size = (stack + stack_size - lowest + 700) & ~15l;
+            s.ss_size = stack_size;
+        }
         if (sigaltstack(&s, NULL))
             wrong("sigaltstack: %s", strerror(errno));
         has_stack = 1;

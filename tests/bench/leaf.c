@@ -1,0 +1,259 @@
+/* A tight loop of calls: what does one more thing per call cost?
+ *
+ * Commands on stdin, an answer line each on stdout:
+ *
+ *     cycles NAME N       core cycles per call of a loop of N calls of NAME
+ *     threads K NAME MS   calls/s of each of K threads, each on its own CPU
+ *
+ * The first line printed is "PID METHOD", where METHOD tells what a cycle is:
+ *
+ *     perf        perf_event_open, user and kernel
+ *     perf-user   the same, user only (uprobe hits are then understated)
+ *     adds        no counter here: elapsed time, divided by the time that one
+ *                 add of a long chain of dependent adds takes, measured just
+ *                 before; such an add takes one cycle on every x86-64
+ */
+#define _GNU_SOURCE
+#include <linux/perf_event.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define ALONE __attribute__((noinline, noclone, aligned(64)))
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 8
+#undef ALONE
+#define ALONE __attribute__((noipa, aligned(64)))
+#endif
+
+static unsigned long counter __attribute__((aligned(64)));
+
+/* The explicit callbacks that a rebuilt program would call. */
+ALONE void callback_atomic(void)
+{
+    __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED);
+}
+
+ALONE void callback_plain(void)
+{
+    *(volatile unsigned long *)&counter += 1;
+}
+
+ALONE unsigned opaque(unsigned x)
+{
+    return x ^ 0x55;
+}
+
+/* leaf: a function of three instructions; most registers are free in it. */
+ALONE unsigned leaf(unsigned x)
+{
+    return (x * 3 + 1) ^ 0x5555;
+}
+
+ALONE unsigned leaf_atomic(unsigned x)
+{
+    callback_atomic();
+    return (x * 3 + 1) ^ 0x5555;
+}
+
+ALONE unsigned leaf_plain(unsigned x)
+{
+    callback_plain();
+    return (x * 3 + 1) ^ 0x5555;
+}
+
+/* outer: hands everything on to another, so that no register is free. */
+ALONE unsigned outer(unsigned x)
+{
+    return opaque(x * 3 + 1) + 1;
+}
+
+ALONE unsigned outer_atomic(unsigned x)
+{
+    callback_atomic();
+    return opaque(x * 3 + 1) + 1;
+}
+
+ALONE unsigned outer_plain(unsigned x)
+{
+    callback_plain();
+    return opaque(x * 3 + 1) + 1;
+}
+
+/* caller: its first five bytes hold a call, which has to be displaced. */
+ALONE unsigned caller(unsigned x)
+{
+    return opaque(x) + 1;
+}
+
+ALONE unsigned caller_atomic(unsigned x)
+{
+    callback_atomic();
+    return opaque(x) + 1;
+}
+
+ALONE unsigned caller_plain(unsigned x)
+{
+    callback_plain();
+    return opaque(x) + 1;
+}
+
+#define LOOP(name) \
+    ALONE static void loop_##name(long n) { do name(n); while (--n); }
+LOOP(leaf) LOOP(leaf_atomic) LOOP(leaf_plain)
+LOOP(outer) LOOP(outer_atomic) LOOP(outer_plain)
+LOOP(caller) LOOP(caller_atomic) LOOP(caller_plain)
+
+static const struct {
+    const char *name;
+    void (*loop)(long);
+} loops[] = {
+    {"leaf", loop_leaf},
+    {"leaf_atomic", loop_leaf_atomic},
+    {"leaf_plain", loop_leaf_plain},
+    {"outer", loop_outer},
+    {"outer_atomic", loop_outer_atomic},
+    {"outer_plain", loop_outer_plain},
+    {"caller", loop_caller},
+    {"caller_atomic", loop_caller_atomic},
+    {"caller_plain", loop_caller_plain},
+    {0, 0}
+};
+
+static int counter_fd = -1;
+static const char *method = "adds";
+
+static void open_counter(void)
+{
+    struct perf_event_attr attr;
+    memset(&attr, 0, sizeof attr);
+    attr.size = sizeof attr;
+    attr.type = PERF_TYPE_HARDWARE;
+    attr.config = PERF_COUNT_HW_CPU_CYCLES;
+    attr.exclude_hv = 1;
+    method = "perf";
+    counter_fd = syscall(SYS_perf_event_open, &attr, 0, -1, -1, 0);
+    if (counter_fd < 0) {
+        attr.exclude_kernel = 1;
+        method = "perf-user";
+        counter_fd = syscall(SYS_perf_event_open, &attr, 0, -1, -1, 0);
+    }
+    if (counter_fd < 0)
+        method = "adds";
+}
+
+static double now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1e9 + t.tv_nsec;
+}
+
+static double ns_per_cycle(void)
+{
+    double best = 1e9, t;
+    long x = 0;
+    for (int k = 0; k < 5; k++) {
+        t = now_ns();
+        for (int i = 0; i < 20000; i++)
+            __asm__ volatile("add $1,%0\nadd $1,%0\nadd $1,%0\nadd $1,%0\n"
+                             "add $1,%0\nadd $1,%0\nadd $1,%0\nadd $1,%0\n"
+                             "add $1,%0\nadd $1,%0\n" : "+r"(x));
+        t = (now_ns() - t) / 200000;
+        if (t < best)
+            best = t;
+    }
+    return best;
+}
+
+static double cycles(void (*loop)(long), long n)
+{
+    long start, end;
+    double t, unit;
+    loop(n / 20 + 1);
+    if (counter_fd >= 0 && read(counter_fd, &start, 8) == 8) {
+        loop(n);
+        if (read(counter_fd, &end, 8) == 8)
+            return (double)(end - start) / n;
+    }
+    unit = ns_per_cycle();
+    t = now_ns();
+    loop(n);
+    return (now_ns() - t) / unit / n;
+}
+
+struct job {
+    void (*loop)(long);
+    int cpu;
+    double ms, rate;
+};
+
+static void *work(void *arg)
+{
+    struct job *job = arg;
+    cpu_set_t set;
+    double start, end;
+    long n = 0;
+    CPU_ZERO(&set);
+    CPU_SET(job->cpu, &set);
+    sched_setaffinity(0, sizeof set, &set);
+    start = now_ns();
+    do {
+        job->loop(20000);
+        n += 20000;
+        end = now_ns();
+    } while (end - start < job->ms * 1e6);
+    job->rate = n / (end - start) * 1e9;
+    return 0;
+}
+
+static void run_threads(int k, void (*loop)(long), double ms)
+{
+    pthread_t thread[64];
+    struct job job[64];
+    cpu_set_t set;
+    int cpu = -1;
+    sched_getaffinity(0, sizeof set, &set);
+    for (int i = 0; i < k; i++) {
+        do
+            cpu = (cpu + 1) % CPU_SETSIZE;
+        while (!CPU_ISSET(cpu, &set));
+        job[i] = (struct job){loop, cpu, ms, 0};
+        pthread_create(&thread[i], 0, work, &job[i]);
+    }
+    for (int i = 0; i < k; i++) {
+        pthread_join(thread[i], 0);
+        printf("%.0f ", job[i].rate);
+    }
+    printf("\n");
+}
+
+int main(void)
+{
+    char line[200], verb[32], name[32];
+    open_counter();
+    setvbuf(stdout, 0, _IOLBF, 0);
+    printf("%d %s\n", (int)getpid(), method);
+    alarm(600);
+    while (fgets(line, sizeof line, stdin)) {
+        int k = 1, i = 0;
+        double n = 0;
+        if (sscanf(line, "threads %d %31s %lf", &k, name, &n) == 3)
+            strcpy(verb, "threads");
+        else if (sscanf(line, "%31s %31s %lf", verb, name, &n) != 3)
+            return 2;
+        while (loops[i].name && strcmp(loops[i].name, name))
+            i++;
+        if (!loops[i].name || k > 64)
+            return 2;
+        if (!strcmp(verb, "cycles"))
+            printf("%.4f\n", cycles(loops[i].loop, (long)n));
+        else
+            run_threads(k, loops[i].loop, n);
+    }
+    return 0;
+}

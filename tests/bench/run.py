@@ -1,0 +1,724 @@
+"""What ubp costs, beside what a user would use instead: `make bench`.
+
+    python3 tests/bench/run.py [--quick] [--json FILE] [ROW ...]
+
+Machines are noisy, shared and slow to repeat, so each number is the median
+of many short runs, variants are interleaved (A B A B), and what counts are
+the ratios to yardsticks that ran in between:
+
+    uprobe     the kernel's probe on the same function, through tracefs
+    atomic     the same function rebuilt with a call to a compiled-in callback
+               that does an atomic increment of one counter
+    plain      the same with an increment that threads could lose
+
+A cycle is a core cycle as perf_event_open counts it or, where it may not,
+the time of one dependent add (see leaf.c).
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import select
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import typing
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TESTS = os.path.dirname(HERE)
+ROOT = os.path.dirname(TESTS)
+BUILT = os.path.join(TESTS, ".build")
+sys.path[:0] = [ROOT, TESTS, HERE]
+
+import servers         # noqa: E402
+import uprobe          # noqa: E402
+import ubp             # noqa: E402
+import ubp_x86         # noqa: E402
+
+ANSWER_SECONDS = 60
+
+
+class Skip(Exception):
+    """A row or a yardstick cannot be had here; the text says why."""
+
+
+class Yardstick(typing.NamedTuple):
+    name: str
+    median: float
+    ratio: float               # of the row's median to this, or its inverse
+    goal: str = ""             # "<= 1.0", ">= 300" or ""
+
+
+class Result(typing.NamedTuple):
+    name: str
+    what: str
+    unit: str
+    samples: list
+    goal: str = ""             # "<= 5", ">= 1.9" or ""
+    yardsticks: tuple = ()
+    note: str = ""
+
+    @property
+    def median(self):
+        return statistics.median(self.samples)
+
+
+def is_met(value, goal):
+    """Return True, False, or None where there is no goal."""
+    if not goal:
+        return None
+    sign, limit = goal.split()
+    return (value <= float(limit) if sign == "<=" else
+            value >= float(limit))
+
+
+# ---- programs --------------------------------------------------------------
+
+def compiled(name):
+    """Return the path of tests/bench/NAME.c, compiled if it changed."""
+    source = os.path.join(HERE, name + ".c")
+    with open(source, "rb") as file:
+        key = hashlib.sha256(file.read()).hexdigest()[:12]
+    path = os.path.join(BUILT, "bench-%s-%s" % (name, key))
+    if not os.path.exists(path):
+        compile_to(path, [source])
+    return path
+
+
+def compile_to(path, arguments):
+    os.makedirs(BUILT, exist_ok=True)
+    partial = "%s.%d" % (path, os.getpid())
+    try:
+        subprocess.run(["cc", "-O2", "-pthread", "-o", partial] + arguments,
+                       check=True)
+    except FileNotFoundError:
+        raise Skip("no C compiler: apt-get install gcc libc-dev")
+    os.rename(partial, path)
+
+
+def many_symbols(n):
+    """Return the path of a program with n function symbols."""
+    path = os.path.join(BUILT, "bench-symbols-%d" % n)
+    if os.path.exists(path):
+        return path
+    os.makedirs(BUILT, exist_ok=True)
+    source = path + ".s"
+    with open(source, "w") as file:
+        file.write('.section .note.GNU-stack,"",@progbits\n.text\n'
+                   ".globl main\nmain: sub $8,%rsp\ncall getchar@plt\n"
+                   "add $8,%rsp\nret\n")
+        for i in range(n):
+            name = "module%02d_of_a_large_program_function_%06d" % (i % 97, i)
+            file.write(".type %s,@function\n%s: push %%rax\npop %%rax\n"
+                       "xor %%eax,%%eax\nret\n.size %s,.-%s\n"
+                       % (name, name, name, name))
+    compile_to(path, [source])
+    os.remove(source)
+    return path
+
+
+class Child:
+    """A program of ours that answers each line on its stdin with one."""
+
+    def __init__(self, *argv):
+        self.process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            universal_newlines=True, bufsize=1)
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def ask(self, text=None):
+        if text is not None:
+            self.process.stdin.write(text + "\n")
+            self.process.stdin.flush()
+        ready = select.select([self.process.stdout], [], [], ANSWER_SECONDS)
+        line = self.process.stdout.readline() if ready[0] else ""
+        if not line:
+            raise RuntimeError("%s: no answer to %r; status %r" % (
+                self.process.args[0], text, self.process.poll()))
+        return line.strip()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        try:
+            self.process.wait(2)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+
+def file_offset(pid, vaddr):
+    """Return (path, offset in the file) of a vaddr in a process."""
+    with open("/proc/%d/maps" % pid) as maps:
+        for line in maps:
+            fields = line.split(None, 5)
+            low, high = (int(word, 16) for word in fields[0].split("-"))
+            if low <= vaddr < high:
+                return fields[5].strip(), vaddr - low + int(fields[2], 16)
+    raise Skip("0x%x is not mapped" % vaddr)
+
+
+@contextlib.contextmanager
+def armed(pid, where):
+    """Count `where` in pid; the probe is taken out at the end."""
+    with ubp.attach(pid) as target:
+        probe = target.probe(where, ubp.Count())
+        if not probe.sites:
+            raise Skip("no site of %s could be armed" % where)
+        yield probe
+
+
+def timed(function, *args):
+    """Return (seconds, result) of a call."""
+    start = time.perf_counter()
+    result = function(*args)
+    return time.perf_counter() - start, result
+
+
+# ---- rows: the cost of a hit -----------------------------------------------
+
+class Leaf(Child):
+    """leaf.c: loops of calls."""
+
+    def __init__(self):
+        Child.__init__(self, compiled("leaf"))
+        self.method = self.ask().split()[1]
+
+    def cycles(self, name, n=100000, runs=9):
+        """Return the median cycles per call of `runs` loops."""
+        return statistics.median(
+            float(self.ask("cycles %s %d" % (name, n)))
+            for _ in range(runs))
+
+    def rates(self, n_threads, name, ms):
+        """Return each thread's calls/s."""
+        return [float(word) for word in
+                self.ask("threads %d %s %d" % (n_threads, name, ms)).split()]
+
+
+def measure_hit(leaf, name, rounds):
+    """Return {variant: [cycles per hit of each round]}, interleaved."""
+    costs = {"ubp": [], "atomic": [], "plain": []}
+    with ubp.attach(leaf.pid) as target:
+        site, = target.find("exe:" + name)
+    if not uprobe.unusable():
+        costs["uprobe"] = []
+    for _ in range(rounds):
+        base = leaf.cycles(name)
+        with armed(leaf.pid, "exe:" + name) as probe:
+            before = probe.read()
+            cost = leaf.cycles(name, 100000, 9) - base
+            hits = probe.read() - before
+        if hits != 9 * (100000 + 5001):
+            raise RuntimeError("%d hits of %s are not %d"
+                               % (hits, name, 9 * 105001))
+        costs["ubp"].append(cost)
+        for variant in "atomic", "plain":
+            costs[variant].append(leaf.cycles(name + "_" + variant) - base)
+        if "uprobe" in costs:
+            with uprobe.Uprobe(*file_offset(leaf.pid, site.vaddr)):
+                costs["uprobe"].append(leaf.cycles(name, 1000, 5) - base)
+    return costs
+
+
+def hit_row(row, what, function, goal, is_quick):
+    with Leaf() as leaf:
+        costs = measure_hit(leaf, function, 3 if is_quick else 9)
+        method = leaf.method
+    ours = statistics.median(costs["ubp"])
+    marks = []
+    for variant in "atomic", "plain":
+        median = statistics.median(costs[variant])
+        marks.append(Yardstick(
+            variant + " callback", median, ours / max(median, 0.01),
+            "<= 1.0" if variant == "atomic" else ""))
+    note = "cycles by " + method
+    if "uprobe" in costs:
+        median = statistics.median(costs["uprobe"])
+        marks.append(Yardstick("uprobe", median, median / max(ours, 0.01),
+                               ">= 300"))
+    else:
+        note += "; no uprobe: " + uprobe.unusable()
+    return Result(row, what, "cycles", costs["ubp"], goal, tuple(marks),
+                  note)
+
+
+def row_count(is_quick):
+    return hit_row("count", "count a 3-instruction function", "leaf",
+                   "<= 5", is_quick)
+
+
+def row_count_live(is_quick):
+    return hit_row("count-live", "the same, no register provably free",
+                   "outer", "<= 5", is_quick)
+
+
+def row_count_call(is_quick):
+    return hit_row("count-call", "the same, first five bytes hold a call",
+                   "caller", "<= 5", is_quick)
+
+
+def row_threads(is_quick):
+    """Hits of two threads on two CPUs over those of one."""
+    if len(os.sched_getaffinity(0)) < 2:
+        raise Skip("one CPU only")
+    ms, rounds = (30, 5) if is_quick else (60, 15)
+    ratios = {"ubp": [], "unprobed": [], "atomic": []}
+
+    def measure(leaf, key, name):
+        one = leaf.rates(1, name, ms)[0]
+        ratios[key].append(sum(leaf.rates(2, name, ms)) / one)
+    with Leaf() as leaf:
+        for _ in range(rounds):
+            measure(leaf, "unprobed", "leaf")
+            with armed(leaf.pid, "exe:leaf"):
+                measure(leaf, "ubp", "leaf")
+            measure(leaf, "atomic", "leaf_atomic")
+    ours = statistics.median(ratios["ubp"])
+    marks = tuple(
+        Yardstick(name, statistics.median(ratios[key]),
+                  ours / statistics.median(ratios[key]))
+        for key, name in (("unprobed", "unprobed"),
+                          ("atomic", "atomic callback")))
+    return Result("threads", "hits of two threads over one", "x",
+                  ratios["ubp"], ">= 1.9", marks)
+
+
+# ---- rows: the pause -------------------------------------------------------
+
+def pause_row(row, what, goal_ms, n_threads, n_busy, where, rounds):
+    """Arm `rounds` times; what ubp says of the pause, what threads saw."""
+    pauses, seen, idle = [], [], []
+    for _ in range(rounds):
+        with Child(compiled("pause"), str(n_threads), str(n_busy)) as child:
+            child.ask()
+            time.sleep(0.15)
+            child.ask("gap")
+            time.sleep(0.15)
+            idle.append(float(child.ask("gap")) / 1000)
+            with ubp.attach(child.pid) as target:
+                target.probe(where, ubp.Count())
+                pauses.append(target.pause_us / 1000)
+                seen.append(float(child.ask("gap")) / 1000)
+    median, quiet = statistics.median(seen), statistics.median(idle)
+    ours = statistics.median(pauses)
+    return Result(row, what, "ms", pauses, "<= %g" % goal_ms, (
+        Yardstick("longest gap the target saw", median, median / ours),
+        Yardstick("the same, nothing done to it", quiet, quiet / ours)))
+
+
+def row_pause_1(is_quick):
+    return pause_row("pause-1", "pause: 1 probe, 1 thread", 0.3, 1, 1,
+                     "exe:pf_555", 5 if is_quick else 15)
+
+
+def row_pause_1000(is_quick):
+    return pause_row("pause-1000", "pause: 1000 probes, 100 threads", 5,
+                     100, 0, "exe:pf_*", 3 if is_quick else 7)
+
+
+def row_pause_busy(is_quick):
+    return pause_row("pause-busy", "pause: 1 probe, 50 of 100 threads busy",
+                     5, 100, 50, "exe:pf_555", 3 if is_quick else 9)
+
+
+# ---- rows: ubp itself ------------------------------------------------------
+
+def first_output(argv, env):
+    """Return ms from starting argv to the first byte on its stdout."""
+    start = time.perf_counter()
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=env)
+    try:
+        select.select([process.stdout], [], [], ANSWER_SECONDS)
+        elapsed = (time.perf_counter() - start) * 1000
+        out, err = process.communicate(timeout=ANSWER_SECONDS)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    if process.returncode or not out:
+        raise RuntimeError("%s: status %d: %s" % (
+            argv, process.returncode, err.decode("utf-8", "replace")))
+    return elapsed
+
+
+@contextlib.contextmanager
+def copied():
+    """Copy the two files to a folder of their own, as a user would.
+
+    There python keeps what it compiled, whatever our environment says.
+    """
+    with tempfile.TemporaryDirectory(prefix="ubp-bench-") as folder:
+        for name in "ubp.py", "ubp_x86.py":
+            shutil.copy(os.path.join(ROOT, name), folder)
+        env = {key: value for key, value in os.environ.items()
+               if not key.startswith("PYTHON")}
+        run_python("import ubp", folder, env)
+        yield folder, env
+
+
+def row_first(is_quick):
+    """From exec of `ubp count` to its table, and of an empty Python."""
+    times, empty = [], []
+    with Leaf() as leaf, copied() as (folder, env):
+        for _ in range(5 if is_quick else 15):
+            times.append(first_output(
+                [sys.executable, os.path.join(folder, "ubp.py"), "count",
+                 "-p", str(leaf.pid), "exe:leaf", "--duration", "0.001"],
+                env))
+            empty.append(first_output(
+                [sys.executable, "-c", "print(1)"], env))
+    ours, mark = statistics.median(times), statistics.median(empty)
+    return Result("first", "command start to first result", "ms", times,
+                  "<= 150", (Yardstick("python -c print(1)", mark,
+                                       ours / mark),))
+
+
+def row_import(is_quick):
+    with_ubp, without = [], []
+    with copied() as (folder, env):
+        for _ in range(5 if is_quick else 15):
+            with_ubp.append(run_python("import ubp", folder, env))
+            without.append(run_python("pass", folder, env))
+    base = statistics.median(without)
+    cost = statistics.median(with_ubp) - base
+    return Result("import", "import ubp, beyond an empty python", "ms",
+                  [ms - base for ms in with_ubp], "",
+                  (Yardstick("empty python", base, cost / base),))
+
+
+def run_python(code, folder, env):
+    """Return the ms that python takes to run code in a folder."""
+    return 1000 * timed(lambda: subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=env, check=True))[0]
+
+
+def libc_path():
+    """Return the path of the libc that this python uses."""
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            path = line.split(None, 5)[-1].strip()
+            if os.path.basename(path).startswith(("libc.so", "libc-2",
+                                                  "ld-musl")):
+                return path
+    raise Skip("this python has no shared libc")
+
+
+def text_section(path):
+    """Return (bytes, vaddr) of .text, by binutils' words."""
+    text = subprocess.run(["readelf", "-SW", path], check=True,
+                          stdout=subprocess.PIPE,
+                          universal_newlines=True).stdout
+    for line in text.splitlines():
+        fields = line.replace("[ ", "[").split()
+        if len(fields) > 5 and fields[1] == ".text":
+            vaddr, offset, size = (int(word, 16) for word in fields[3:6])
+            with open(path, "rb") as file:
+                file.seek(offset)
+                return file.read(size), vaddr
+    raise Skip("%s has no .text" % path)
+
+
+def row_decode(is_quick):
+    """decode_all over libc's .text, in a linear sweep."""
+    code, vaddr = text_section(libc_path())
+    rates = []
+    for _ in range(3 if is_quick else 7):
+        seconds, insns = timed(ubp_x86.decode_all, code, vaddr)
+        rates.append(len(insns) / seconds / 1000)
+    return Result("decode", "decoder, linear sweep of libc .text",
+                  "k insn/s", rates, ">= 250", (),
+                  "CPython %s" % platform.python_version())
+
+
+def elf_row(row, what, goal, pid, pick, queries, rounds):
+    """Time fresh looks for a name, for a pattern, and for all functions."""
+    name, pattern = queries
+    asks = (lambda module: module.named(name),
+            lambda module: module.matching(pattern),
+            lambda module: list(module.functions()))
+    times = [[], [], []]
+    for _ in range(rounds):
+        for samples, ask in zip(times, asks):
+            start = time.perf_counter()
+            module, = [m for m in ubp.modules(pid) if pick(m)]
+            if not ask(module):
+                raise RuntimeError("nothing found in " + module.name)
+            samples.append((time.perf_counter() - start) * 1000)
+    ours = statistics.median(times[0])
+    return Result(row, what, "ms", times[0], goal, tuple(
+        Yardstick(text, statistics.median(samples),
+                  statistics.median(samples) / ours)
+        for text, samples in zip(("a pattern", "all functions listed"),
+                                 times[1:])))
+
+
+def row_elf_libc(is_quick):
+    name = os.path.basename(libc_path())
+    with Leaf() as leaf:
+        return elf_row("elf-libc", "ELF: find malloc in libc", "<= 20",
+                       leaf.pid, lambda m: m.name == name,
+                       ("malloc", "mallo?"), 5 if is_quick else 15)
+
+
+def row_elf_500k(is_quick):
+    name = "module%02d_of_a_large_program_function_123456" % (123456 % 97)
+    with Child(many_symbols(500000)) as child:
+        time.sleep(0.2)
+        return elf_row("elf-500k", "ELF: find 1 of 500 000 symbols",
+                       "<= 1000", child.pid, lambda m: m.is_exe,
+                       (name, "*_function_12345?"), 1 if is_quick else 3)
+
+
+def plan_row(row, what, pid, pattern, rounds):
+    """Plan every function; how many entries of >= 5 bytes take a jump."""
+    times, plans = [], []
+    for _ in range(rounds):
+        with ubp.attach(pid) as target:
+            seconds, plans = timed(target.plan, pattern)
+        times.append(seconds)
+    large = [plan for plan in plans if plan.site.function.size >= 5]
+    fit = sum(plan.strategy == "jump" for plan in large)
+    sizes = sorted(plan.trampoline_size for plan in large
+                   if plan.strategy == "jump")
+    note = ("%d of %d functions of 5 bytes or more take a jump: %.2f %%; "
+            "trampolines: median %d, 90 %% <= %d, largest %d bytes" % (
+                fit, len(large), 100 * fit / len(large),
+                sizes[len(sizes) // 2], sizes[len(sizes) * 9 // 10],
+                sizes[-1]))
+    return Result(row, what, "s", times, "<= 5", (), note)
+
+
+def row_plan_libc(is_quick):
+    with Leaf() as leaf:
+        return plan_row("plan-libc", "plan all functions of libc", leaf.pid,
+                        "libc:*", 1 if is_quick else 3)
+
+
+def row_plan_python(is_quick):
+    """The interpreter that runs this: its libpython, or the program."""
+    with servers.Python() as python:
+        names = [m.name for m in ubp.modules(python.pid)]
+        module = ("libpython*" if any(n.startswith("libpython")
+                                      for n in names) else "exe")
+        return plan_row("plan-python", "plan all functions of CPython",
+                        python.pid, module + ":*", 1 if is_quick else 3)
+
+
+def row_trampoline(is_quick):
+    with Leaf() as leaf:
+        with ubp.attach(leaf.pid) as target:
+            sizes = [target.plan("exe:" + name)[0].trampoline_size
+                     for name in ("leaf", "outer", "caller")]
+    return Result("trampoline", "trampoline of a count, 3 functions",
+                  "bytes", sizes, "<= 64")
+
+
+# ---- rows: a server --------------------------------------------------------
+
+def set_affinity(pid, cpu):
+    for tid in os.listdir("/proc/%d/task" % pid):
+        os.sched_setaffinity(int(tid), {cpu})
+
+
+def cpu_ns(pid):
+    """Return the CPU time of all threads of pid, <linux/sched.h> schedstat."""
+    total = 0
+    for tid in os.listdir("/proc/%d/task" % pid):
+        with open("/proc/%d/task/%s/schedstat" % (pid, tid)) as file:
+            total += int(file.read().split()[0])
+    return total
+
+
+class Load:
+    """redis-benchmark with pipelining: the server is what limits it."""
+
+    def __init__(self, server, requests):
+        self.server, self.requests = server, requests
+
+    def run(self):
+        """Return (requests/s, server CPU ns per request)."""
+        start = cpu_ns(self.server.pid)
+        rate = self.server.load(self.requests, 8, "get", "-P", "32")["GET"]
+        return rate, (cpu_ns(self.server.pid) - start) / self.requests
+
+
+def hottest(server, load):
+    """Return the name of the redis function called most under load.
+
+    Every function is counted for one run; ubp finds its own worst case.
+    """
+    with ubp.attach(server.pid) as target:
+        probe = target.probe("exe:*", ubp.Count())
+        load.run()
+        counts = probe.counts()
+    site = max(counts, key=counts.get)
+    return site.function.name, counts[site] / load.requests
+
+
+def row_server(is_quick):
+    """Throughput of redis with its hottest function counted, A B B A."""
+    if servers.Redis.missing():
+        raise Skip(servers.Redis.missing())
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        raise Skip("one CPU only")
+    with servers.Redis() as server:
+        set_affinity(server.pid, cpus[0])
+        os.sched_setaffinity(0, {cpus[1]})      # the load inherits it
+        try:
+            load = Load(server, 100000 if is_quick else 300000)
+            load.run()
+            name, per_request = hottest(server, load)
+            shares, costs = server_pairs(server, load, "exe:" + name,
+                                         5 if is_quick else 16)
+        finally:
+            os.sched_setaffinity(0, set(cpus))
+    return Result("server", "redis GET, its hottest function counted",
+                  "% of unprobed", shares, ">= 99", (
+                      Yardstick("server CPU per request, % of unprobed",
+                                statistics.median(costs), 1),),
+                  "%s, %.1f calls per request" % (name, per_request))
+
+
+def server_pairs(server, load, where, n_pairs):
+    """Return ([% of throughput], [% of CPU time]) of probed to unprobed."""
+    shares, costs = [], []
+    for i in range(n_pairs):
+        results = {}
+        for is_probed in (False, True) if i % 2 else (True, False):
+            if is_probed:
+                with armed(server.pid, where):
+                    results[True] = load.run()
+            else:
+                results[False] = load.run()
+        shares.append(100 * results[True][0] / results[False][0])
+        costs.append(100 * results[True][1] / results[False][1])
+    return shares, costs
+
+
+# ---- the table -------------------------------------------------------------
+
+ROWS = {
+    "count": row_count, "count-live": row_count_live,
+    "count-call": row_count_call, "threads": row_threads,
+    "pause-1": row_pause_1, "pause-1000": row_pause_1000,
+    "pause-busy": row_pause_busy, "first": row_first, "import": row_import,
+    "decode": row_decode, "elf-libc": row_elf_libc,
+    "elf-500k": row_elf_500k, "plan-libc": row_plan_libc,
+    "plan-python": row_plan_python, "trampoline": row_trampoline,
+    "server": row_server,
+}
+WORDS = {True: "met", False: "MISSED", None: ""}
+
+
+def number(value):
+    """Return value with about three digits."""
+    return ("%.0f" if abs(value) >= 100 else
+            "%.1f" if abs(value) >= 10 else "%.2f") % value
+
+
+def print_result(result):
+    spread = "(%s..%s)" % (number(min(result.samples)),
+                           number(max(result.samples)))
+    print("%-41s %7s %-9s %-8s %s" % (
+        result.what, number(result.median), result.unit, result.goal,
+        WORDS[is_met(result.median, result.goal)]))
+    print("    %-12s %s, n=%d" % (result.name, spread, len(result.samples)))
+    for mark in result.yardsticks:
+        print("    %-37s %7s %-9s %s" % (
+            mark.name, number(mark.median),
+            "x %s" % number(mark.ratio),
+            "%-8s %s" % (mark.goal, WORDS[is_met(mark.ratio, mark.goal)])
+            if mark.goal else ""))
+    while result.note:
+        cut = (len(result.note) if len(result.note) <= 74
+               else result.note.rfind(" ", 0, 74))
+        print("    " + result.note[:cut])
+        result = result._replace(note=result.note[cut:].strip())
+    sys.stdout.flush()
+
+
+def as_json(result):
+    record = result._asdict()
+    record.update(median=result.median,
+                  met=is_met(result.median, result.goal),
+                  yardsticks=[dict(mark._asdict(),
+                                   met=is_met(mark.ratio, mark.goal))
+                              for mark in result.yardsticks])
+    return dict(record)
+
+
+def cpu_model():
+    with open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        description="Measure ubp beside what one would use instead.",
+        epilog="rows: " + " ".join(ROWS))
+    parser.add_argument("rows", nargs="*", metavar="ROW",
+                        help="measure only these")
+    parser.add_argument("--quick", action="store_true",
+                        help="fewer repetitions, about a minute")
+    parser.add_argument("--json", metavar="FILE",
+                        default=os.path.join(BUILT, "bench.json"),
+                        help="where the results go (%(default)s)")
+    options = parser.parse_args()
+    unknown = [row for row in options.rows if row not in ROWS]
+    if unknown:
+        parser.error("no row %s; rows: %s" % (unknown[0], " ".join(ROWS)))
+    return options
+
+
+def main():
+    options = arguments()
+    machine = "%s, %d CPUs, Linux %s, CPython %s" % (
+        cpu_model(), os.cpu_count(), platform.release(),
+        platform.python_version())
+    print("%-41s %7s %-9s %-8s" % ("ubp on " + cpu_model()[:33], "median",
+                                   "", "goal"))
+    print("-" * 79)
+    results, skipped = [], {}
+    for row in options.rows or ROWS:
+        try:
+            results.append(ROWS[row](options.quick))
+        except Skip as skip:
+            skipped[row] = str(skip)
+            print("%-12s skipped: %s" % (row, skip))
+            continue
+        print_result(results[-1])
+    verdicts = [is_met(result.median, result.goal) for result in results]
+    print("-" * 79)
+    print("%d of %d goals met; %d skipped; %s" % (
+        verdicts.count(True), len(verdicts) - verdicts.count(None),
+        len(skipped), machine))
+    os.makedirs(os.path.dirname(os.path.abspath(options.json)),
+                exist_ok=True)
+    with open(options.json, "w") as file:
+        json.dump({"v": 1, "machine": machine, "time_ns": time.time_ns()
+                   if hasattr(time, "time_ns") else int(time.time() * 1e9),
+                   "quick": options.quick, "skipped": skipped,
+                   "results": [as_json(result) for result in results]},
+                  file, indent=1)
+        file.write("\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Virtual environments with pytest, and the tests under every CPython found.
+
+    compat.py                   run CHOICE under each CPython 3.6 to 3.14
+    compat.py WORD...           the same with these words for pytest instead
+    compat.py --venv FOLDER     make FOLDER a venv of this Python with pytest
+    compat.py --syntax FILE...  compile files with the oldest CPython found
+
+Interpreters are looked for on PATH and under `pyenv root`, one per version.
+"""
+import glob
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TOP = os.path.dirname(HERE)
+VERSIONS = ["3.%d" % minor for minor in range(6, 15)]
+# The servers and the long tests say nothing more under a second version.
+CHOICE = ["-q", "-x", "--ignore=tests/test_servers.py",
+          "--ignore=tests/test_safety.py", "tests"]
+
+
+def run_text(*command):
+    """Return a command's stdout, or "" if it cannot be run."""
+    try:
+        return subprocess.run(command, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL,
+                              universal_newlines=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def is_version(path, version):
+    """Does an interpreter start, is it CPython of that version, has ctypes?"""
+    return run_text(path, "-c", "import sys, ctypes; print(sys.implementation"
+                    ".name, '%d.%d' % sys.version_info[:2])"
+                    ) == "cpython " + version
+
+
+def interpreters():
+    """Return {version: path} of the CPythons found, oldest first."""
+    found = {}
+    root = run_text("pyenv", "root")
+    for version in VERSIONS:
+        paths = [shutil.which("python" + version)]
+        if root:
+            paths += sorted(glob.glob(os.path.join(
+                root, "versions", version + ".*", "bin", "python" + version)))
+        for path in paths:
+            if path and is_version(path, version):
+                found[version] = path
+                break
+    return found
+
+
+def make_venv(python, folder):
+    """Make folder a venv of python that has pytest. Exits with the remedy."""
+    ready = os.path.join(folder, "ready")
+    if os.path.exists(ready):
+        return
+    if run_text(python, "-c", "import pytest; print(1)") == "1":
+        steps = [[python, "-m", "venv", "--clear", "--without-pip",
+                  "--system-site-packages", folder]]
+    else:
+        steps = [[python, "-m", "venv", "--clear", folder],
+                 [os.path.join(folder, "bin", "python"), "-m", "pip",
+                  "install", "-q", "--disable-pip-version-check", "pytest"]]
+    for step in steps:
+        done = subprocess.run(step, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT,
+                              universal_newlines=True)
+        if done.returncode:
+            sys.stderr.write(
+                "%s\n%s: failed.\nRemedy: apt-get install python3-venv "
+                "python3-pytest (or your system's packages of these names), "
+                "or a way to PyPI for pip.\n" % (done.stdout, " ".join(step)))
+            sys.exit(1)
+    with open(ready, "w"):
+        return
+
+
+def check_syntax(files):
+    """Compile files with the oldest CPython found. -> exit status."""
+    found = interpreters() or {"%d.%d" % sys.version_info[:2]: sys.executable}
+    version, python = next(iter(found.items()))
+    print("syntax: CPython %s" % version)
+    return subprocess.run([python, "-c", "import sys\nfor name in sys.argv[1:]"
+                           ":\n    compile(open(name).read(), name, 'exec')"]
+                          + files).returncode
+
+
+def run_all(words):
+    """Run pytest under each CPython. -> exit status."""
+    failed = []
+    for version, python in interpreters().items():
+        folder = os.path.join(TOP, ".venv-" + version)
+        make_venv(python, folder)
+        began = time.monotonic()
+        done = subprocess.run(
+            [os.path.join(folder, "bin", "python"), "-m", "pytest",
+             "-p", "no:cacheprovider"] + (words or CHOICE),
+            cwd=TOP, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, universal_newlines=True)
+        lines = done.stdout.strip().splitlines()
+        if done.returncode:
+            failed.append(version)
+            print("\n".join(lines))
+        print("CPython %-5s %3d s  %s" % (
+            version, time.monotonic() - began,
+            re.sub("=+", "", lines[-1] if lines else "no output").strip()),
+            flush=True)
+    if failed:
+        print("failed under CPython %s" % ", ".join(failed))
+    return 1 if failed else 0
+
+
+def main(argv):
+    """Do what the words say. -> exit status."""
+    if argv[:1] == ["--venv"]:
+        return make_venv(sys.executable, argv[1])
+    if argv[:1] == ["--syntax"]:
+        return check_syntax(argv[1:])
+    return run_all(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,6770 @@
+#!/usr/bin/env python3
+"""ubp: put a jump in a running program. Count calls in a live process.
+
+Copy ubp.py and ubp_x86.py onto any x86-64 Linux and run:
+
+    python3 ubp.py count -p PID libc:malloc
+
+    1  Errors           what can go wrong, and in which words
+    2  Linux ABI        constants, structures and libc functions, once each
+    3  ELF              where is redis-server:processCommand in this process
+    4  Tracee           stop every thread, look, run a syscall in one, let go
+    5  Arena            the memory ubp adds to a target, and its journal
+    6  Probes           plan -> trampoline -> patch -> read -> restore
+    7  Library          attach, launch, Target, Probe, status, clean
+    8  Command line     verbs, tables, JSON Lines, the live view
+
+Vocabulary, used for nothing else:
+
+    target  the process          tracee   one of its threads, ptrace-stopped
+    tgid    a process            tid      a thread; pid only as the user typed
+    vaddr   address in a target  offset   in a file
+    site    where a probe sits   window   the bytes that a patch overwrites
+    arena   the vmas ubp adds    journal  what was changed, kept in the arena
+
+Safety is argued where it is needed; the rules are in README.md.
+"""
+import os
+import sys
+
+
+def _refuse_shared_folder():
+    """Exit if root runs this from a folder that others can write to.
+
+    Whoever may write there could plant an ast.py that root would run, so
+    this comes before every import that looks there. The invoking user of
+    sudo counts as root. Source: sys.path[0], Python library reference.
+    """
+    if os.geteuid() != 0:
+        return
+    folder = (sys.path[0] if sys.path else "") or "."
+    trusted = {0, int(os.environ.get("SUDO_UID", "0"))}
+    try:
+        info = os.stat(folder)
+    except OSError:
+        return
+    group_ok = info.st_gid in (0, int(os.environ.get("SUDO_GID", "0")))
+    if (info.st_mode & 0o002 or (info.st_mode & 0o020 and not group_ok)
+            or info.st_uid not in trusted):
+        sys.stderr.write(
+            "ubp: cannot run as root from %r: others can write to that "
+            "folder, so they could plant code in it\nubp: hint: copy ubp.py "
+            "and ubp_x86.py to a folder that only root can write to\n"
+            % os.path.abspath(folder))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    _refuse_shared_folder()
+
+import bisect                                                   # noqa: E402
+import collections                                              # noqa: E402
+import ctypes                                                   # noqa: E402
+import errno                                                    # noqa: E402
+import fnmatch                                                  # noqa: E402
+import json                                                     # noqa: E402
+import logging                                                  # noqa: E402
+import mmap                                                     # noqa: E402
+import queue                                                    # noqa: E402
+import re                                                       # noqa: E402
+import signal                                                   # noqa: E402
+import stat                                                     # noqa: E402
+import struct                                                   # noqa: E402
+import threading                                                # noqa: E402
+import time                                                     # noqa: E402
+from typing import NamedTuple, Optional, Tuple                  # noqa: E402
+
+import ubp_x86                                                  # noqa: E402
+from ubp_x86 import (DecodeError, RefusalError, RelocationError,  # noqa: E402
+                     UbpError)
+
+__version__ = "0.1.0"
+__all__ = ["attach", "launch", "status", "clean", "Target", "Probe", "Count",
+           "UbpError", "AttachError", "TraceeGone", "SymbolError",
+           "ProbeError", "UbpTimeout", "__version__"]
+
+log = logging.getLogger("ubp")
+log.addHandler(logging.NullHandler())
+
+# ---- 1  Errors ------------------------------------------------------------
+#
+# Whatever a user or a target can cause is a UbpError that says what, to
+# whom, why, and what the user can do. Anything else is a bug in ubp and
+# shows its traceback. UbpError, DecodeError, RelocationError and
+# RefusalError live in ubp_x86, so that both files share one root.
+
+
+class AttachError(UbpError):
+    """The target cannot be traced: permission, kind, or another tracer."""
+
+
+class TraceeGone(UbpError):
+    """The target ended, or became another program by exec."""
+
+
+class SymbolError(UbpError):
+    """No function, or more than the one that was meant."""
+
+
+class ProbeError(UbpError):
+    """A probe that is malformed, not built yet, or could not be armed."""
+
+
+class UbpTimeout(UbpError):
+    """Not done within the time allowed; the target has been released."""
+
+
+# ---- 2  Linux ABI ---------------------------------------------------------
+#
+# Every constant, structure and libc function, once, with its header or man
+# page. Invariant: what is called while a target is stopped goes through
+# PyDLL, which keeps the GIL: CDLL gives it up at each call, and a host with
+# busy Python threads would then take milliseconds to give it back.
+
+libc = ctypes.PyDLL(None, use_errno=True)
+
+PTRACE_PEEKDATA   = 2            # <linux/ptrace.h>
+PTRACE_POKEDATA   = 5
+PTRACE_CONT       = 7
+PTRACE_DETACH     = 17
+PTRACE_SYSCALL    = 24
+PTRACE_GETSIGINFO = 0x4202
+PTRACE_GETREGSET  = 0x4204
+PTRACE_SETREGSET  = 0x4205
+PTRACE_SEIZE      = 0x4206
+PTRACE_INTERRUPT  = 0x4207
+PTRACE_GETSIGMASK = 0x420a
+PTRACE_SETSIGMASK = 0x420b
+PTRACE_SECCOMP_GET_FILTER     = 0x420c
+PTRACE_GET_RSEQ_CONFIGURATION = 0x420f
+PTRACE_O_TRACESYSGOOD = 0x1
+PTRACE_O_TRACEEXEC    = 0x10
+PTRACE_EVENT_EXEC     = 4
+PTRACE_EVENT_STOP     = 128
+NT_PRSTATUS    = 1               # <linux/elf.h>
+NT_X86_XSTATE  = 0x202
+WNOHANG        = 1               # <linux/wait.h>
+WALL           = 0x40000000      # __WALL
+SCHED_FIFO     = 1               # <linux/sched.h>
+SCHED_RESET_ON_FORK = 0x40000000
+KCMP_VM        = 1               # <linux/kcmp.h>
+MFD_CLOEXEC       = 1            # <linux/memfd.h>
+MFD_ALLOW_SEALING = 2
+MFD_NOEXEC_SEAL   = 8
+F_ADD_SEALS    = 1033            # <linux/fcntl.h>
+F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW = 1, 2, 4
+PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4      # <asm-generic/mman-common.h>
+MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 1, 2, 0x10, 0x20
+MAP_FIXED_NOREPLACE = 0x100000
+PF_KTHREAD     = 0x00200000      # <linux/sched.h>, field 9 of /proc/PID/stat
+CAP_SYS_PTRACE = 19              # <linux/capability.h>
+CAP_SYS_ADMIN  = 21
+AT_ENTRY       = 9               # <linux/auxvec.h>
+PAGE           = mmap.PAGESIZE
+SYSCALL_EVENT_SIGNAL = signal.SIGTRAP | 0x80    # ptrace(2), TRACESYSGOOD
+
+# <asm/unistd_64.h>; those that are injected, and those libc may not wrap
+SYS_close, SYS_stat, SYS_mmap, SYS_munmap = 3, 4, 9, 11
+SYS_sched_setscheduler, SYS_gettid, SYS_tgkill = 144, 186, 234
+SYS_getdents64, SYS_kcmp, SYS_memfd_create = 217, 312, 319
+
+
+class Iovec(ctypes.Structure):
+    """struct iovec, <sys/uio.h>."""
+    _fields_ = [("iov_base", ctypes.c_void_p),    # vaddr in the tracee
+                ("iov_len", ctypes.c_size_t)]     # bytes
+
+
+class Timespec(ctypes.Structure):
+    """struct timespec, <time.h>."""
+    _fields_ = [("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long)]
+
+
+class RseqConfiguration(ctypes.Structure):
+    """struct ptrace_rseq_configuration, <linux/ptrace.h>."""
+    _fields_ = [("rseq_abi_pointer", ctypes.c_uint64),
+                ("rseq_abi_size", ctypes.c_uint32),
+                ("signature", ctypes.c_uint32),
+                ("flags", ctypes.c_uint32), ("pad", ctypes.c_uint32)]
+
+
+assert ctypes.sizeof(Iovec) == 16 and ctypes.sizeof(RseqConfiguration) == 24
+
+
+def _declare(name, restype, *argtypes):
+    """Return libc's function name with its prototype set, or None."""
+    function = getattr(libc, name, None)
+    if function is not None:
+        function.argtypes, function.restype = list(argtypes), restype
+    return function
+
+
+_long, _int, _ptr = ctypes.c_long, ctypes.c_int, ctypes.c_void_p
+_ulong, _size = ctypes.c_ulong, ctypes.c_size_t
+_ptrace = _declare("ptrace", _long, _long, _int, _ptr, _ptr)
+_waitpid = _declare("waitpid", _int, _int, _ptr, _int)
+_nanosleep = _declare("nanosleep", _int, _ptr, _ptr)
+_pwrite = _declare("pwrite", ctypes.c_ssize_t, _int, ctypes.c_char_p, _size,
+                   ctypes.c_int64)
+_readv = _declare("process_vm_readv", ctypes.c_ssize_t, _int, _ptr, _ulong,
+                  _ptr, _ulong, _ulong)
+_writev = _declare("process_vm_writev", ctypes.c_ssize_t, _int, _ptr, _ulong,
+                   _ptr, _ulong, _ulong)
+_open = _declare("open", _int, ctypes.c_char_p, _int)
+_close = _declare("close", _int, _int)
+_read = _declare("read", ctypes.c_ssize_t, _int, _ptr, _size)
+_lseek = _declare("lseek", ctypes.c_int64, _int, ctypes.c_int64, _int)
+_syscall = _declare("syscall", _long, _long, _long, _long, _long, _long,
+                    _long)
+
+
+def _check(result):
+    """Return result; raise OSError from errno if it is -1."""
+    if result == -1:
+        err = ctypes.get_errno()
+        raise OSError(err, os.strerror(err))
+    return result
+
+
+def ptrace(request, tid, addr=0, data=0):
+    """ptrace(2), for all but the PEEK requests. Raises OSError.
+
+    Call only from the thread that attached. The kernel binds a tracee to
+    one tracer *thread*; any other gets ESRCH, as if the tracee had died.
+    """
+    return _check(_ptrace(request, tid, addr, data))
+
+
+_wait_status = ctypes.c_int()
+_wait_status_ref = ctypes.addressof(_wait_status)
+
+
+def wait_nohang(tid, status=None):
+    """waitpid(2) for one tid, __WALL|WNOHANG. -> status, or None if none.
+
+    Raises ChildProcessError when tid is neither child nor tracee.
+    """
+    status = ctypes.c_int() if status is None else status
+    if _check(_waitpid(tid, ctypes.addressof(status), WALL | WNOHANG)) == 0:
+        return None
+    return status.value
+
+
+def nap(nanoseconds):
+    """nanosleep(2) with the GIL kept: only for naps inside a pause."""
+    span = Timespec(nanoseconds // 10**9, nanoseconds % 10**9)
+    _nanosleep(ctypes.addressof(span), None)
+
+
+def nap_longer(nanoseconds):
+    """A nap in a wait for a tracee. -> how long the next one should be
+
+    Ever longer: a SCHED_FIFO thread that naps for a few microseconds at a
+    time never lets a tracee on its own processor get anything done.
+    """
+    nap(nanoseconds)
+    return min(nanoseconds * 2, 1000000)
+
+
+def syscall(number, *args):
+    """syscall(2) with up to five integers. Raises OSError."""
+    return _check(_syscall(number, *(args + (0,) * (5 - len(args)))))
+
+
+def read_memory(tid, vaddr, size):
+    """process_vm_readv(2): size bytes at vaddr. Raises OSError.
+
+    A range that is only partly readable gives EFAULT, never fewer bytes.
+    """
+    data = ctypes.create_string_buffer(size)
+    local = Iovec(ctypes.addressof(data), size)
+    remote = Iovec(vaddr, size)
+    n = _check(_readv(tid, ctypes.addressof(local), 1,
+                      ctypes.addressof(remote), 1, 0))
+    if n != size:
+        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+    return data.raw
+
+
+def write_memory(tid, vaddr, data):
+    """process_vm_writev(2): data to writable memory. Raises OSError."""
+    buffer = ctypes.create_string_buffer(data, len(data))
+    local = Iovec(ctypes.addressof(buffer), len(data))
+    remote = Iovec(vaddr, len(data))
+    n = _check(_writev(tid, ctypes.addressof(local), 1,
+                       ctypes.addressof(remote), 1, 0))
+    if n != len(data):
+        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+
+
+def is_same_mm(one, other):
+    """kcmp(2): do two processes share one address space? None: unknown."""
+    try:
+        return syscall(SYS_kcmp, one, other, KCMP_VM, 0, 0) == 0
+    except OSError:
+        return None
+
+
+class HeldFile:
+    """A file of /proc that is opened early and read during a pause.
+
+    os.open, os.read and os.listdir give up the GIL; these do not.
+    """
+
+    def __init__(self, path, flags=os.O_RDONLY):
+        self.fd = _check(_open(path.encode(), flags | os.O_CLOEXEC))
+        self._buffer = ctypes.create_string_buffer(32768)
+
+    def read(self):
+        """The first 32 KiB, read anew. Raises OSError."""
+        _check(_lseek(self.fd, 0, os.SEEK_SET))
+        n = _check(_read(self.fd, ctypes.addressof(self._buffer), 32768))
+        return self._buffer.raw[:n]
+
+    def numbers(self):
+        """The names in a folder that are numbers. Raises OSError."""
+        _check(_lseek(self.fd, 0, os.SEEK_SET))
+        found = []
+        while True:
+            n = _check(_syscall(SYS_getdents64, self.fd,
+                                ctypes.addressof(self._buffer), 32768, 0, 0))
+            if n == 0:
+                return found
+            data, at = self._buffer.raw[:n], 0
+            while at < n:           # struct linux_dirent64, getdents(2)
+                size = data[at + 16] | data[at + 17] << 8
+                name = data[at + 19:data.index(b"\0", at + 19)]
+                if name.isdigit():
+                    found.append(int(name))
+                at += size
+
+    def write(self, vaddr, data):
+        """pwrite(2) at vaddr, for /proc/PID/mem. Raises OSError."""
+        if _check(_pwrite(self.fd, data, len(data), vaddr)) != len(data):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def close(self):
+        if self.fd >= 0:
+            _close(self.fd)
+            self.fd = -1
+
+
+class Mapping(NamedTuple):
+    """A line of /proc/PID/maps, proc(5)."""
+    start: int
+    end: int
+    perms: str              # "r-xp"
+    offset: int
+    device: str             # "08:01", in hexadecimal
+    inode: int
+    path: str               # "" if anonymous; " (deleted)" kept
+
+
+_MAPS_LINE = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) (\S+) ([0-9a-f]+) (\S+) (\d+) *(.*)$", re.M)
+
+
+def read_proc(path):
+    """The bytes of a /proc file, or b"" where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def read_maps(tid):
+    """The vmas of a process in address order; [] if gone or unreadable."""
+    return [Mapping(int(start, 16), int(end, 16), perms.decode(),
+                    int(offset, 16), device.decode(), int(inode),
+                    re.sub(rb"\\012", b"\n", path).decode(
+                        errors="surrogateescape"))
+            for start, end, perms, offset, device, inode, path
+            in _MAPS_LINE.findall(read_proc("/proc/%d/maps" % tid))]
+
+
+def read_status(pid):
+    """/proc/PID/status as {name: text}; {} if there is no such process.
+
+    pid   a number, or "self"
+    """
+    text = read_proc("/proc/%s/status" % pid).decode(errors="replace")
+    return dict(line.split(":\t", 1) for line in text.splitlines()
+                if ":\t" in line)
+
+
+def read_stat(pid):
+    """/proc/PID/stat behind the name: field n of proc(5) is at n - 3."""
+    text = read_proc("/proc/%d/stat" % pid)
+    return text.rpartition(b") ")[2].decode(errors="replace").split()
+
+
+def start_time(pid):
+    """When a process began, in clock ticks since boot; 0 if it is gone.
+
+    With the pid it names one process for good: pids are reused.
+    """
+    fields = read_stat(pid)
+    return int(fields[19]) if len(fields) > 19 else 0
+
+
+def thread_ids(tgid):
+    """The tids of a process, in the kernel's order; [] if it is gone."""
+    try:
+        return [int(name) for name in os.listdir("/proc/%d/task" % tgid)]
+    except OSError:
+        return []
+
+
+def comm(pid):
+    """The name of a process, as ps prints it; "?" if it is gone."""
+    name = read_proc("/proc/%d/comm" % pid).decode(errors="backslashreplace")
+    return name.rstrip("\n") or "?"
+
+
+# ---- 3  ELF ---------------------------------------------------------------
+#
+# A pattern such as `libc:malloc` must become addresses in one process. The
+# files that the process maps say where its functions are, and they are
+# hostile: truncated, cyclic, replaced, or grown while we read. So a file is
+# read with pread and never mapped (a file cut short under a mapping is a
+# SIGBUS), each table is read when first asked for, its size is bounded by
+# MAX_TABLE, and a table that lies is left out and noted.
+# Invariant: vaddrs inside Elf, SymbolTable and Unwind are those of the file,
+# as nm prints them; only Module adds the load bias, in its public methods.
+
+ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")      # Elf64_Ehdr, <elf.h>
+PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")          # Elf64_Phdr
+SECTION_HEADER = struct.Struct("<IIQQQQIIQQ")        # Elf64_Shdr
+assert (ELF_HEADER.size, PROGRAM_HEADER.size, SECTION_HEADER.size) \
+    == (64, 56, 64)
+SYMBOL_SIZE, RELA_SIZE = 24, 24                      # Elf64_Sym, Elf64_Rela
+
+ET_EXEC, EM_X86_64 = 2, 62
+PT_LOAD, PT_DYNAMIC, PT_NOTE, PT_GNU_EH_FRAME = 1, 2, 4, 0x6474e550
+PF_X = 1
+SHT_SYMTAB, SHT_RELA, SHT_NOBITS, SHT_DYNSYM = 2, 4, 8, 11
+SHF_ALLOC, SHF_EXECINSTR = 2, 4
+DT_PLTRELSZ, DT_HASH, DT_STRTAB, DT_SYMTAB, DT_RELA = 2, 4, 5, 6, 7
+DT_RELASZ, DT_STRSZ, DT_INIT, DT_FINI, DT_SONAME, DT_JMPREL = 8, 10, 12, 13, 14, 23
+DT_RELRSZ, DT_RELR, DT_GNU_HASH = 35, 36, 0x6ffffef5
+STT_NOTYPE, STT_OBJECT, STT_FUNC, STT_GNU_IFUNC = 0, 1, 2, 10
+STB_LOCAL = 0
+R_X86_64_64, R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT = 1, 6, 7     # psABI 4.4
+R_X86_64_RELATIVE, R_X86_64_IRELATIVE = 8, 37
+NT_GNU_BUILD_ID = 3
+AT_PHDR = 3                                          # <linux/auxvec.h>
+
+MAX_TABLE = 1 << 29      # bytes of one table; a 500 000-symbol one has 2^25
+MAX_SYMBOLS = 1 << 22
+MAX_HEADERS = 1 << 16    # sections, as e_shnum is 16 bits
+MAX_NAME = 4096          # bytes of a name that are looked at
+MAX_LINKS = 40           # symbolic links in a path, as in path_resolution(7)
+VADDR_END = 1 << 47      # user addresses end here, psABI 3.3.2
+
+
+class _Lazy:
+    """An attribute computed when first read, then kept."""
+
+    def __init__(self, compute):
+        self.compute, self.__doc__ = compute, compute.__doc__
+
+    def __get__(self, owner, cls):
+        value = self.compute(owner)
+        owner.__dict__[self.compute.__name__] = value
+        return value
+
+
+class _Truncated(Exception):
+    """A table ended, or led nowhere, while it was being read."""
+
+
+class Segment(NamedTuple):
+    """A program header; the vaddr is the file's."""
+    type: int
+    flags: int
+    offset: int
+    vaddr: int
+    size: int               # bytes in the file
+
+
+class Section(NamedTuple):
+    """A section header; the vaddr is the file's."""
+    name: bytes
+    type: int
+    flags: int
+    vaddr: int
+    offset: int
+    size: int
+    link: int
+
+
+class FileImage:
+    """The bytes of an open file. Owns the descriptor."""
+
+    def __init__(self, fd):
+        self.fd, self.size = fd, os.fstat(fd).st_size
+
+    def read(self, offset, size):
+        """Up to size bytes at offset: fewer where the file has no more."""
+        size = min(size, self.size - offset)
+        if offset < 0 or size <= 0:
+            return b""
+        try:
+            return os.pread(self.fd, size, offset)
+        except (OSError, OverflowError):
+            return b""
+
+    def __del__(self, close=os.close):
+        close(self.fd)
+
+
+class BytesImage:
+    """An ELF file that is already in memory: the vdso, MiniDebugInfo."""
+
+    def __init__(self, data):
+        self.data, self.size = data, len(data)
+
+    def read(self, offset, size):
+        return self.data[offset:offset + size] if offset >= 0 < size else b""
+
+
+class MemoryImage:
+    """What a process has mapped of a file that can no longer be opened.
+
+    maps   the Mappings of the file; offsets between them read as b""
+    """
+
+    def __init__(self, pid, maps):
+        self.pid, self.maps = pid, maps
+        self.size = max(m.offset + m.end - m.start for m in maps)
+
+    def read(self, offset, size):
+        for m in self.maps:
+            if m.offset <= offset < m.offset + m.end - m.start:
+                vaddr = m.start + offset - m.offset
+                return _peek(self.pid, vaddr, min(size, m.end - vaddr))
+        return b""
+
+
+def _peek(pid, vaddr, size):
+    """Memory of a process, or b"" where it cannot be read."""
+    if size <= 0 or vaddr < 0 or vaddr + size > VADDR_END:
+        return b""
+    try:
+        return read_memory(pid, vaddr, size)
+    except OSError:
+        return b""
+
+
+class Cursor:
+    """Reads DWARF's numbers from bytes. Raises _Truncated at the end.
+
+    vaddr  where data[0] is, for pc-relative pointers
+    """
+
+    def __init__(self, data, vaddr):
+        self.data, self.vaddr, self.at = data, vaddr, 0
+
+    def number(self, size, signed=False):
+        end = self.at + size
+        if end > len(self.data):
+            raise _Truncated()
+        value = int.from_bytes(self.data[self.at:end], "little",
+                               signed=signed)
+        self.at = end
+        return value
+
+    def uleb(self, signed=False):
+        """A LEB128 number of at most 10 bytes. Source: DWARF 4, 7.6."""
+        value = shift = 0
+        while shift < 70:
+            byte = self.number(1)
+            value |= (byte & 0x7f) << shift
+            shift += 7
+            if byte < 0x80:
+                if signed and byte & 0x40:
+                    value -= 1 << shift
+                return value
+        raise _Truncated()
+
+    def pointer(self, encoding, data_base=0, function=0):
+        """A pointer in a DW_EH_PE encoding. Source: LSB 5.0, 10.5.1.
+
+        An indirect one is returned as the vaddr that holds it.
+        """
+        here, form = self.vaddr + self.at, encoding & 0x0f
+        if form in (0x01, 0x09):
+            value = self.uleb(signed=form == 0x09)
+        else:
+            size = {0: 8, 2: 2, 3: 4, 4: 8, 0xa: 2, 0xb: 4, 0xc: 8}.get(form)
+            if size is None:
+                raise _Truncated()
+            value = self.number(size, signed=form > 8)
+        base = {0x00: 0, 0x10: here, 0x30: data_base,
+                0x40: function}.get(encoding & 0x70)
+        if base is None:
+            raise _Truncated()
+        return (value + base) % (1 << 64) if value else 0
+
+
+class Elf:
+    """One ELF file: headers, tables and bytes, each read when asked for.
+
+    Raises SymbolError if it is no ELF file for x86-64; later finds are noted.
+    """
+
+    def __init__(self, image, name):
+        self.image, self.name, self.notes = image, name, []
+        header = image.read(0, ELF_HEADER.size)
+        if len(header) < ELF_HEADER.size or header[:4] != b"\x7fELF":
+            raise SymbolError("read", name, "not an ELF file")
+        (ident, self.type, machine, _, self.entry, self._phoff, self._shoff,
+         _, _, self._phentsize, self._phnum, self._shentsize, self._shnum,
+         self._shstrndx) = ELF_HEADER.unpack(header)
+        if ident[4:6] != b"\2\1" or machine != EM_X86_64:
+            raise SymbolError("read", name, "not an ELF file for x86-64")
+        self.segments = self._read_segments()
+        self.loads = [s for s in self.segments if s.type == PT_LOAD]
+
+    def note(self, text):
+        """Remember, once, what of this file had to be left out."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def table(self, offset, size, what):
+        """size bytes at offset, or fewer and a note if that cannot be."""
+        data = b"" if size > MAX_TABLE else self.image.read(offset, size)
+        if len(data) < size:
+            self.note("%s: %s is cut short" % (self.name, what))
+        return data
+
+    def _read_segments(self):
+        if self._phentsize != PROGRAM_HEADER.size:
+            return []
+        data = self.image.read(self._phoff, self._phnum * 56)
+        rows = PROGRAM_HEADER.iter_unpack(data[:len(data) // 56 * 56])
+        return [Segment(kind, flags, offset, vaddr, size)
+                for kind, flags, offset, vaddr, _, size, _, _ in rows
+                if vaddr + size < VADDR_END]
+
+    @_Lazy
+    def sections(self):
+        """The section headers; [] in memory and in a file without them."""
+        if self._shentsize != SECTION_HEADER.size or not self._shoff:
+            return []
+        n = self._shnum
+        if n == 0:                      # more than 16 bits hold: gABI, 4
+            first = self.image.read(self._shoff, 64)
+            n = SECTION_HEADER.unpack(first)[5] if len(first) == 64 else 0
+        data = self.image.read(self._shoff, min(n, MAX_HEADERS) * 64)
+        rows = list(SECTION_HEADER.iter_unpack(data[:len(data) // 64 * 64]))
+        index = self._shstrndx
+        if index == 0xffff and rows:    # SHN_XINDEX
+            index = rows[0][6]
+        names = b""
+        if index < len(rows):
+            names = self.image.read(rows[index][4],
+                                    min(rows[index][5], 1 << 24))
+        return [Section(_c_string(names, name), kind, flags, vaddr, offset,
+                        size, link)
+                for name, kind, flags, vaddr, offset, size, link, _, _, _
+                in rows]
+
+    def section(self, name):
+        """The first section of that name that has bytes, or None."""
+        for section in self.sections:
+            if section.name == name and section.type != SHT_NOBITS:
+                return section
+        return None
+
+    def section_bytes(self, section):
+        return self.table(section.offset, section.size,
+                          section.name.decode(errors="backslashreplace"))
+
+    def offset_of(self, vaddr):
+        """File offset of a vaddr and the bytes its segment has from there.
+
+        -> (offset, size), or (0, 0) where the file has no byte for it.
+        """
+        for load in self.loads:
+            if load.vaddr <= vaddr < load.vaddr + load.size:
+                skip = vaddr - load.vaddr
+                return load.offset + skip, load.size - skip
+        return 0, 0
+
+    def read_vaddr(self, vaddr, size):
+        """Up to size of the file's bytes at a vaddr, within its segment."""
+        offset, available = self.offset_of(vaddr)
+        return self.image.read(offset, min(size, available, MAX_TABLE))
+
+    @_Lazy
+    def code_ranges(self):
+        """Executable (low, high): sections, or segments without them."""
+        ranges = [(s.vaddr, s.vaddr + s.size) for s in self.sections
+                  if s.flags & SHF_EXECINSTR and s.flags & SHF_ALLOC
+                  and s.type != SHT_NOBITS and s.size]
+        loads = self.code_loads
+        ranges = [(low, high) for low, high in ranges
+                  if any(a <= low and high <= b for a, b in loads)]
+        return sorted(ranges) or loads
+
+    @_Lazy
+    def code_loads(self):
+        """Executable (low, high) of the segments, sorted."""
+        return sorted((s.vaddr, s.vaddr + s.size) for s in self.loads
+                      if s.flags & PF_X and s.size)
+
+    def build_id_at(self, read):
+        """The NT_GNU_BUILD_ID as hex, "" if none. read: (segment) -> bytes."""
+        for segment in self.segments:
+            if segment.type == PT_NOTE and segment.size < 1 << 16:
+                found = _find_build_id(read(segment))
+                if found:
+                    return found
+        return ""
+
+    @_Lazy
+    def build_id(self):
+        """The file's build-id in hex, "" if it has none."""
+        found = self.build_id_at(
+            lambda segment: self.image.read(segment.offset, segment.size))
+        section = None if found else self.section(b".note.gnu.build-id")
+        if section and section.size < 1 << 16:       # a debug file has these
+            found = _find_build_id(self.section_bytes(section))
+        return found
+
+    @_Lazy
+    def dynamic(self):
+        """{tag: value} of PT_DYNAMIC, the first of each tag."""
+        tags = {}
+        for segment in self.segments:
+            if segment.type == PT_DYNAMIC:
+                data = self.image.read(segment.offset,
+                                       min(segment.size, 1 << 16))
+                for tag, value in struct.iter_unpack(
+                        "<QQ", data[:len(data) // 16 * 16]):
+                    if tag == 0:
+                        break
+                    tags.setdefault(tag, value)
+        return tags
+
+    def dynamic_vaddr(self, tag):
+        """A pointer of PT_DYNAMIC as the file's vaddr, or 0.
+
+        glibc's loader adds the bias to those in memory, musl's does not.
+        """
+        value = self.dynamic.get(tag, 0)
+        bias = getattr(self.image, "bias", 0)
+        return value - bias if bias and value >= bias else value
+
+    def dynamic_table(self, pointer_tag, size_tag):
+        """The bytes that a pointer and a size of PT_DYNAMIC describe."""
+        vaddr = self.dynamic_vaddr(pointer_tag)
+        size = self.dynamic.get(size_tag, 0)
+        data = self.read_vaddr(vaddr, size) if vaddr else b""
+        if len(data) < size:
+            self.note("%s: the table of DT_ tag %d is cut short"
+                      % (self.name, pointer_tag))
+        return data
+
+    @_Lazy
+    def soname(self):
+        strings = self.dynamic_table(DT_STRTAB, DT_STRSZ)
+        offset = self.dynamic.get(DT_SONAME, 0)
+        return _decode(_c_string(strings, offset)) if offset else ""
+
+    @_Lazy
+    def dynsym(self):
+        """The SymbolTable that the loader uses, through PT_DYNAMIC."""
+        vaddr = self.dynamic_vaddr(DT_SYMTAB)
+        n = self._n_dynamic_symbols() if vaddr else 0
+        return SymbolTable(self.read_vaddr(vaddr, n * SYMBOL_SIZE),
+                           self.dynamic_table(DT_STRTAB, DT_STRSZ))
+
+    def _n_dynamic_symbols(self):
+        """How many: PT_DYNAMIC does not say, the hash tables imply it."""
+        for section in self.sections:
+            if (section.type == SHT_DYNSYM
+                    and section.vaddr == self.dynamic_vaddr(DT_SYMTAB)):
+                return min(section.size // SYMBOL_SIZE, MAX_SYMBOLS)
+        vaddr = self.dynamic_vaddr(DT_HASH)
+        head = self.read_vaddr(vaddr, 8) if vaddr else b""
+        if len(head) == 8:              # nbucket, nchain
+            return min(struct.unpack("<II", head)[1], MAX_SYMBOLS)
+        vaddr = self.dynamic_vaddr(DT_GNU_HASH)
+        return self._n_gnu_hash(vaddr) if vaddr else 0
+
+    def _n_gnu_hash(self, vaddr):
+        """Symbols that a DT_GNU_HASH covers: the end of its last chain."""
+        head = self.read_vaddr(vaddr, 16)
+        if len(head) < 16:
+            return 0
+        n_buckets, first, n_bloom, _ = struct.unpack("<IIII", head)
+        buckets_vaddr = vaddr + 16 + 8 * n_bloom
+        buckets = self.read_vaddr(buckets_vaddr,
+                                  4 * min(n_buckets, MAX_SYMBOLS))
+        last = max(_column(buckets, "I", 0, 1), default=0)
+        if last < first:
+            return min(first, MAX_SYMBOLS)
+        chains = self.read_vaddr(
+            buckets_vaddr + 4 * n_buckets + 4 * (last - first),
+            4 * MAX_SYMBOLS)
+        for n, word in enumerate(_column(chains, "I", 0, 1)):
+            if word & 1:                # the lowest bit ends a chain
+                return min(last + n + 1, MAX_SYMBOLS)
+        return 0
+
+    @_Lazy
+    def symtabs(self):
+        """The SymbolTables of .symtab sections."""
+        tables = []
+        for section in self.sections:
+            if section.type == SHT_SYMTAB and section.link < len(
+                    self.sections):
+                strings = self.sections[section.link]
+                tables.append(SymbolTable(self.section_bytes(section),
+                                          self.section_bytes(strings)))
+        return tables[:4]
+
+    @_Lazy
+    def relocations(self):
+        """[(offsets, infos, addends)]: columns of each RELA table."""
+        tables = [self.dynamic_table(DT_RELA, DT_RELASZ),
+                  self.dynamic_table(DT_JMPREL, DT_PLTRELSZ)]
+        if not self.dynamic:            # static: only IRELATIVE ones are left
+            tables = [self.section_bytes(section)
+                      for section in self.sections[:64]
+                      if section.type == SHT_RELA
+                      and section.flags & SHF_ALLOC]
+        return [tuple(_column(table, "Q", field, 3) for field in range(3))
+                for table in tables]
+
+
+def _column(data, form, field, stride):
+    """Every stride-th word of a table, from the field-th, as a sequence."""
+    size = struct.calcsize(form) * stride
+    if len(data) < size:
+        return ()                       # Python 3.6 casts no empty view
+    view = memoryview(data)[:len(data) // size * size].cast(form)
+    return view[field::stride]
+
+
+def _c_string(data, offset):
+    """The bytes up to the next NUL, at most MAX_NAME."""
+    end = data.find(b"\0", offset, offset + MAX_NAME)
+    return data[offset:end if end >= 0 else offset + MAX_NAME]
+
+
+def _decode(name):
+    return name.decode("utf-8", "backslashreplace")
+
+
+def _find_build_id(notes):
+    """The build-id among ELF notes, as hex. Source: elf(5), "Notes"."""
+    at = 0
+    while at + 12 <= len(notes):
+        name_size, size, kind = struct.unpack_from("<III", notes, at)
+        start = at + 12 + (name_size + 3 & ~3)
+        if (kind == NT_GNU_BUILD_ID and notes[at + 12:at + 16] == b"GNU\0"
+                and 2 <= size <= 64 and start + size <= len(notes)):
+            return notes[start:start + size].hex()
+        at = start + (size + 3 & ~3)
+    return ""
+
+
+class SymbolTable:
+    """A .symtab or .dynsym as columns; names are cut out when needed."""
+
+    def __init__(self, data, strings):
+        data = data[:MAX_SYMBOLS * SYMBOL_SIZE]
+        self.strings = strings + b"\0"
+        self.name_offsets = _column(data, "I", 0, 6)
+        self.infos = _column(data, "I", 1, 6)    # type, binding, shndx << 16
+        self.values = _column(data, "Q", 1, 3)
+        self.sizes = _column(data, "Q", 2, 3)
+
+    def name(self, index):
+        """The name as bytes, without a version (`malloc@@GLIBC_2.2.5`)."""
+        return _c_string(self.strings,
+                         self.name_offsets[index]).partition(b"@")[0]
+
+    def type(self, index):
+        return self.infos[index] & 0xf
+
+    def is_local(self, index):
+        return self.infos[index] >> 4 & 0xf == STB_LOCAL
+
+    def in_code(self, ranges):
+        """Indices of what is defined in or between the ranges, by value."""
+        if not ranges:
+            return []
+        low, high = ranges[0][0], ranges[-1][1]
+        kinds = (STT_NOTYPE, STT_OBJECT, STT_FUNC, STT_GNU_IFUNC)
+        found = [index for index, (info, value)
+                 in enumerate(zip(self.infos, self.values))
+                 if low <= value < high and info & 0xf in kinds
+                 and 0 < info >> 16 < 0xff00]        # SHN_LORESERVE
+        found.sort(key=self.values.__getitem__)
+        return found
+
+    def named(self, name):
+        """Indices of the symbols of that name, whatever their version.
+
+        A linker lets a name be the tail of another, so each place where
+        the text ends a string is a place that st_name may point to.
+        """
+        places = re.finditer(re.escape(name) + b"(?=[\0@])", self.strings)
+        wanted = {match.start() for match, _ in zip(places,
+                                                    range(MAX_SYMBOLS))}
+        if not wanted:
+            return []
+        return [index for index, offset in enumerate(self.name_offsets)
+                if offset in wanted]
+
+
+def _range_at(ranges, vaddr):
+    """The (low, high) of sorted ranges that holds vaddr, or None."""
+    index = bisect.bisect_right(ranges, (vaddr, VADDR_END)) - 1
+    if index >= 0 and ranges[index][0] <= vaddr < ranges[index][1]:
+        return ranges[index]
+    return None
+
+
+class Fde(NamedTuple):
+    """What .eh_frame says of a function, or of a part of one."""
+    vaddr: int
+    size: int
+    lsda: int               # vaddr of its exception table, 0 if none
+
+
+class Unwind:
+    """.eh_frame, found through the table of .eh_frame_hdr if there is one.
+
+    Source: LSB 5.0, 10.6 "Exception Frames".
+    """
+
+    def __init__(self, elf):
+        self.elf, self._cies = elf, {}
+
+    @_Lazy
+    def _index(self):
+        """(starts, vaddrs of their FDEs), sorted by start."""
+        pairs = []
+        try:
+            pairs = self._header_table() or self._walk()
+        except _Truncated:
+            self.elf.note("%s: .eh_frame_hdr is cut short" % self.elf.name)
+        pairs.sort()
+        return [start for start, _ in pairs], [fde for _, fde in pairs]
+
+    @property
+    def starts(self):
+        return self._index[0]
+
+    def _header_table(self):
+        """[(start, FDE)] of PT_GNU_EH_FRAME; [] without a usable one."""
+        for segment in self.elf.segments:
+            if segment.type == PT_GNU_EH_FRAME:
+                data = self.elf.image.read(segment.offset,
+                                           min(segment.size, MAX_TABLE))
+                cursor = Cursor(data, segment.vaddr)
+                version, frame, count, table = (cursor.number(1)
+                                                for _ in range(4))
+                if version != 1 or table != 0x3b:    # datarel | sdata4
+                    return []
+                cursor.pointer(frame)
+                n = cursor.pointer(count)
+                rows = data[cursor.at:cursor.at + 8 * min(n, MAX_SYMBOLS)]
+                base = segment.vaddr
+                return [(base + start, base + fde) for start, fde in zip(
+                    _column(rows, "i", 0, 2), _column(rows, "i", 1, 2))]
+        return []
+
+    def _walk(self):
+        """[(start, FDE)] by reading .eh_frame from end to end."""
+        section = self.elf.section(b".eh_frame")
+        data = self.elf.section_bytes(section) if section else b""
+        at, pairs = 0, []
+        while at + 12 <= len(data) and len(pairs) < MAX_SYMBOLS:
+            size, cie = struct.unpack_from("<II", data, at)
+            if size == 0 or size == 0xffffffff:      # the end; 64-bit DWARF
+                break
+            fde = self._parse(section.vaddr + at) if cie else None
+            if fde:
+                pairs.append((fde.vaddr, section.vaddr + at))
+            at += 4 + size
+        return pairs
+
+    def _parse(self, vaddr):
+        """The Fde at a vaddr of .eh_frame, or None."""
+        cursor = Cursor(self.elf.read_vaddr(vaddr, 64), vaddr)
+        try:
+            size, cie_distance = cursor.number(4), cursor.number(4)
+            if size == 0xffffffff or cie_distance == 0:
+                return None
+            encoding, lsda_encoding, is_augmented = self._cie(
+                vaddr + 4 - cie_distance)
+            start = cursor.pointer(encoding)
+            size = cursor.pointer(encoding & 0x0f)
+            lsda = 0
+            if is_augmented and cursor.uleb() and lsda_encoding != 0xff:
+                lsda = cursor.pointer(lsda_encoding)
+        except _Truncated:
+            return None
+        if not size or start + size > VADDR_END:
+            return None
+        return Fde(start, size, lsda)
+
+    def _cie(self, vaddr):
+        """(pointer encoding, LSDA encoding or 0xff, has augmentation)."""
+        if vaddr not in self._cies:
+            if len(self._cies) > 10000:
+                self._cies.clear()
+            self._cies[vaddr] = self._parse_cie(vaddr)
+        return self._cies[vaddr]
+
+    def _parse_cie(self, vaddr):
+        data = self.elf.read_vaddr(vaddr, 128)
+        cursor = Cursor(data, vaddr)
+        _, identity, version = (cursor.number(4), cursor.number(4),
+                                cursor.number(1))
+        text = _c_string(data, cursor.at)
+        cursor.at += len(text) + 1
+        if identity != 0 or version not in (1, 3, 4):
+            raise _Truncated()
+        if version == 4:
+            cursor.number(2)            # sizes of addresses and segments
+        cursor.uleb()                   # code alignment
+        cursor.uleb(signed=True)        # data alignment
+        if version == 1:
+            cursor.number(1)            # the return address's column
+        else:
+            cursor.uleb()
+        encoding, lsda = 0, 0xff
+        if not text.startswith(b"z"):
+            return encoding, lsda, False
+        cursor.uleb()
+        for letter in text[1:].decode("latin-1"):
+            if letter == "R":
+                encoding = cursor.number(1)
+            elif letter == "L":
+                lsda = cursor.number(1)
+            elif letter == "P":
+                cursor.pointer(cursor.number(1))
+            elif letter not in "SBG":
+                raise _Truncated()
+        return encoding, lsda, True
+
+    def at(self, vaddr):
+        """The Fde whose range holds vaddr, or None."""
+        starts, fdes = self._index
+        index = bisect.bisect_right(starts, vaddr) - 1
+        fde = self._parse(fdes[index]) if index >= 0 else None
+        if fde and fde.vaddr <= vaddr < fde.vaddr + fde.size:
+            return fde
+        return None
+
+    def within(self, low, high):
+        """The Fdes that overlap [low, high)."""
+        starts, fdes = self._index
+        first = max(0, bisect.bisect_right(starts, low) - 1)
+        last = bisect.bisect_left(starts, high)
+        found = [self._parse(fde) for fde in fdes[first:last]]
+        return [fde for fde in found
+                if fde and fde.vaddr < high and low < fde.vaddr + fde.size]
+
+    def landing_pads(self, fde):
+        """Where exceptions may land, from the call-site table of its LSDA.
+
+        Source: gcc, libsupc++/eh_personality.cc, parse_lsda_header.
+        """
+        pads = set()
+        cursor = Cursor(self.elf.read_vaddr(fde.lsda, 64), fde.lsda)
+        try:
+            base, encoding = fde.vaddr, cursor.number(1)
+            if encoding != 0xff:
+                base = cursor.pointer(encoding, function=fde.vaddr)
+            if cursor.number(1) != 0xff:
+                cursor.uleb()           # where the type table ends
+            encoding, size = cursor.number(1), cursor.uleb()
+            end = cursor.at + size
+            cursor.data = self.elf.read_vaddr(fde.lsda, min(end, 1 << 20))
+            while cursor.at < end:
+                cursor.pointer(encoding)
+                cursor.pointer(encoding)
+                pad = cursor.pointer(encoding)
+                cursor.uleb()           # action
+                if pad:
+                    pads.add(base + pad)
+        except _Truncated:
+            self.elf.note("%s: the exception table of 0x%x is cut short"
+                          % (self.elf.name, fde.vaddr))
+        return pads
+
+
+class Functions:
+    """What of a file is a function, and where each begins and ends.
+
+    Symbols of all tables, and FDEs where no symbol is. vaddrs: the file's.
+    """
+
+    def __init__(self, elf, tables):
+        self.elf, self.unwind = elf, Unwind(elf)
+        self.ranges = elf.code_ranges
+        self.columns = []               # (table, indices, values), by value
+        for table in tables:
+            order = table.in_code(self.ranges)
+            self.columns.append(
+                (table, order, [table.values[index] for index in order]))
+
+    def is_function(self, table, index):
+        """Is it a function? Of untyped symbols those with their own FDE."""
+        kind = table.infos[index] & 0xf
+        if kind != STT_NOTYPE:
+            return kind in (STT_FUNC, STT_GNU_IFUNC)
+        starts, value = self.unwind.starts, table.values[index]
+        at = bisect.bisect_left(starts, value)
+        return (at < len(starts) and starts[at] == value
+                and table.name(index) != b"")
+
+    def aliases(self, start):
+        """[(table, index)] of the functions that begin at a vaddr."""
+        return [(table, order[at]) for table, order, values in self.columns
+                for at in range(bisect.bisect_left(values, start),
+                                bisect.bisect_right(values, start))
+                if self.is_function(table, order[at])]
+
+    def size(self, start):
+        """Bytes of the function at start: by symbol, FDE, or next mark."""
+        room = self.next_mark(start + 1) - start
+        sizes = [table.sizes[index] for table, index in self.aliases(start)]
+        code = _range_at(self.ranges, start)
+        if not code:
+            return 0
+        if any(sizes):
+            return min(max(sizes), code[1] - start)
+        fde = self.unwind.at(start)
+        if fde:
+            return min(fde.vaddr + fde.size, code[1]) - start
+        return room
+
+    def next_mark(self, vaddr):
+        """Where the next symbol, FDE, or end of code is, at or behind vaddr."""
+        code = _range_at(self.ranges, vaddr)
+        marks = [code[1] if code else vaddr]
+        for values in [c[2] for c in self.columns] + [self.unwind.starts]:
+            at = bisect.bisect_left(values, vaddr)
+            marks += values[at:at + 1]
+        return min(marks)
+
+    def start_of(self, vaddr):
+        """Where the function that holds vaddr begins, or None.
+
+        The innermost symbol wins. Symbols may nest (assembly), so a few
+        before the last are tried as well.
+        """
+        for depth in (1, 32):
+            starts = set()
+            for table, order, values in self.columns:
+                at = bisect.bisect_right(values, vaddr)
+                starts.update(table.values[index]
+                              for index in order[max(0, at - depth):at]
+                              if self.is_function(table, index))
+            for start in sorted(starts, reverse=True):
+                if vaddr < start + self.size(start):
+                    return start
+        fde = self.unwind.at(vaddr)
+        if fde and _range_at(self.ranges, fde.vaddr):
+            return fde.vaddr
+        return None
+
+    def named(self, name):
+        """Starts of the functions of exactly that name (bytes)."""
+        return {table.values[index] for table, order, _ in self.columns
+                for index in table.named(name)
+                if _range_at(self.ranges, table.values[index])
+                and table.infos[index] >> 16
+                and self.is_function(table, index)}
+
+    def matching(self, is_match):
+        """Starts of the functions one of whose names is_match(bytes)."""
+        starts = set()
+        for table, order, _ in self.columns:
+            name, infos, values = table.name, table.infos, table.values
+            for index in order:
+                if (infos[index] & 0xf != STT_OBJECT
+                        and is_match(name(index))
+                        and self.is_function(table, index)
+                        and _range_at(self.ranges, values[index])):
+                    starts.add(values[index])
+        return starts
+
+    def nameless(self):
+        """Starts of FDEs that no function symbol covers, and no PLT."""
+        plt = [(s.vaddr, s.vaddr + s.size) for s in self.elf.sections
+               if s.name.startswith(b".plt")]
+        return [start for start in self.unwind.starts
+                if _range_at(self.ranges, start)
+                and not any(low <= start < high for low, high in plt)
+                and self.start_of(start) == start
+                and not self.aliases(start)]
+
+    def entries(self, low, high):
+        """Symbols and landing pads in [low, high)."""
+        entries = {values[at] for _, _, values in self.columns
+                   for at in range(bisect.bisect_left(values, low),
+                                   bisect.bisect_left(values, high))}
+        for fde in self.unwind.within(low, high):
+            entries.add(fde.vaddr)
+            if fde.lsda:
+                entries |= self.unwind.landing_pads(fde)
+        return {entry for entry in entries if low <= entry < high}
+
+
+def code_pointers(elf):
+    """The vaddrs of code that relocations and, without them, words name.
+
+    What may be jumped to from data. In a file that is not relocated each
+    aligned word is taken that could be one. Sorted.
+    """
+    low, high = elf.code_loads[0][0], elf.code_loads[-1][1]
+    found = {elf.entry, elf.dynamic_vaddr(DT_INIT),
+             elf.dynamic_vaddr(DT_FINI)}
+    for _, infos, addends in elf.relocations:
+        found.update(addend for info, addend in zip(infos, addends)
+                     if low <= addend < high
+                     and info in (R_X86_64_RELATIVE, R_X86_64_IRELATIVE))
+        symbols = elf.dynsym.values
+        found.update(symbols[info >> 32] + addend & (1 << 64) - 1
+                     for info, addend in zip(infos, addends)
+                     if info & 0xffffffff == R_X86_64_64
+                     and info >> 32 < len(symbols))
+    found.update(_relr_words(elf))
+    if elf.type == ET_EXEC:
+        for load in elf.loads:
+            words = _column(elf.read_vaddr(load.vaddr, load.size), "Q", 0, 1)
+            found.update(word for word in words if low <= word < high)
+    return sorted(vaddr for vaddr in found if low <= vaddr < high)
+
+
+def _relr_words(elf):
+    """The words that DT_RELR relocates, as vaddrs of the file.
+
+    An even entry is an address, an odd one a bitmap of the next 63 words.
+    Source: gABI, "Relative Relocation Table".
+    """
+    entries = _column(elf.dynamic_table(DT_RELR, DT_RELRSZ), "Q", 0, 1)
+    bias = getattr(elf.image, "bias", 0)
+    words, where = [], 0
+    for entry in entries:
+        if entry & 1 == 0:
+            data, places = elf.read_vaddr(entry, 8), [0]
+            where = entry + 8
+        else:
+            data = elf.read_vaddr(where, 63 * 8)
+            places = [bit for bit in range(63) if entry >> bit + 1 & 1]
+            where += 63 * 8
+        column = _column(data, "Q", 0, 1)
+        words += [column[place] for place in places if place < len(column)]
+    return [word - bias if word >= bias else word for word in words]
+
+
+BUILTIN_TYPES = {        # Itanium C++ ABI, 5.1.5.2
+    "v": "void", "w": "wchar_t", "b": "bool", "c": "char",
+    "a": "signed char", "h": "unsigned char", "s": "short",
+    "t": "unsigned short", "i": "int", "j": "unsigned int", "l": "long",
+    "m": "unsigned long", "x": "long long", "y": "unsigned long long",
+    "n": "__int128", "o": "unsigned __int128", "f": "float", "d": "double",
+    "e": "long double", "g": "__float128", "z": "...",
+    "Dn": "decltype(nullptr)", "Di": "char32_t", "Ds": "char16_t",
+    "Du": "char8_t", "Da": "auto", "Dc": "decltype(auto)"}
+OPERATORS = {            # 5.1.3.1
+    "nw": " new", "na": " new[]", "dl": " delete", "da": " delete[]",
+    "aw": " co_await", "ps": "+", "ng": "-", "ad": "&", "de": "*",
+    "co": "~", "pl": "+", "mi": "-", "ml": "*", "dv": "/", "rm": "%",
+    "an": "&", "or": "|", "eo": "^", "aS": "=", "pL": "+=", "mI": "-=",
+    "mL": "*=", "dV": "/=", "rM": "%=", "aN": "&=", "oR": "|=",
+    "eO": "^=", "ls": "<<", "rs": ">>", "lS": "<<=", "rS": ">>=",
+    "eq": "==", "ne": "!=", "lt": "<", "gt": ">", "le": "<=", "ge": ">=",
+    "ss": "<=>", "nt": "!", "aa": "&&", "oo": "||", "pp": "++",
+    "mm": "--", "cm": ",", "pm": "->*", "pt": "->", "cl": "()",
+    "ix": "[]", "qu": "?"}
+ABBREVIATIONS = {        # 5.1.10
+    "t": "std", "a": "std::allocator", "b": "std::basic_string",
+    "s": "std::string", "i": "std::istream", "o": "std::ostream",
+    "d": "std::iostream"}
+LITERAL_SUFFIXES = {"int": "", "unsigned int": "u", "long": "l",
+                    "unsigned long": "ul", "long long": "ll",
+                    "unsigned long long": "ull"}
+
+
+class _Unsure(Exception):
+    """A mangled name with something that the demangler does not know."""
+
+
+class _Demangler:
+    """Recursive descent over an Itanium mangled name, as 5.1 writes it.
+
+    Types are text; a NUL in one marks where a declarator goes, so that a
+    pointer to `int (\\0)(char)` is `int (*\\0)(char)`. A name is hostile:
+    steps and the length of any text are bounded, else _Unsure.
+    """
+
+    def __init__(self, text):
+        self.text, self.at, self.n_steps = text, 2, 0
+        self.subs, self.args = [], []
+
+    def eat(self, prefix):
+        found = self.text.startswith(prefix, self.at)
+        self.at += len(prefix) * found
+        return found
+
+    def peek(self, size=1):
+        return self.text[self.at:self.at + size]
+
+    def match(self, pattern):
+        """Eat what a regular expression matches. Raises _Unsure."""
+        match = re.compile(pattern).match(self.text, self.at)
+        if not match:
+            raise _Unsure()
+        self.at = match.end()
+        return match.group(1)
+
+    def add(self, text):
+        """Make text a candidate for substitution; return it."""
+        self.n_steps += 1
+        if self.n_steps > 2000 or len(text) > MAX_NAME:
+            raise _Unsure()
+        self.subs.append(text)
+        return text
+
+    def encoding(self):
+        """A function. -> (name, name with parameters)."""
+        name, qualifiers, has_return = self.name(False)
+        if self.peek() in ("", "E", "."):
+            return name, name
+        if has_return:
+            self.type()
+        types = []
+        while self.peek() not in ("", "E", "."):
+            types.append(_plain(self.type()))
+        types = [] if types == ["void"] else types
+        return name, "%s(%s)%s" % (name, ", ".join(types), qualifiers)
+
+    def name(self, is_type):
+        """-> (name, " const" and the like, is a return type encoded)."""
+        if self.eat("Z"):
+            return self.local_name(), "", False
+        if self.peek() == "N":
+            return self.nested_name(is_type)
+        if self.peek() == "S" and self.peek(2) != "St":
+            name = self.substitution()
+        else:
+            prefix = "std::" if self.eat("St") else ""
+            name = prefix + self.unqualified(prefix)
+            if self.peek() == "I":
+                self.add(name)
+        is_template = self.peek() == "I"
+        if is_template:
+            name += self.template_args(is_type)
+        return name, "", is_template
+
+    def local_name(self):
+        outer = self.encoding()[1]
+        if not self.eat("E"):
+            raise _Unsure()
+        if self.eat("s"):
+            inner = "string literal"
+        else:
+            if self.eat("d"):
+                self.match(r"(\d*)_")
+            inner = self.name(True)[0]
+            self.match(r"(?:_\d|__\d+_)?()")
+        return outer + "::" + inner
+
+    def nested_name(self, is_type):
+        self.at += 1
+        letters = self.match("([rVK]*[RO]?)")
+        words = {"r": " restrict", "V": " volatile", "K": " const",
+                 "R": " &", "O": " &&"}
+        name, added, last = "", False, ""
+        while not self.eat("E"):
+            last, added = self.peek(), True
+            if self.eat("St"):
+                name, added = "std", False
+            elif last == "S":
+                name, added = self.substitution(), False
+            elif last == "T":
+                name = self.template_param()
+            elif last == "I":
+                name += self.template_args(is_type)
+            elif not self.eat("M"):
+                part = self.unqualified(name)
+                name = name + "::" + part if name else part
+                if part.startswith("operator ") and "[" not in part:
+                    last = part
+            if added:
+                self.add(name)
+            self.n_steps += 1
+        if added:
+            self.subs.pop()
+        is_special = re.search(r"(?:^|::)~?([^:<>]+)(?:<.*>)?::~?\1$", name)
+        return (name, "".join(words[letter] for letter in letters[::-1]),
+                last == "I" and not is_special)
+
+    def unqualified(self, scope):
+        """A source name, operator, constructor, lambda; its ABI tags."""
+        self.eat("L")                   # internal linkage
+        two = self.peek(2)
+        if two[:1].isdigit():
+            name = self.source_name()
+        elif re.match("C[1-5]|D[0-5]", two):
+            self.at += 2
+            name = "~" * (two[0] == "D") + _class_name(scope)
+        elif two in OPERATORS:
+            self.at += 2
+            name = "operator" + OPERATORS[two]
+        elif self.eat("cv"):
+            name = "operator " + _plain(self.type())
+        elif self.eat("li"):
+            name = 'operator"" ' + self.source_name()
+        elif self.eat("Ul"):
+            types = []
+            while not self.eat("E"):
+                types.append(_plain(self.type()))
+            types = [] if types == ["void"] else types
+            name = "{lambda(%s)#%d}" % (", ".join(types), self.ordinal())
+        elif self.eat("Ut"):
+            name = "{unnamed type#%d}" % self.ordinal()
+        else:
+            raise _Unsure()
+        while self.eat("B"):
+            name += "[abi:%s]" % self.source_name()
+        return name
+
+    def ordinal(self):
+        digits = self.match(r"(\d{0,6})_")
+        return int(digits) + 2 if digits else 1
+
+    def source_name(self):
+        size = int(self.match(r"(\d{1,4})"))
+        name = self.peek(size)
+        if len(name) < size or size == 0:
+            raise _Unsure()
+        self.at += size
+        if name.startswith("_GLOBAL__N"):
+            return "(anonymous namespace)"
+        return name
+
+    def substitution(self):
+        letter = self.match("S([abiosdt]|[0-9A-Z]{0,4}_)")
+        if letter in ABBREVIATIONS:
+            return ABBREVIATIONS[letter]
+        index = int(letter[:-1], 36) + 1 if letter != "_" else 0
+        if index >= len(self.subs):
+            raise _Unsure()
+        return self.subs[index]
+
+    def template_param(self):
+        digits = self.match(r"T(\d{0,4})_")
+        index = int(digits) + 1 if digits else 0
+        if index >= len(self.args):
+            raise _Unsure()
+        return self.args[index]
+
+    def template_args(self, is_type):
+        self.at += 1
+        args = self.arguments()
+        if not is_type:
+            self.args = args
+        text = ", ".join(_plain(arg) for arg in args if arg)
+        return "<%s%s>" % (text, " " * text.endswith(">"))
+
+    def arguments(self):
+        """Template arguments up to an E; a pack is one of them."""
+        args = []
+        while not self.eat("E"):
+            if self.eat("L"):
+                args.append(self.literal())
+            elif self.eat("J"):
+                args.append(", ".join(_plain(a) for a in self.arguments()))
+            else:
+                args.append(self.type())
+        return args
+
+    def literal(self):
+        if self.eat("_Z"):
+            text = "&" * 0 + self.encoding()[1]
+            if not self.eat("E"):
+                raise _Unsure()
+            return text
+        kind = _plain(self.type())
+        value = self.match(r"(n?\d+)E").replace("n", "-")
+        if kind == "bool" and value in "01":
+            return "true" if value == "1" else "false"
+        if kind in LITERAL_SUFFIXES:
+            return value + LITERAL_SUFFIXES[kind]
+        return "(%s)%s" % (kind, value)
+
+    def type(self):
+        """A type; all but builtin ones become candidates."""
+        one, two = self.peek(), self.peek(2)
+        for code in (two, one):
+            if code in BUILTIN_TYPES:
+                self.at += len(code)
+                return BUILTIN_TYPES[code]
+        if one in "rVK" and one:
+            words = [{"r": " restrict", "V": " volatile", "K": " const"}[c]
+                     for c in self.match("([rVK]+)")]
+            return self.add(_declare_in(self.type(), "".join(words[::-1])))
+        if one in "PRO" and one:
+            self.at += 1
+            return self.add(_point(self.type(), {"P": "*", "R": "&",
+                                                 "O": "&&"}[one]))
+        if one == "T":
+            return self.template_use(self.add(self.template_param()))
+        if one == "S" and two != "St":
+            return self.template_use(self.substitution())
+        if self.eat("Dp"):
+            return self.add(self.type())
+        if one in ("F", "A", "M"):
+            return self.add(self.compound(one))
+        if one in ("N", "Z", "S") or one.isdigit():
+            return self.add(self.name(True)[0])
+        raise _Unsure()
+
+    def template_use(self, name):
+        """A candidate that may be a template, followed by arguments."""
+        if self.peek() != "I":
+            return name
+        return self.add(name + self.template_args(True))
+
+    def compound(self, letter):
+        """A function, an array, or a pointer to a member."""
+        self.at += 1
+        if letter == "A":
+            size = self.match(r"(\d*)_")
+            return _declare_in(self.type(), " (\0) [%s]" % size)
+        if letter == "M":
+            scope = self.type()
+            return _point(self.type(), " %s::*" % scope).replace("( ", "(")
+        self.eat("Y")
+        result, types = self.type(), []
+        while not self.eat("E"):
+            types.append(_plain(self.type()))
+        types = [] if types == ["void"] else types
+        return _declare_in(result, " (\0)(%s)" % ", ".join(types))
+
+
+def _plain(text):
+    """A type without the mark for its declarator."""
+    return text.replace("(\0) ", "").replace("(\0)", "").replace("\0", "")
+
+
+def _declare_in(text, declarator):
+    """Put a declarator where the mark is, or at the end."""
+    return (text.replace("\0", declarator.strip(" "), 1) if "\0" in text
+            else text + declarator)
+
+
+def _point(text, symbol):
+    """A pointer or reference to a type; references collapse."""
+    if symbol[0] == "&" and text[-1:] == "&":
+        return text[:-1] if symbol == "&" and text[-2:] == "&&" else text
+    if "\0" in text:
+        return text.replace("\0", symbol + "\0", 1)
+    return text + symbol
+
+
+def _class_name(scope):
+    """`B` of `a::B<int>`."""
+    depth, end = 0, len(scope)
+    if scope.endswith(">"):
+        for end in range(len(scope) - 1, 0, -1):
+            depth += {">": 1, "<": -1}.get(scope[end], 0)
+            if depth == 0:
+                break
+    name = scope[:end].rpartition("::")[2]
+    if not name:
+        raise _Unsure()
+    return name
+
+
+def demangle(name):
+    """(name, name with parameters) of a C++ function, or None if unsure.
+
+    name   text such as `_ZN1a1fEi`, which gives ("a::f", "a::f(int)")
+    """
+    if not name.startswith("_Z") or len(name) >= MAX_NAME:
+        return None
+    demangler = _Demangler(name)
+    try:
+        short, full = demangler.encoding()
+    except (_Unsure, RecursionError):
+        return None
+    rest = name[demangler.at:]
+    if rest and rest[0] != ".":
+        return None
+    return short + rest, full + rest
+
+
+def short_name(name):
+    """What people call a function: demangled, without parameters."""
+    found = demangle(name)
+    return found[0] if found else name
+
+
+# Words of demangled text that the mangled name abbreviates, so that it need
+# not contain them.
+_ABBREVIATED = re.compile(
+    "operator|std|basic_string|basic_[io]+stream|basic_iostream|allocator|"
+    "char_traits|anonymous|namespace|lambda|unnamed|type|const|volatile|"
+    "new|delete|clone|" + "|".join(sorted(
+        word for text in list(BUILTIN_TYPES.values())
+        + list(ABBREVIATIONS.values())
+        for word in re.findall(r"\w+", text))))
+
+
+def _squeeze(text):
+    return text.replace(" ", "")
+
+
+def demangled_match(text, columns):
+    """A predicate on names (bytes): is that its demangled form?
+
+    None if no name can be. The longest word of the text that a mangled
+    name spells out, with its length before it, sifts before the work.
+    """
+    if text.startswith("_Z"):
+        return None
+    words = [word for word in re.findall(r"[A-Za-z_]\w*", text)
+             if not _ABBREVIATED.fullmatch(word)]
+    mark = b"_Z"
+    if words:
+        word = max(words, key=len).encode("utf-8", "surrogateescape")
+        mark = b"%d%s" % (len(word), word)
+    if not any(mark in table.strings for table, _, _ in columns):
+        return None
+    wanted = _squeeze(text)
+
+    def is_match(name):
+        found = None
+        if name.startswith(b"_Z") and mark in name:
+            found = demangle(_decode(name))
+        return found is not None and wanted in (_squeeze(found[0]),
+                                                _squeeze(found[1]))
+    return is_match
+
+
+def name_matcher(pattern):
+    """A predicate on names (bytes) for a pattern with * and ?.
+
+    The `.cold` part of a function is no function: only a pattern that says
+    `.cold` means it.
+    """
+    regex, wants_cold = _glob(pattern), ".cold" in pattern
+    words = [word for word in re.findall(r"\w+", pattern)
+             if not any(word in text for text in
+                        _ABBREVIATED.pattern.split("|"))]
+    mark = max(words, key=len, default="").encode("utf-8", "surrogateescape")
+
+    def is_match(name):
+        if b".cold" in name and not wants_cold:
+            return False
+        text = _decode(name)
+        if regex.match(text):
+            return True
+        if not name.startswith(b"_Z") or mark not in name:
+            return False
+        return any(regex.match(form) for form in demangle(text) or ())
+    return is_match
+
+
+def _open_regular(fd):
+    """Open for reading what an O_PATH descriptor names. Raises OSError.
+
+    O_PATH never blocks and has no effect on a device or a FIFO; only a
+    regular file is opened for real.
+    """
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return os.open("/proc/self/fd/%d" % fd,
+                   os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def open_beneath(root, path):
+    """Open a regular file as a process whose root is root would find it.
+
+    Absolute links and `..` stay beneath root, even if someone moves things
+    meanwhile. -> descriptor. Raises OSError.
+    """
+    flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+    stack = [os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
+    todo, n_links = path.split("/")[::-1], 0
+    try:
+        while todo:
+            name = todo.pop()
+            if name == ".." and len(stack) > 1:
+                os.close(stack.pop())
+            if name in ("", ".", ".."):
+                continue
+            stack.append(os.open(name, flags, dir_fd=stack[-1]))
+            if stat.S_ISLNK(os.fstat(stack[-1]).st_mode):
+                n_links += 1
+                if n_links > MAX_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                link = os.readlink("", dir_fd=stack[-1])
+                os.close(stack.pop())
+                while link.startswith("/") and len(stack) > 1:
+                    os.close(stack.pop())
+                todo += link.split("/")[::-1]
+        return _open_regular(stack[-1])
+    finally:
+        for fd in stack:
+            os.close(fd)
+
+
+def _open_link(path):
+    """Open the regular file that a link of /proc names. Raises OSError."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return _open_regular(fd)
+    finally:
+        os.close(fd)
+
+
+def _file_elves(pid, maps):
+    """Try the ways to the file of some Mappings: (Elf, is surely that file).
+
+    The links of map_files lead to the very inode, deleted or not, but need
+    privilege; a path may by now lead to another file.
+    """
+    path = maps[0].path
+    bare = path[:-len(DELETED)] if path.endswith(DELETED) else path
+    ways = [(_open_link, "/proc/%d/map_files/%x-%x"
+             % (pid, maps[0].start, maps[0].end), None)]
+    ways += [(open_beneath, "/proc/%d/root" % pid, name)
+             for name in sorted({path, bare}, reverse=True)]
+    ways += [(_open_link, "/proc/%d/exe" % pid, None),
+             (open_beneath, "/", bare)]
+    major, _, minor = maps[0].device.partition(":")
+    identity = (int(major, 16), int(minor, 16), maps[0].inode)
+    for way, first, second in ways:
+        try:
+            fd = way(first) if second is None else way(first, second)
+        except (OSError, ValueError):   # ValueError: a NUL in a link
+            continue
+        image, info = FileImage(fd), os.fstat(fd)
+        is_same = "map_files" in first or identity == (
+            os.major(info.st_dev), os.minor(info.st_dev), info.st_ino)
+        try:
+            yield Elf(image, os.path.basename(bare)), is_same
+        except SymbolError:
+            continue
+
+
+def _is_mapped(elf, pid, maps, is_same):
+    """Is this file what these Mappings hold? Headers and build-id decide.
+
+    Overlay file systems report other device and inode numbers in maps than
+    fstat does, and a file may have been overwritten in place.
+    """
+    first = min(maps, key=lambda m: m.offset)
+    if first.offset:
+        return is_same
+    size = min(elf._phoff + 56 * len(elf.segments), PAGE)
+    memory = _peek(pid, first.start, size)
+    if not memory:
+        return is_same
+    if memory != elf.image.read(0, size):
+        return False
+    in_memory = elf.build_id_at(lambda segment: _peek(
+        pid, first.start + segment.offset, min(
+            segment.size, first.end - first.start - segment.offset)))
+    return not in_memory or in_memory == elf.build_id
+
+
+def _open_elf(pid, maps):
+    """(Elf, has a file) for the Mappings of one file; (None, False)."""
+    name = os.path.basename(maps[0].path)
+    try:
+        if maps[0].path == VDSO:
+            size = min(maps[0].end - maps[0].start, 1 << 20)
+            image = BytesImage(_peek(pid, maps[0].start, size))
+            return Elf(image, name), False
+        for elf, is_same in _file_elves(pid, maps):
+            if _is_mapped(elf, pid, maps, is_same):
+                return elf, True
+        return Elf(MemoryImage(pid, maps), name), False
+    except SymbolError:
+        return None, False
+
+
+PART_SUFFIX = (                 # what gcc and clang append to names
+    rb"(?:\.(?:cold|part|isra|constprop|lto_priv|llvm)(?:\.\d+)?)+")
+DELETED = " (deleted)"       # appended by d_path(), fs/d_path.c
+VDSO = "[vdso]"
+
+
+class Symbol(NamedTuple):
+    """A function: one address, all its names."""
+    vaddr: int              # in the process
+    size: int
+    name: str               # the most usual of its names, demangled
+    names: tuple            # all, as the symbol tables have them
+    module: "Module"
+    kind: str               # "func", "ifunc", "fde" (no symbol, name is 0x…)
+    ifunc_of: str           # the IFUNC that chose it in this process, or ""
+
+
+class Module:
+    """An ELF file as mapped in one process.
+
+    path, name      as the target sees it; name is the last part
+    bias            what was added to the file's vaddrs
+    low, high       the addresses that its segments take
+    text            [(vaddr, size, file offset)] of executable mappings
+    has_file        False: the file could not be opened; its bytes and its
+                    exported symbols are read from the process's memory
+    shared_text     an executable mapping is shared or of huge pages: a
+                    write there would reach the file or other processes
+    """
+
+    def __init__(self, pid, elf, bias, maps, has_file):
+        path = maps[0].path
+        self.pid, self.elf, self.bias, self.has_file = pid, elf, bias, has_file
+        self.deleted = path.endswith(DELETED)
+        self.path = _printable(path[:-len(DELETED)] if self.deleted else path)
+        self.name = os.path.basename(self.path)
+        self.is_exe = False
+        elf.image.bias = bias
+        spans = [(bias + s.vaddr, bias + s.vaddr + s.size) for s in elf.loads]
+        self.low = min(low for low, _ in spans)
+        self.high = max(high for _, high in spans)
+        self.text, self.shared_text = [], False
+        for m in maps:
+            self._add_text(m)
+
+    def _add_text(self, m):
+        """Add what a Mapping holds of the executable segments."""
+        for load in self.elf.loads:
+            if load.flags & PF_X and "x" in m.perms:
+                start = self.bias + load.vaddr
+                low = max(m.start, start)
+                high = min(m.end, start + load.size)
+                offset = low - start + load.offset
+                if low < high and m.start - m.offset == low - offset:
+                    self.text.append((low, high - low, offset))
+                    self.shared_text |= "s" in m.perms or _is_huge(m)
+
+    def __repr__(self):
+        return "<Module %s at 0x%x>" % (self.name, self.low)
+
+    @property
+    def soname(self):
+        return self.elf.soname
+
+    @property
+    def build_id(self):
+        return self.elf.build_id
+
+    @property
+    def notes(self):
+        """What had to be left out of this file's tables, and why."""
+        return list(self.elf.notes)
+
+    @_Lazy
+    def _functions(self):
+        tables = self.elf.symtabs or debug_tables(self.pid, self)
+        return Functions(self.elf, tables + [self.elf.dynsym])
+
+    @_Lazy
+    def _pointers(self):
+        return code_pointers(self.elf) if self.elf.code_loads else []
+
+    def functions(self):
+        """Each function once, also those that only .eh_frame knows."""
+        table = self._functions
+        for start in sorted(table.matching(lambda name: True)
+                            | set(table.nameless())):
+            yield self._symbol(start)
+
+    def _symbol(self, start):
+        """The Symbol of the function that begins at the file's vaddr."""
+        aliases = self._functions.aliases(start)
+        names, kind = {}, "func"
+        for table, index in aliases:
+            name = table.name(index)
+            rank = (table.is_local(index), len(name) - len(name.lstrip(b"_")),
+                    len(name), name)
+            names[name] = min(rank, names.get(name, rank))
+            if table.type(index) == STT_GNU_IFUNC:
+                kind = "ifunc"
+        order = sorted(names, key=names.get)
+        if not order:
+            kind, order = "fde", [b"0x%x" % start]
+        texts = tuple(_decode(name) for name in order)
+        return Symbol(start + self.bias, self._functions.size(start),
+                      short_name(texts[0]), texts, self, kind, "")
+
+    def named(self, text):
+        """The Symbols of exactly that name, mangled or not."""
+        table = self._functions
+        starts = table.named(text.encode("utf-8", "surrogateescape"))
+        match = demangled_match(text, table.columns)
+        if match:
+            starts |= table.matching(match)
+        return [self._symbol(start) for start in sorted(starts)]
+
+    def names(self):
+        """Every name of a function, with repetitions (bytes)."""
+        for table, order, _ in self._functions.columns:
+            for index in order:
+                if table.type(index) in (STT_FUNC, STT_GNU_IFUNC):
+                    yield table.name(index)
+
+    def parts(self, text):
+        """Names of parts that a compiler split from a function (bytes)."""
+        name = re.escape(text.encode("utf-8", "surrogateescape"))
+        regex = re.compile(b"(?<=\0)" + name + PART_SUFFIX + b"(?=\0)")
+        return sorted({match.group()
+                       for table, _, _ in self._functions.columns
+                       for match in regex.finditer(table.strings)})
+
+    def matching(self, pattern):
+        """The Symbols one of whose names a pattern with * and ? matches."""
+        table = self._functions
+        starts = table.matching(name_matcher(pattern))
+        regex = _glob(pattern)
+        starts.update(start for start in table.nameless()
+                      if regex.match("0x%x" % start))
+        return [self._symbol(start) for start in sorted(starts)]
+
+    def function_at(self, vaddr):
+        """The Symbol of the function that holds a vaddr, or None."""
+        start = self._functions.start_of(vaddr - self.bias)
+        return None if start is None else self._symbol(start)
+
+    def bounds(self, vaddr):
+        """(start, size, end of padding) of the function round a vaddr.
+
+        None if nothing tells. The padding ends where the next symbol, FDE
+        or section begins; whether it is padding, its bytes must show.
+        """
+        table = self._functions
+        start = table.start_of(vaddr - self.bias)
+        if start is None:
+            return None
+        size = table.size(start)
+        end = table.next_mark(start + max(size, 1))
+        return start + self.bias, size, end + self.bias
+
+    def fde(self, vaddr):
+        """The Fde that holds a vaddr, with vaddrs of the process, or None."""
+        fde = self._functions.unwind.at(vaddr - self.bias)
+        return fde and Fde(fde.vaddr + self.bias, fde.size,
+                           fde.lsda and fde.lsda + self.bias)
+
+    def has_lsda(self, vaddr):
+        """Does the function round a vaddr catch or clean up exceptions?"""
+        table = self._functions
+        start = table.start_of(vaddr - self.bias)
+        if start is None:
+            return False
+        return any(fde.lsda for fde in table.unwind.within(
+            start, start + table.size(start)))
+
+    def entries_in(self, low, high):
+        """Sorted vaddrs in [low, high) that control may come to from afar:
+        symbols, landing pads, and what relocations point to."""
+        low, high, pointers = low - self.bias, high - self.bias, self._pointers
+        entries = self._functions.entries(low, high)
+        entries.update(pointers[bisect.bisect_left(pointers, low):
+                                bisect.bisect_left(pointers, high)])
+        return [entry + self.bias for entry in sorted(entries)]
+
+    def read_file(self, vaddr, size):
+        """The file's bytes at a vaddr of the process; fewer at the end of
+        its segment. Without a file (has_file) it is memory that is read."""
+        return self.elf.read_vaddr(vaddr - self.bias, size)
+
+    def text_code(self):
+        """[(vaddr, bytes)] of the executable segments, from the file."""
+        return [(vaddr, self.elf.image.read(offset, size))
+                for vaddr, size, offset in self.text]
+
+
+def _printable(path):
+    return path.encode("utf-8", "surrogateescape").decode(
+        "utf-8", "backslashreplace")
+
+
+def _is_huge(m):
+    """Do huge pages hold this text, by the name or the file system?"""
+    if m.path.startswith("/anon_hugepage"):
+        return True
+    if (m.start | m.end | m.offset) % (1 << 21):
+        return False
+    try:
+        return os.statvfs(m.path).f_bsize == 1 << 21     # hugetlbfs
+    except OSError:
+        return False
+
+
+def modules(pid):
+    """The Modules of a process: the program first, then by address.
+
+    What is mapped executable but is no ELF file (a JIT's cache, ubp's own
+    arena) is left out. Raises SymbolError if there is nothing to read.
+    """
+    files = collections.OrderedDict()
+    for m in read_maps(pid):
+        if m.path.startswith("/") or m.path == VDSO:
+            files.setdefault((m.device, m.inode, m.path), []).append(m)
+    if not files:
+        raise SymbolError("read the modules of", "pid %d" % pid,
+                          "/proc/%d/maps shows none" % pid,
+                          "it ended, is a kernel thread, or needs sudo")
+    found = []
+    for maps in files.values():
+        if any("x" in m.perms for m in maps):
+            found += _modules_of(pid, maps)
+    phdr = _auxv(pid).get(AT_PHDR, 0)
+    for module in found:
+        module.is_exe = module.low <= phdr < module.high
+    return sorted(found, key=lambda m: (not m.is_exe, m.low))
+
+
+def _modules_of(pid, maps):
+    """The Modules of one file, which may be mapped more than once."""
+    elf, has_file = _open_elf(pid, maps)
+    if elf is None:
+        return []
+    biases = {m.start - m.offset - load.vaddr + load.offset
+              for m in maps if "x" in m.perms
+              for load in elf.loads if load.flags & PF_X
+              and load.offset & -PAGE <= m.offset < load.offset + load.size}
+    found = [Module(pid, elf, bias, maps, has_file) for bias in sorted(biases)
+             if bias >= 0 and bias % PAGE == 0]
+    return [module for module in found if module.text]
+
+
+def _auxv(pid):
+    """{type: value} of the auxiliary vector. Source: getauxval(3)."""
+    data = read_proc("/proc/%d/auxv" % pid)
+    return dict(struct.iter_unpack("<QQ", data[:len(data) // 16 * 16]))
+
+
+def debug_tables(pid, module):
+    """Symbol tables for a file that has no .symtab.
+
+    In gdb's order: a file named by build-id or by .gnu_debuglink, beneath
+    the target's root, then beneath ours; else MiniDebugInfo.
+    """
+    if not module.has_file:
+        return []
+    elf, folder = module.elf, os.path.dirname(module.path)
+    names = []
+    if elf.build_id:
+        names.append(("/usr/lib/debug/.build-id/%s/%s.debug"
+                      % (elf.build_id[:2], elf.build_id[2:]), None))
+    link, crc = _debuglink(elf)
+    if link:
+        names += [(folder + "/" + link, crc),
+                  (folder + "/.debug/" + link, crc),
+                  ("/usr/lib/debug" + folder + "/" + link, crc)]
+    for root in ("/proc/%d/root" % pid, "/"):
+        for name, crc in names:
+            debug = _open_debug(root, name)
+            if debug and _belongs(debug, elf, crc):
+                return debug.symtabs
+    data = _mini_debug(elf)
+    try:
+        return Elf(BytesImage(data), elf.name).symtabs if data else []
+    except SymbolError:
+        elf.note("%s: .gnu_debugdata is damaged" % elf.name)
+        return []
+
+
+def _open_debug(root, name):
+    try:
+        image = FileImage(open_beneath(root, name))
+        return Elf(image, os.path.basename(name))
+    except (OSError, ValueError, SymbolError):
+        return None
+
+
+def _belongs(debug, elf, crc):
+    """Is this the debug file of elf? By build-id, else by its CRC-32."""
+    if debug.build_id or elf.build_id:
+        return debug.build_id == elf.build_id
+    import binascii
+    size, at, value = debug.image.size, 0, 0
+    while at < size:
+        chunk = debug.image.read(at, 1 << 20)
+        if not chunk:
+            return False
+        value, at = binascii.crc32(chunk, value), at + len(chunk)
+    return value & 0xffffffff == crc
+
+
+def _debuglink(elf):
+    """(file name, CRC-32) of .gnu_debuglink, ("", None) without one."""
+    section = elf.section(b".gnu_debuglink")
+    data = elf.section_bytes(section) if section else b""
+    name = _c_string(data, 0)
+    at = len(name) + 4 & ~3             # a NUL, then padded to 4
+    if not name or b"/" in name or at + 4 > len(data):
+        return "", None
+    return os.fsdecode(name), struct.unpack_from("<I", data, at)[0]
+
+
+def _mini_debug(elf):
+    """The ELF file in .gnu_debugdata (xz), or b""."""
+    section = elf.section(b".gnu_debugdata")
+    if not section:
+        return b""
+    try:
+        import lzma
+    except ImportError:
+        elf.note("%s: its MiniDebugInfo needs Python's lzma module"
+                 % elf.name)
+        return b""
+    try:
+        unpack = lzma.LZMADecompressor(memlimit=MAX_TABLE)
+        return unpack.decompress(elf.section_bytes(section), MAX_TABLE >> 2)
+    except (lzma.LZMAError, EOFError, MemoryError):
+        elf.note("%s: .gnu_debugdata is damaged" % elf.name)
+        return b""
+
+
+class Site(NamedTuple):
+    """An instruction to be probed."""
+    vaddr: int
+    function: Optional[Symbol]      # None: no symbol or FDE covers it
+    offset: int                     # from the function's start
+    names: tuple                    # what it may be called, the usual first
+    module: Module
+
+
+class Spec(NamedTuple):
+    """A probe as the user wrote it, taken apart."""
+    text: str
+    module: str             # "" for every module
+    function: str           # "" if vaddr is given
+    offset: int             # bytes behind the function's start
+    is_return: bool
+    vaddr: Optional[int]    # nm's address in module, else of the process
+
+
+_NOT_BUILT = (              # (pattern, what it is)
+    (re.compile(r"usdt:"), "static probes (usdt:)"),
+    (re.compile(r"mem:"), "watching memory (mem:)"),
+    (re.compile(r".*%return$"), "probing returns (%return)"),
+    (re.compile(r".*[^:]:[0-9]+$"), "probing source lines (FILE:LINE)"))
+_ADDRESS = re.compile(r"0[xX][0-9a-fA-F]{1,16}$")
+_OFFSET = re.compile(r"(.+)\+(0[xX][0-9a-fA-F]{1,8}|[0-9]{1,9})$", re.S)
+_MODULE = re.compile(r"(?<!:):(?!:)")
+
+
+def _malformed(text, column, why):
+    return ProbeError("parse the probe", _quote(text),
+                      "column %d: %s" % (column + 1, why),
+                      "[MODULE:]FUNCTION[+OFFSET] or [MODULE:]0xADDRESS; "
+                      "* and ? match names")
+
+
+def _quote(text):
+    return '"%s"' % text if len(text) <= 200 else '"%s..."' % text[:200]
+
+
+def parse_probe(text):
+    """Take a probe apart, from both ends. -> Spec. Raises ProbeError.
+
+    The grammar is README's "Probes".
+    """
+    probe = text.strip()
+    if not probe:
+        raise _malformed(text, 0, "it is empty")
+    if len(probe) > MAX_NAME or "\0" in probe:
+        raise _malformed(text, 0, "it is too long, or has a NUL")
+    for pattern, what in _NOT_BUILT:
+        if pattern.match(probe):
+            raise ProbeError("use the probe", _quote(probe),
+                             "%s is planned but not built yet" % what,
+                             "probe a function's entry: [MODULE:]FUNCTION")
+    colon = _MODULE.search(probe)
+    module = probe[:colon.start()] if colon else ""
+    function = probe[colon.end():] if colon else probe
+    column = colon.end() if colon else 0
+    if colon and not module:
+        raise _malformed(probe, 0, "no module before the colon")
+    if not function:
+        raise _malformed(probe, column, "no function behind the colon")
+    if _ADDRESS.match(function):
+        return Spec(probe, module, "", 0, False, int(function, 16))
+    if function[0].isdigit():
+        raise _malformed(probe, column, "a number: an address begins with "
+                         "0x, and no function with a digit")
+    tail = _OFFSET.match(function)
+    if tail and _ADDRESS.match(tail.group(1)):
+        raise _malformed(probe, column + tail.end(1),
+                         "an address takes no offset")
+    if tail and not tail.group(1).endswith("operator"):
+        return Spec(probe, module, tail.group(1), int(tail.group(2), 0),
+                    False, None)
+    return Spec(probe, module, function, 0, False, None)
+
+
+def is_pattern(text):
+    return "*" in text or "?" in text
+
+
+def _glob(pattern):
+    """A compiled pattern with * and ?, in time linear in the name.
+
+    Each piece is found once, at its first place behind the one before: a
+    look-ahead never backtracks, so `a*a*a*b` cannot explode.
+    """
+    pieces = [re.escape(piece).replace(r"\?", ".")
+              for piece in re.sub(r"\*+", "*", pattern).split("*")]
+    if len(pieces) == 1:
+        return re.compile(pieces[0] + r"\Z", re.S)
+    middle = "".join("(?=(.*?%s))\\%d" % (piece, n)
+                     for n, piece in enumerate(pieces[1:-1], 1))
+    return re.compile("%s%s.*%s\\Z" % (pieces[0], middle, pieces[-1]), re.S)
+
+
+def is_module_named(module, text):
+    """Does the MODULE part of a probe mean this module?
+
+    A text with a / is a path. Else the file name and the SONAME count,
+    each also up to `.so`; `exe` is the program.
+    """
+    if text == "exe" and module.is_exe:
+        return True
+    if "/" in text:
+        return bool(_glob(text).match(module.path)) or _is_same_file(
+            module, text)
+    names = {module.name, module.soname, module.name.strip("[]")}
+    names |= {name.partition(".so")[0] for name in names}
+    names.discard("")
+    return text in names or any(_glob(text).match(name) for name in names)
+
+
+def _is_same_file(module, path):
+    """Does a path lead, in the target, to the file of a module?"""
+    if not module.has_file:
+        return False
+    try:
+        image = FileImage(open_beneath("/proc/%d/root" % module.pid, path))
+        return os.path.samestat(os.fstat(image.fd),
+                                os.fstat(module.elf.image.fd))
+    except (OSError, ValueError):
+        return False
+
+
+def find(modules, spec, read_memory=None, notes=None):
+    """The Sites that a Spec means, in the order of the modules.
+
+    read_memory   (vaddr, size) -> bytes of the process; by default its own
+    notes         a list that gets what the user should know besides
+    Raises SymbolError if nothing matches.
+    """
+    notes = [] if notes is None else notes
+    chosen = [module for module in modules
+              if not spec.module or is_module_named(module, spec.module)]
+    if not chosen:
+        raise SymbolError("find", _quote(spec.text), "no module %s is mapped"
+                          % _quote(spec.module), _closest(
+                              spec.module, (m.name for m in modules)))
+    if spec.vaddr is not None:
+        return [_address_site(chosen, spec)]
+    symbols = [symbol for module in chosen
+               for symbol in module.named(spec.function)]
+    if not symbols and is_pattern(spec.function):
+        symbols = [symbol for module in chosen
+                   for symbol in module.matching(spec.function)]
+    if not symbols:
+        raise _no_function(chosen, spec)
+    if not is_pattern(spec.function):
+        notes += _parts(symbols, spec)
+    read = read_memory or _memory_reader(chosen[0].pid)
+    sites, unresolved = {}, []
+    for symbol in symbols:
+        found = [symbol]
+        if symbol.kind == "ifunc":
+            found = _implementations(modules, symbol, read)
+            unresolved += [] if found else [symbol]
+        for function in found:
+            _add_site(sites, function, symbol, spec)
+    if unresolved:
+        text = _unresolved(unresolved)
+        if not sites:
+            raise SymbolError("find", _quote(spec.text), text, "it is "
+                              "resolved when it is first called")
+        notes.append(text)
+    return list(sites.values())
+
+
+def _memory_reader(pid):
+    return lambda vaddr, size: _peek(pid, vaddr, size)
+
+
+def _add_site(sites, function, symbol, spec):
+    """Add a Site to {vaddr: Site}; the same place keeps all its names."""
+    if spec.offset >= max(function.size, 1):
+        raise SymbolError("find", _quote(spec.text), "%s has only %d bytes"
+                          % (function.name, function.size))
+    vaddr = function.vaddr + spec.offset
+    names = (symbol.name,) + symbol.names
+    if symbol is not function:
+        names += (function.name,) + function.names
+    if spec.function in symbol.names:
+        names = (spec.function,) + names
+    if vaddr in sites:
+        names = sites[vaddr].names + names
+    names = tuple(collections.OrderedDict.fromkeys(names))
+    sites[vaddr] = Site(vaddr, function, spec.offset, names, function.module)
+
+
+def _address_site(chosen, spec):
+    """The Site of MODULE:0xA, or of 0xA in the process."""
+    if spec.module:
+        chosen = [module for module in chosen if module.text]
+        if len(chosen) > 1:
+            raise SymbolError("find", _quote(spec.text),
+                              "an address needs one module, and these match: "
+                              + ", ".join(m.name for m in chosen[:5]))
+        vaddr = chosen[0].bias + spec.vaddr
+    else:
+        vaddr = spec.vaddr
+    for module in chosen:
+        if any(low <= vaddr < low + size for low, size, _ in module.text):
+            function = module.function_at(vaddr)
+            offset = vaddr - function.vaddr if function else 0
+            text = function.name if function else ""
+            name = "%s+0x%x" % (text, offset) if offset else text
+            return Site(vaddr, function, offset,
+                        (name or "0x%x" % (vaddr - module.bias),), module)
+    raise SymbolError("find", _quote(spec.text),
+                      "no module has code at 0x%x" % vaddr,
+                      "MODULE:0xA takes the address that nm prints")
+
+
+def _parts(symbols, spec):
+    """Notes on what the compiler made of a function besides itself."""
+    notes = []
+    for module in collections.OrderedDict((s.module, 0) for s in symbols):
+        for name in module.parts(spec.function):
+            notes.append("%s:%s is a separate part, not probed by this name"
+                         % (module.name, _decode(name)))
+    return notes[:10]
+
+
+def _unresolved(symbols):
+    names = ", ".join(symbol.name for symbol in symbols[:5])
+    if len(symbols) > 5:
+        names += " and %d more" % (len(symbols) - 5)
+    return "%s: IFUNC not resolved yet in this process" % names
+
+
+def _implementations(modules, symbol, read):
+    """The Symbols that an IFUNC stands for in this process.
+
+    Whoever calls it keeps the choice in a slot: the defining module's are
+    IRELATIVE relocations that name the resolver, others name the symbol.
+    A slot that leads out of the defining module's code is not bound yet;
+    the vdso is where some of libc's lead.
+    """
+    owner = symbol.module
+    resolver = symbol.vaddr - owner.bias
+    slots = [owner.bias + offset
+             for offsets, infos, addends in owner.elf.relocations
+             for offset, info, addend in zip(offsets, infos, addends)
+             if info & 0xffffffff == R_X86_64_IRELATIVE
+             and addend == resolver]
+    targets = _slot_targets(modules, owner, slots, read)
+    if not targets:
+        names = {name.encode("utf-8", "backslashreplace")
+                 for name in symbol.names}
+        slots = [slot for module in modules
+                 for slot in _slots_naming(module, names)]
+        targets = _slot_targets(modules, owner, slots, read)
+    return [_implementation(module, vaddr, symbol)
+            for module, vaddr in targets]
+
+
+def _slots_naming(module, names):
+    """Vaddrs of a module's slots whose relocation names one of names."""
+    elf, table = module.elf, module.elf.dynsym
+    wanted = {index for name in names for index in table.named(name)}
+    kinds = (R_X86_64_64, R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT)
+    return [module.bias + offset for offsets, infos, _ in elf.relocations
+            for offset, info in zip(offsets, infos)
+            if wanted and info >> 32 in wanted and info & 0xffffffff in kinds]
+
+
+def _slot_targets(modules, owner, slots, read):
+    """Sorted [(module, vaddr)] that slots of memory lead to."""
+    targets = set()
+    for slot in slots[:10000]:
+        data = read(slot, 8)
+        vaddr = int.from_bytes(data, "little")
+        for module in modules:
+            if module is owner or module.name == VDSO:
+                targets.update((module, vaddr) for low, size, _ in module.text
+                               if low <= vaddr < low + size)
+    return sorted(targets, key=lambda target: target[1])
+
+
+def _implementation(module, vaddr, ifunc):
+    """The Symbol of what an IFUNC leads to."""
+    symbol = module.function_at(vaddr)
+    if symbol is None or symbol.vaddr != vaddr:
+        return Symbol(vaddr, 0, ifunc.name, ifunc.names, module, "func",
+                      ifunc.name)
+    if symbol.kind == "fde":
+        symbol = symbol._replace(name=ifunc.name, names=ifunc.names)
+    return symbol._replace(kind="func", ifunc_of=ifunc.name)
+
+
+def _no_function(chosen, spec):
+    """The SymbolError for a name that nothing has."""
+    where = ("module %s" % chosen[0].name if len(chosen) == 1
+             else "%d modules" % len(chosen))
+    if os.path.exists(spec.text):
+        return SymbolError("find", _quote(spec.text), "no function of that "
+                           "name, but a file here", "did the shell expand "
+                           "*? quote the probe: '*Command'")
+    names = (_decode(name) for module in chosen for name in module.names())
+    return SymbolError("find", _quote(spec.text),
+                       "no such function in " + where,
+                       _closest(spec.function, names))
+
+
+def _closest(wanted, names):
+    """A hint with the three names closest to what was wanted, or ""."""
+    import difflib
+    import heapq
+    letters = set(wanted.lower())
+
+    def distance(name):
+        return (len(letters.symmetric_difference(name.lower()))
+                + abs(len(name) - len(wanted)))
+    near = heapq.nsmallest(500, set(names), key=distance)
+    best = difflib.get_close_matches(wanted, near, 3, 0.5)
+    return "did you mean %s?" % ", ".join(best) if best else ""
+# ---- 4  Tracee ------------------------------------------------------------
+#
+# Stop every thread of an address space, look at it, change it, let go, and
+# leave no trace of having been there. The one idea: every state in which a
+# tracer may be killed is one that the kernel, alone, resumes correctly.
+# Invariant: whoever enters a pause leaves it, within a deadline, with every
+# thread released or, if it would not stop, watched until it does.
+#
+#     seize        attach to all threads; they keep running
+#     interrupt    stop them; new ones are looked for until there are none
+#     action       what the caller wants, all threads stopped
+#     release      busy threads first
+
+RUNNING, INTERRUPTED, STOPPED, FINISHING = "RISF"
+_ATTEMPT_S = 0.03           # to wait for stops, per attempt
+_ATTEMPT_PER_THREAD_S = 0.001
+_TRANSFER_WAIT_S = 0.1      # to wait for a transfer to end by itself
+_INJECTION_S = 2.0          # to wait for an injected syscall to return
+_STACK_LIMIT = 64 << 20     # bytes of one stack searched for signal frames
+_ALL_SIGNALS = b"\xff" * 8
+
+
+class Again(Exception):
+    """An action asks for its pause to be repeated a little later."""
+
+
+class Thread:
+    """What the tracer knows of one thread it has seized."""
+    __slots__ = ("tid", "tgid", "state", "regs", "group_stop", "in_rest",
+                 "polls")
+
+    def __init__(self, tid, tgid):
+        self.tid, self.tgid = tid, tgid
+        self.state = RUNNING
+        self.regs = b""
+        self.group_stop = False     # was stopped by a signal before us
+        self.in_rest = False        # FINISHING: inside the re-issued syscall
+        self.polls = 0
+
+
+class Tracer:
+    """ptrace of one address space. All methods run in one thread.
+
+    tgid   the process;  pause_us  of the longest pause so far
+    """
+
+    def __init__(self, tgid):
+        self.tgid = tgid
+        self.birth = start_time(tgid)
+        self.threads = {}           # tid -> Thread
+        self.siblings = ()          # other processes of the same mm
+        self.pause_us = 0.0
+        self.maps = []
+        self.seccomp = {}           # tid -> mode, as last prepared
+        self.held = False           # launched, and kept at its entry point
+        self._tasks = {}            # tgid -> HeldFile of its task folder
+        self._memory = None
+        self._status = ctypes.c_int()
+        self._regs = ctypes.create_string_buffer(ubp_x86.REGS_SIZE)
+        self._iov = Iovec(ctypes.addressof(self._regs), ubp_x86.REGS_SIZE)
+        self._loadavg = None
+        self._text = None           # (syscall gadget, restorers)
+        self.starts_raw_threads = False     # by clone itself, not pthreads
+
+    # -- looking ------------------------------------------------------------
+
+    def is_same_process(self):
+        """Is the pid still the process that was attached?"""
+        return self.birth != 0 and start_time(self.tgid) == self.birth
+
+    def read(self, vaddr, size):
+        """Memory of the target. Raises OSError."""
+        return read_memory(self.vm_tid(), vaddr, size)
+
+    def vm_tid(self):
+        """A tid whose memory can be reached: the leader may be a zombie."""
+        for tid, thread in self.threads.items():
+            if thread.state == STOPPED:
+                return tid
+        if read_proc("/proc/%d/maps" % self.tgid):
+            return self.tgid
+        for tid in thread_ids(self.tgid):
+            if read_proc("/proc/%d/maps" % tid):
+                return tid
+        return self.tgid
+
+    def get_regs(self, tid):
+        """PTRACE_GETREGSET, NT_PRSTATUS. -> regset"""
+        self._iov.iov_len = ubp_x86.REGS_SIZE
+        ptrace(PTRACE_GETREGSET, tid, NT_PRSTATUS,
+               ctypes.addressof(self._iov))
+        return self._regs.raw
+
+    def set_regs(self, tid, regs):
+        """PTRACE_SETREGSET, NT_PRSTATUS."""
+        self._regs.raw = regs
+        self._iov.iov_len = ubp_x86.REGS_SIZE
+        ptrace(PTRACE_SETREGSET, tid, NT_PRSTATUS,
+               ctypes.addressof(self._iov))
+
+    def find_gadgets(self):
+        """Where the target has `syscall; ret` and signal restorers.
+
+        -> (vaddr, [vaddr, ...]). No text is written: both are found in what
+        is mapped. Raises ProbeError where a program has neither.
+        """
+        if self._text is None:
+            gadget, restorers = 0, []
+            for mapping in self.maps:
+                if "x" in mapping.perms and mapping.start < 1 << 47:
+                    code = self._read_text(mapping)
+                    at = code.find(ubp_x86.SYSCALL_RET)
+                    if at >= 0 and not gadget:
+                        gadget = mapping.start + at
+                    for form in ubp_x86.RESTORERS:
+                        restorers += [mapping.start + found.start()
+                                      for found in re.finditer(
+                                          re.escape(form), code)]
+            self._text = gadget, restorers
+        return self._text
+
+    def _read_text(self, mapping):
+        if mapping.path.startswith("/memfd:ubp"):
+            return b""
+        try:
+            return self.read(mapping.start, mapping.end - mapping.start)
+        except OSError:
+            return b""              # [vsyscall], or unmapped meanwhile
+
+    # -- stopping -----------------------------------------------------------
+
+    def pause(self, action, timeout):
+        """Call action() with every thread stopped. -> what it returns
+
+        Repeats the attempt when threads do not stop in time, or the action
+        raises Again. Raises UbpTimeout, with all released; TraceeGone.
+        """
+        limit = time.monotonic() + timeout
+        wait = 0.001
+        while True:
+            try:
+                return self._one_pause(action, limit)
+            except Again as again:
+                if time.monotonic() + wait > limit:
+                    raise UbpTimeout(
+                        "stop", self.name(), str(again) or "busy",
+                        "try again; or look for a thread in state D or in "
+                        "vfork: ps -L -o tid,stat,wchan -p %d" % self.tgid)
+            time.sleep(wait)
+            wait = min(wait * 2, 0.05)
+
+    def name(self):
+        """pid 4242 (redis-server)"""
+        return "pid %d (%s)" % (self.tgid, comm(self.tgid))
+
+    def _one_pause(self, action, limit):
+        try:
+            self._prepare(limit)
+            before = _raise_priority()
+            time.sleep(0)           # a full share of the GIL lies ahead
+            begin = time.monotonic()
+            attempt = min(limit, begin + _ATTEMPT_S
+                          + _ATTEMPT_PER_THREAD_S * len(self.threads))
+            try:
+                self._interrupt_all(attempt)
+                return action()
+            finally:
+                self._release()
+                took = (time.monotonic() - begin) * 1e6
+                self.pause_us = max(self.pause_us, took)
+                _restore_priority(before)
+                log.debug("paused %s for %d us", self.tgid, took)
+        finally:
+            self._release()
+
+    def _prepare(self, limit):
+        """All that can be done while the target still runs."""
+        if not self.is_same_process():
+            raise TraceeGone("trace", "pid %d" % self.tgid,
+                             "the process has ended")
+        self.siblings = _same_mm_processes(self.tgid, self.vm_tid())
+        for tgid in (self.tgid,) + self.siblings:
+            if tgid not in self._tasks:
+                self._open_tasks(tgid)
+        if self._loadavg is None:
+            self._loadavg = HeldFile("/proc/loadavg")
+        self._last_pid = self._loadavg.read().split()[-1]
+        self._seize_new()
+        self.maps = read_maps(self.vm_tid())
+        self.find_gadgets()
+        self.seccomp = {tid: seccomp_mode(tid) for tid in self.threads}
+        self._await_transfers(limit)
+
+    def _open_tasks(self, tgid):
+        try:
+            self._tasks[tgid] = HeldFile("/proc/%d/task" % tgid)
+        except OSError:
+            raise TraceeGone("trace", "pid %d" % tgid,
+                             "the process has ended")
+
+    def _seize_new(self):
+        """Seize every thread that is not seized yet. -> the new ones."""
+        new = []
+        for tgid in (self.tgid,) + self.siblings:
+            try:
+                tids = self._tasks[tgid].numbers()
+            except OSError:
+                tids = []
+            for tid in tids:
+                if tid not in self.threads and self._seize(tid, tgid):
+                    new.append(self.threads[tid])
+        if not self.threads:
+            raise TraceeGone("trace", "pid %d" % self.tgid,
+                             "the process has ended")
+        return new
+
+    def _seize(self, tid, tgid):
+        try:
+            ptrace(PTRACE_SEIZE, tid, 0, PTRACE_O_TRACESYSGOOD)
+        except OSError as error:
+            fields = read_stat(tid)
+            if error.errno == errno.ESRCH or fields[:1] in (
+                    [], ["Z"], ["X"]):
+                return False        # ended; a zombie leader has other threads
+            raise _refusal_to_attach(tid, "PTRACE_SEIZE", error)
+        self.threads[tid] = Thread(tid, tgid)
+        return True
+
+    def _await_transfers(self, limit):
+        """Wait until no thread is blocked in the middle of a transfer.
+
+        An interrupt would cut a large write or a MSG_WAITALL recv short.
+        Bounded: one that lasts is repaired after the stop.
+        """
+        limit = min(limit, time.monotonic() + _TRANSFER_WAIT_S)
+        while any(self._is_in_transfer(thread)
+                  for thread in list(self.threads.values())):
+            if time.monotonic() > limit:
+                return
+            time.sleep(0.001)
+
+    def _is_in_transfer(self, thread):
+        words = read_proc("/proc/%d/task/%d/syscall"
+                          % (thread.tgid, thread.tid)).split()
+        return (len(words) == 9 and thread.state == RUNNING
+                and ubp_x86.is_transfer(
+                    int(words[0]), [int(word, 16) for word in words[1:7]]))
+
+    def _interrupt_all(self, deadline):
+        """Stop every thread, until a pass finds no new one. Raises Again."""
+        fresh = list(self.threads.values())
+        while fresh:
+            for thread in fresh:
+                if thread.state in (RUNNING, FINISHING):
+                    self._interrupt(thread)
+            self._collect(deadline)
+            fresh = self._seize_new()
+            if not fresh and self._new_sibling():
+                raise Again("a process that shares its memory was created")
+
+    def _interrupt(self, thread):
+        try:
+            ptrace(PTRACE_INTERRUPT, thread.tid)
+        except OSError:
+            self.threads.pop(thread.tid, None)
+            return
+        if thread.state == RUNNING:
+            thread.state = INTERRUPTED
+        thread.polls = 0
+
+    def _new_sibling(self):
+        """Was a process created meanwhile that shares the address space?"""
+        last = self._loadavg.read().split()[-1]
+        if last == self._last_pid:
+            return False
+        self._last_pid = last
+        known = (self.tgid,) + self.siblings
+        return any(is_same_mm(self.tgid, pid) for pid in _process_ids()
+                   if pid not in known)
+
+    def _collect(self, deadline):
+        """Wait until each interrupted thread has stopped. Raises Again."""
+        waiting = [thread for thread in self.threads.values()
+                   if thread.state in (INTERRUPTED, FINISHING)]
+        rest = 5000
+        while True:
+            waiting = [thread for thread in waiting
+                       if not self._has_stopped(thread)]
+            if not waiting:
+                return
+            if time.monotonic() > deadline:
+                raise Again("thread %d does not stop (%s)" % (
+                    waiting[0].tid,
+                    read_proc("/proc/%d/wchan" % waiting[0].tid).decode(
+                        errors="replace") or "?"))
+            rest = nap_longer(rest)
+
+    def _has_stopped(self, thread):
+        """Look at one thread. -> True if it needs no more waiting"""
+        try:
+            status = wait_nohang(thread.tid, self._status)
+        except ChildProcessError:
+            self.threads.pop(thread.tid, None)
+            return True
+        if status is None:
+            thread.polls += 1
+            if thread.polls % 8:
+                return False
+            status = self._stop_seen_by_others(thread.tid)
+            if status is None:
+                return False
+        return self._take_status(thread, status)
+
+    def _stop_seen_by_others(self, tid):
+        """The stop that a waitpid(-1) of the host took from us, or None."""
+        info = ctypes.create_string_buffer(128)
+        try:
+            ptrace(PTRACE_GETSIGINFO, tid, 0, ctypes.addressof(info))
+        except OSError as error:
+            if error.errno == errno.EINVAL:     # group stop, ptrace(2)
+                return PTRACE_EVENT_STOP << 16 | signal.SIGSTOP << 8 | 0x7f
+            return None
+        signo, _, code = struct.unpack_from("<iii", info)
+        event = code >> 8 if code > 0 else 0
+        return event << 16 | (code & 0xff if event else signo) << 8 | 0x7f
+
+    def _take_status(self, thread, status):
+        if status & 0xff != 0x7f:               # exited or killed
+            self.threads.pop(thread.tid, None)
+            return True
+        event, signo = status >> 16, status >> 8 & 0xff
+        if thread.state == FINISHING:
+            return self._step_transfer(thread, event, signo)
+        if event != PTRACE_EVENT_STOP:
+            # A signal arrived first: the target gets it, and the interrupt
+            # is still to come.
+            self._resume(thread.tid, PTRACE_CONT, signo if not event else 0)
+            return False
+        thread.group_stop = signo != signal.SIGTRAP
+        try:
+            thread.regs = self._repaired(thread)
+        except OSError:
+            self.threads.pop(thread.tid, None)
+            return True
+        thread.state = STOPPED
+        return True
+
+    def _resume(self, tid, request, signo=0):
+        try:
+            ptrace(request, tid, 0, signo)
+        except OSError:
+            self.threads.pop(tid, None)
+
+    def _repaired(self, thread):
+        """The registers of a stopped thread, rid of what our stop did."""
+        regs = self.get_regs(thread.tid)
+        cured = ubp_x86.without_spurious_eintr(
+            regs, lambda vaddr, size: read_memory(thread.tid, vaddr, size))
+        if cured is not None:
+            self.set_regs(thread.tid, cured)
+        return cured or regs
+
+    # -- transfers that our stop cut short ----------------------------------
+
+    def _rest(self, thread):
+        try:
+            return ubp_x86.rest_of_transfer(
+                thread.regs,
+                lambda vaddr, size: read_memory(thread.tid, vaddr, size))
+        except OSError:
+            return None
+
+    def _step_transfer(self, thread, event, signo):
+        """A thread that re-issues the rest of its transfer has stopped."""
+        if event == PTRACE_EVENT_STOP or signo != SYSCALL_EVENT_SIGNAL:
+            self._resume(thread.tid, PTRACE_SYSCALL,
+                         0 if event else signo)
+            return False
+        if not thread.in_rest:
+            thread.in_rest = True
+            self._resume(thread.tid, PTRACE_SYSCALL)
+            return False
+        try:
+            after = self.get_regs(thread.tid)
+            thread.regs = ubp_x86.finished_transfer(thread.regs, after)
+            self.set_regs(thread.tid, thread.regs)
+        except OSError:
+            self.threads.pop(thread.tid, None)
+            return True
+        thread.state = STOPPED
+        return True
+
+    def finish_late(self):
+        """Let go of late threads and of transfers. -> are any left?
+
+        Called by the worker between operations, as long as it says so: a
+        thread that did not stop in time would otherwise stop later and stay.
+        """
+        for thread in list(self.threads.values()):
+            was = thread.state
+            if was in (INTERRUPTED, FINISHING) and self._has_stopped(thread):
+                if thread.tid in self.threads:
+                    done = was == FINISHING and ubp_x86.syscall_result(
+                        self.get_regs(thread.tid)) <= 0
+                    self._let_go(thread, is_complete=done)
+        return any(thread.state in (INTERRUPTED, FINISHING)
+                   for thread in self.threads.values())
+
+    # -- releasing ----------------------------------------------------------
+
+    def _release(self):
+        """Detach from all that stopped. Busy threads go first."""
+        if self.held:
+            return
+        stopped = [thread for thread in self.threads.values()
+                   if thread.state in (STOPPED, RUNNING)]
+        for thread in [t for t in stopped if t.state == RUNNING]:
+            self._interrupt(thread)     # seized only: DETACH needs a stop
+        stopped = [t for t in stopped if t.state == STOPPED]
+        stopped.sort(key=_is_idle)
+        for thread in stopped:
+            self._let_go(thread)
+        self._close_memory()
+
+    def _let_go(self, thread, is_complete=False):
+        rest = None if is_complete else self._rest(thread)
+        if rest is not None:
+            try:
+                self.set_regs(thread.tid, rest)
+                ptrace(PTRACE_SYSCALL, thread.tid)
+            except OSError:
+                self.threads.pop(thread.tid, None)
+                return
+            thread.state, thread.in_rest = FINISHING, False
+            return
+        self.threads.pop(thread.tid, None)
+        try:
+            ptrace(PTRACE_DETACH, thread.tid)
+        except OSError:
+            log.debug("thread %d ended before its release", thread.tid)
+
+    def close(self):
+        """Close the files that are kept open between pauses."""
+        self._close_memory()
+        for held in self._tasks.values():
+            held.close()
+        self._tasks.clear()
+        if self._loadavg is not None:
+            self._loadavg.close()
+            self._loadavg = None
+
+    # -- writing, with all stopped ------------------------------------------
+
+    def write_text(self, vaddr, data):
+        """Write to memory whatever its protection; within one page.
+
+        /proc/PID/mem is opened after the stop: opened before, it would be
+        the memory of a program that exec has replaced. Where the kernel
+        forbids it (proc_mem.force_override), PTRACE_POKEDATA writes.
+        """
+        tid = self.vm_tid()
+        try:
+            if self._memory is None:
+                self._memory = HeldFile("/proc/%d/mem" % tid, os.O_RDWR)
+            self._memory.write(vaddr, data)
+        except OSError:
+            poke(tid, vaddr, data)
+
+    def _close_memory(self):
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
+    def signal_frames(self, thread):
+        """The saved program counters of handlers that a thread is in.
+
+        -> [(vaddr of the word, its value)]. A frame on another stack leads
+        on to the stack that it interrupted.
+        """
+        words = [struct.pack("<Q", vaddr) for vaddr in self._text[1]]
+        found, low, seen = [], ubp_x86.stack_pointer(thread.regs), set()
+        pending = [low]
+        while pending and len(seen) < 64:
+            low = pending.pop()
+            mapping = self._mapping(low)
+            if mapping is None or any(a <= low < b for a, b in seen):
+                continue
+            high = self._stack_end(thread, mapping, low)
+            seen.add((low, high))
+            try:
+                memory = read_memory(thread.tid, low, high - low)
+            except OSError:
+                continue
+            for vaddr, value, rsp in ubp_x86.frames_on_stack(
+                    memory, low, words):
+                found.append((vaddr, value))
+                pending.append(rsp)
+        return found
+
+    def _mapping(self, vaddr):
+        starts = self.maps
+        low, high = 0, len(starts)
+        while low < high:
+            middle = (low + high) // 2
+            if starts[middle].end <= vaddr:
+                low = middle + 1
+            else:
+                high = middle
+        if low < len(starts) and starts[low].start <= vaddr:
+            return starts[low]
+        return None
+
+    def _stack_end(self, thread, mapping, low):
+        """A pthread stack ends at its control block, others at the vma."""
+        block = ubp_x86.thread_pointer(thread.regs)
+        if low < block < mapping.end:
+            return block
+        return min(mapping.end, low + _STACK_LIMIT)
+
+
+def poke(tid, vaddr, data):
+    """PTRACE_POKEDATA: write data with as few whole words as possible.
+
+    A patch of at most eight bytes is one word, chosen inside its page, so
+    no kill can leave half of it.
+    """
+    while data:
+        size = min(8, len(data))
+        start = min(vaddr, (vaddr | PAGE - 1) + 1 - 8)
+        word = bytearray(read_memory(tid, start, 8))
+        word[vaddr - start:vaddr - start + size] = data[:size]
+        ptrace(PTRACE_POKEDATA, tid, start,
+               struct.unpack("<Q", word[:8])[0])
+        vaddr, data = vaddr + size, data[size:]
+
+
+def _is_idle(thread):
+    return ubp_x86.is_in_syscall(thread.regs)
+
+
+def _process_ids():
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return []
+
+
+def _same_mm_processes(tgid, tid):
+    """Other processes of the address space of tid, clone(2) CLONE_VM.
+
+    kcmp decides; only those with an equal size and equal segment addresses
+    in /proc/PID/stat are asked.
+    """
+    mine = read_stat(tid)
+    if len(mine) < 26:
+        return ()
+    found = []
+    for pid in _process_ids():
+        if pid == tgid:
+            continue
+        fields = read_stat(pid)
+        # vsize, startcode, endcode and startstack: proc(5) 23, 26 to 28
+        if (len(fields) > 25 and fields[20] == mine[20]
+                and fields[23:26] == mine[23:26] and fields[0] not in "ZX"
+                and _shares_mm(tid, pid)):
+            found.append(pid)
+    return tuple(found)
+
+
+def _shares_mm(tid, pid):
+    same = is_same_mm(tid, pid)
+    if same is None:                # no kcmp: equal maps must do
+        maps = read_proc("/proc/%d/maps" % tid)
+        same = bool(maps) and maps == read_proc("/proc/%d/maps" % pid)
+    return same
+
+
+def _raise_priority():
+    """Let this thread preempt those it releases. -> what to restore."""
+    try:
+        before = os.sched_getscheduler(0), os.sched_getparam(0)
+        os.sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK,
+                              os.sched_param(1))
+        return before
+    except (OSError, AttributeError):
+        return None
+
+
+def _restore_priority(before):
+    if before is not None:
+        try:
+            os.sched_setscheduler(0, before[0] & ~SCHED_RESET_ON_FORK,
+                                  before[1])
+        except OSError as error:
+            log.debug("cannot leave SCHED_FIFO: %s", error)
+
+
+class Injection:
+    """Run syscalls in one stopped thread, so that it survives our death.
+
+    Before its registers change, a signal frame is written below its stack
+    that makes rt_sigreturn put everything back. While we live, the exact
+    registers are put back instead. Raises ProbeError where no thread has
+    memory that is provably free for the frame.
+    """
+
+    def __init__(self, tracer, text=b""):
+        self.tracer = tracer
+        self.text_vaddr = 0         # where `text` lies meanwhile
+        self._text = text
+        self._signals = []          # SIGSTOPs that came in between
+        self._mask = ctypes.create_string_buffer(8)
+        gadget, restorers = tracer.find_gadgets()
+        if not gadget or not restorers:
+            raise ProbeError(
+                "inject a syscall into", tracer.name(),
+                "the program has no `syscall; ret` or no signal restorer")
+        self._gadget, self._restorer = gadget, restorers[0]
+        self._choose()
+
+    def _choose(self):
+        why = "no thread is stopped"
+        threads = [t for t in self.tracer.threads.values()
+                   if t.state == STOPPED and t.tgid == self.tracer.tgid]
+        threads.sort(key=lambda t: ubp_x86.injection_rank(t.regs))
+        for thread in threads:
+            try:
+                why = self._unfit(thread)
+                if not why:
+                    self._thread = thread
+                    return
+            except OSError as error:
+                why = "thread %d: %s" % (thread.tid, error.strerror)
+        raise Again("no thread can run a syscall now: " + why)
+
+    def _unfit(self, thread):
+        """Prepare a thread. -> why it cannot be used, or "" """
+        if ubp_x86.is_32bit(thread.regs):
+            return "thread %d runs 32-bit code" % thread.tid
+        xstate = ubp_x86.usable_xstate(_get_xstate(thread.tid))
+        if xstate is None:
+            return "thread %d uses AMX tiles" % thread.tid
+        if _in_rseq_section(thread):
+            return "thread %d is in an rseq section" % thread.tid
+        ptrace(PTRACE_GETSIGMASK, thread.tid, 8,
+               ctypes.addressof(self._mask))
+        size = ubp_x86.frame_size(xstate) + 32 + len(self._text)
+        top = self._place(thread, size)
+        if not top:
+            return ("thread %d runs on a stack whose bounds are unknown"
+                    % thread.tid)
+        self.text_vaddr = top - (len(self._text) + 15 & ~15)
+        self._frame, image = ubp_x86.signal_frame(
+            thread.regs, xstate, self._mask.raw, self._restorer,
+            self.text_vaddr)
+        image += bytes(self.text_vaddr - self._frame - len(image))
+        image += self._text
+        self._below = read_memory(thread.tid, self._frame, len(image))
+        write_memory(thread.tid, self._frame, image)
+        return ""
+
+    @property
+    def tid(self):
+        """The thread that runs the syscalls."""
+        return self._thread.tid
+
+    def _place(self, thread, size):
+        """The end of provably free memory, size bytes of it, or 0.
+
+        The thread's own stack below its red zone, where its bounds are
+        known: the main thread's [stack], or a pthread stack with its guard
+        page and its control block. Else pages at the low end of [stack]
+        that were never touched.
+        """
+        top = ubp_x86.own_stack_top(thread.regs)
+        mapping = self.tracer._mapping(top)
+        if mapping is not None and top - size >= mapping.start:
+            block = ubp_x86.thread_pointer(thread.regs)
+            if (mapping.path == "[stack]"
+                    and thread.tid == self.tracer.tgid):
+                return top
+            if (top < block < mapping.end
+                    and self._has_guard(mapping.start)):
+                return top
+        for mapping in self.tracer.maps:
+            if mapping.path == "[stack]":
+                return _untouched(thread.tid, mapping, size)
+        return 0
+
+    def _has_guard(self, start):
+        below = self.tracer._mapping(start - 1)
+        return below is not None and below.perms.startswith("---")
+
+    def call(self, number, *args):
+        """Run one syscall. -> its result, negative for an error."""
+        tid = self._thread.tid
+        self._check_filter(number, args)
+        self.tracer.set_regs(tid, ubp_x86.syscall_regs(
+            self._thread.regs, self._gadget, self._frame, number, args))
+        ctypes.memset(self._mask_all(), 0xff, 8)
+        ptrace(PTRACE_SETSIGMASK, tid, 8, self._mask_all())
+        self._until_syscall_stop(tid)           # entry
+        self._until_syscall_stop(tid)           # exit
+        return ubp_x86.syscall_result(self.tracer.get_regs(tid))
+
+    def _mask_all(self):
+        if not hasattr(self, "_all"):
+            self._all = ctypes.create_string_buffer(_ALL_SIGNALS, 8)
+        return ctypes.addressof(self._all)
+
+    def _check_filter(self, number, args):
+        """Refuse what the thread's seccomp filters would not allow."""
+        tid = self._thread.tid
+        mode = self.tracer.seccomp.get(tid) or seccomp_mode(tid)
+        if mode == "0":
+            return
+        for nr, values in ((number, args), (15, ())):       # rt_sigreturn
+            if mode != "2" or not _filters_allow(tid, nr, self._gadget + 2,
+                                                 values):
+                raise ProbeError(
+                    "inject a syscall into", self.tracer.name(),
+                    "its seccomp filter forbids syscall %d, or cannot be "
+                    "read (that takes CAP_SYS_ADMIN)" % nr,
+                    "run as root; a filter that forbids mmap or "
+                    "memfd_create cannot be probed yet")
+
+    def _until_syscall_stop(self, tid):
+        while True:
+            ptrace(PTRACE_SYSCALL, tid)
+            status = self._wait(tid)
+            if status >> 8 == SYSCALL_EVENT_SIGNAL:
+                return
+            if status >> 16 == 0:
+                self._signals.append(status >> 8 & 0xff)
+
+    def _wait(self, tid):
+        limit = time.monotonic() + _INJECTION_S
+        polls, rest = 0, 4000
+        while True:
+            status = wait_nohang(tid)
+            polls += 1
+            if status is None and polls % 8 == 0:
+                status = self.tracer._stop_seen_by_others(tid)
+            if status is not None:
+                if status & 0xff != 0x7f:
+                    self.tracer.threads.pop(tid, None)
+                    raise TraceeGone("trace", "pid %d" % self.tracer.tgid,
+                                     "it ended while ubp ran a syscall in it")
+                return status
+            if time.monotonic() > limit:
+                raise UbpTimeout("run a syscall in", self.tracer.name(),
+                                 "it did not return in %g s" % _INJECTION_S)
+            rest = nap_longer(rest)
+
+    def finish(self):
+        """Put the thread back: mask, registers, then the stack's bytes.
+
+        A syscall that was interrupted is restarted by the kernel only on
+        its way through signal delivery, so such a thread is brought to an
+        event stop first.
+        """
+        tid, regs = self._thread.tid, self._thread.regs
+        if tid not in self.tracer.threads:
+            return
+        ptrace(PTRACE_SETSIGMASK, tid, 8, ctypes.addressof(self._mask))
+        if ubp_x86.is_in_syscall(regs) or self._thread.group_stop:
+            ptrace(PTRACE_INTERRUPT, tid)
+            while True:
+                ptrace(PTRACE_CONT, tid)
+                status = self._wait(tid)
+                if status >> 16 == PTRACE_EVENT_STOP:
+                    break
+                if status >> 16 == 0:
+                    self._signals.append(status >> 8 & 0xff)
+        self.tracer.set_regs(tid, regs)
+        write_memory(tid, self._frame, self._below)
+        for signo in self._signals:     # put off, not lost
+            syscall(SYS_tgkill, self._thread.tgid, tid, signo)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        try:
+            self.finish()
+        except OSError as error:
+            if error.errno != errno.ESRCH:
+                raise
+            self.tracer.threads.pop(self._thread.tid, None)
+
+
+def _get_xstate(tid):
+    """PTRACE_GETREGSET, NT_X86_XSTATE. -> the whole image"""
+    buffer = ctypes.create_string_buffer(16384)
+    iov = Iovec(ctypes.addressof(buffer), 16384)
+    ptrace(PTRACE_GETREGSET, tid, NT_X86_XSTATE, ctypes.addressof(iov))
+    return buffer.raw[:iov.iov_len]
+
+
+def rseq_configuration(tid):
+    """vaddr of a stopped thread's struct rseq; 0: none, None: unknown."""
+    config = RseqConfiguration()
+    try:
+        ptrace(PTRACE_GET_RSEQ_CONFIGURATION, tid, ctypes.sizeof(config),
+               ctypes.addressof(config))
+    except OSError:
+        return None                 # before Linux 5.13
+    return config.rseq_abi_pointer
+
+
+def _in_rseq_section(thread):
+    """May the thread be inside a restartable sequence?
+
+    rseq_cs, at offset 8, is cleared by the kernel as soon as it sees the
+    thread elsewhere; a sequence would then run on without its abort.
+    """
+    pointer = rseq_configuration(thread.tid)
+    if not pointer or ubp_x86.is_in_syscall(thread.regs):
+        return False
+    return read_memory(thread.tid, pointer + 8, 8) != bytes(8)
+
+
+def _untouched(tid, mapping, size):
+    """The end of pages at the low end of a vma that were never touched.
+
+    Source: Documentation/admin-guide/mm/pagemap.rst, bits 63 and 62.
+    """
+    pages = -(-size // PAGE) + 1
+    try:
+        held = HeldFile("/proc/%d/pagemap" % tid)
+    except OSError:
+        return 0
+    try:
+        _check(_lseek(held.fd, mapping.start // PAGE * 8, os.SEEK_SET))
+        buffer = ctypes.create_string_buffer(8 * (pages + 1))
+        n = _check(_read(held.fd, ctypes.addressof(buffer), len(buffer) - 1))
+        entries = struct.unpack_from("<%dQ" % (n // 8), buffer)
+    finally:
+        held.close()
+    if len(entries) < pages or any(e >> 62 for e in entries[:pages]):
+        return 0
+    return mapping.start + pages * PAGE
+
+
+def seccomp_mode(tid):
+    """0 none, 1 strict, 2 filter: proc(5), as a text."""
+    try:
+        held = HeldFile("/proc/%d/status" % tid)
+    except OSError:
+        return "0"
+    try:
+        found = re.search(rb"^Seccomp:\s*(\d)", held.read(), re.M)
+    finally:
+        held.close()
+    return found.group(1).decode() if found else "0"
+
+
+def _filters_allow(tid, number, ip, args):
+    """Would every seccomp filter of a stopped thread let a syscall pass?"""
+    data = struct.pack("<iIQ6Q", number, 0xc000003e, ip,
+                       *((tuple(args) + (0,) * 6)[:6]))
+    for index in range(1 << 10):
+        try:
+            n = ptrace(PTRACE_SECCOMP_GET_FILTER, tid, index)
+        except OSError as error:
+            return error.errno == errno.ENOENT and index > 0
+        program = ctypes.create_string_buffer(8 * n)
+        try:
+            ptrace(PTRACE_SECCOMP_GET_FILTER, tid, index,
+                   ctypes.addressof(program))
+        except OSError:
+            return False
+        verdict = run_filter(list(struct.iter_unpack("<HBBI", program.raw)),
+                             data)
+        # SECCOMP_RET_ALLOW and SECCOMP_RET_LOG, <linux/seccomp.h>
+        if verdict >> 16 not in (0x7fff, 0x7ffc):
+            return False
+    return False
+
+
+def run_filter(program, data):
+    """Interpret a classic BPF program over struct seccomp_data. -> u32
+
+    program   [(code, jt, jf, k)];  returns 0 (kill) for anything unknown.
+    Source: <linux/bpf_common.h>, kernel/seccomp.c seccomp_check_filter.
+    """
+    a = x = at = 0
+    memory = [0] * 16
+    for _ in range(len(program)):
+        if not at < len(program):
+            return 0
+        code, jt, jf, k = program[at]
+        at += 1
+        kind = code & 7
+        if kind == 6:                                   # BPF_RET
+            return a if code & 0x18 == 0x10 else k
+        if kind in (0, 1):                              # BPF_LD, BPF_LDX
+            mode = code & 0xe0
+            value = (struct.unpack_from("<I", data, k)[0]
+                     if mode == 0x20 and k <= 60 else
+                     memory[k & 15] if mode == 0x60 else
+                     64 if mode == 0x80 else k)
+            a, x = (value, x) if kind == 0 else (a, value)
+        elif kind in (2, 3):                            # BPF_ST, BPF_STX
+            memory[k & 15] = a if kind == 2 else x
+        elif kind == 7:                                 # BPF_MISC
+            a, x = (x, x) if code & 0x80 else (a, a)
+        elif kind == 5:                                 # BPF_JMP
+            operand = x if code & 8 else k
+            at += k if code & 0xf0 == 0 else (
+                jt if _filter_test(code & 0xf0, a, operand) else jf)
+        else:                                           # BPF_ALU
+            a = _filter_alu(code & 0xf0, a, x if code & 8 else k)
+    return 0
+
+
+def _filter_test(operation, a, operand):
+    return (a == operand if operation == 0x10 else
+            a > operand if operation == 0x20 else
+            a >= operand if operation == 0x30 else a & operand != 0)
+
+
+def _filter_alu(operation, a, operand):
+    results = {0x00: a + operand, 0x10: a - operand, 0x20: a * operand,
+               0x30: a // operand if operand else 0, 0x40: a | operand,
+               0x50: a & operand, 0x60: a << (operand & 31),
+               0x70: a >> (operand & 31), 0x80: -a, 0xa0: a ^ operand}
+    return results.get(operation, 0) & 0xffffffff
+
+
+# ---- who may trace whom ---------------------------------------------------
+
+def _refusal_to_attach(pid, request, error):
+    """An AttachError that says what stands in the way. -> the exception"""
+    status = read_status(pid)
+    tracer = int(status.get("TracerPid", "0") or 0)
+    why, hint = "%s" % error.strerror, ""
+    scope = read_proc("/proc/sys/kernel/yama/ptrace_scope").strip()
+    uids = status.get("Uid", "").split()
+    mine = int(read_status("self").get("CapEff", "0"), 16)
+    if tracer:
+        why = "traced by pid %d (%s)" % (tracer, comm(tracer))
+        hint = "detach %s from %d, or choose another process" % (
+            comm(tracer), pid)
+    elif mine >> CAP_SYS_PTRACE & 1:
+        why = "%s, though we have CAP_SYS_PTRACE: a security module, or " \
+            "another user namespace" % error.strerror
+    elif uids and any(uid != str(os.geteuid()) for uid in uids[:3]):
+        why = "it belongs to uid %s, we are uid %d" % (uids[0], os.geteuid())
+        hint = "sudo, or run ubp as that user"
+    elif scope in (b"1", b"2", b"3"):
+        why = "ptrace_scope is %s and %d is not our child" % (
+            scope.decode(), pid)
+        hint = "sudo, or start it with: ubp … -- COMMAND"
+    else:
+        why = "it is not dumpable, or has capabilities that we lack"
+        hint = "sudo"
+    code = errno.errorcode.get(error.errno, "")
+    return AttachError("attach to", "pid %d (%s)" % (pid, comm(pid)),
+                       "%s: %s: %s" % (request, code, why), hint)
+
+
+def check_target(pid):
+    """Refuse what cannot be traced, before anything is touched.
+
+    Raises AttachError, naming the reason and what the user can do.
+    """
+    whom = "pid %d (%s)" % (pid, comm(pid))
+
+    def refuse(why, hint=""):
+        raise AttachError("attach to", whom, why, hint)
+
+    if os.uname().machine != "x86_64":
+        refuse("this machine is %s, not x86-64" % os.uname().machine)
+    status = read_status(pid) if 0 < pid < 1 << 31 else {}
+    if not status:
+        raise AttachError("attach to", "pid %d" % pid, "no such process")
+    tgid = int(status["Tgid"])
+    if tgid != pid:
+        refuse("it is a thread of pid %d" % tgid, "-p %d" % tgid)
+    if pid == os.getpid():
+        refuse("that is ubp itself")
+    if int(read_stat(pid)[6]) & PF_KTHREAD:
+        refuse("it is a kernel thread; it has no user memory")
+    tids = thread_ids(pid)
+    if status["State"][0] in "ZX" and len(tids) < 2:
+        refuse("it is a zombie: it has ended, its parent (pid %s) has not "
+               "waited for it" % status["PPid"])
+    tracer = int(status.get("TracerPid", "0"))
+    if tracer and tracer != os.getpid():
+        raise _refusal_to_attach(pid, "PTRACE_SEIZE", OSError(
+            errno.EPERM, os.strerror(errno.EPERM)))
+    if "shstk" in status.get("x86_Thread_features", ""):
+        refuse("it runs with a shadow stack, which an injected syscall "
+               "would break", "start it without GLIBC_TUNABLES "
+               "glibc.cpu.x86_shstk")
+    _check_access(pid, tids)
+
+
+def _check_access(pid, tids):
+    """May we trace it, and is it a 64-bit program? Raises AttachError."""
+    try:
+        fd = os.open("/proc/%d/mem" % tids[-1], os.O_RDWR)
+        os.close(fd)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESRCH):
+            raise AttachError("attach to", "pid %d" % pid, "no such process")
+        raise _refusal_to_attach(pid, "open of /proc/%d/mem" % pid, error)
+    try:
+        with open("/proc/%d/exe" % tids[-1], "rb") as file:
+            head = file.read(20)
+    except OSError:
+        return
+    if head[:5] == b"\x7fELF\x01" or head[18:20] not in (b"\x3e\0", b""):
+        raise AttachError(
+            "attach to", "pid %d (%s)" % (pid, comm(pid)),
+            "it is a 32-bit or foreign program; ubp knows x86-64 only")
+
+
+# ---- 5  Arena -------------------------------------------------------------
+#
+# The memory that ubp adds to a target, and the journal in it. The one idea:
+# whatever is needed to undo a change lies in the target itself, so that any
+# later ubp can undo it. Invariant: a site's record is complete before its
+# first byte changes, and records are only ever added; whether one holds is
+# decided by comparing the text with it. All that is read back from a target
+# is hostile: bounded and validated before use.
+#
+#     code r-x   +0      header                     HEADER, 256 bytes
+#                +256    vaddr of shard 0           8
+#                +4096   records                    max_records of 512
+#                        trampolines                to the page's end
+#     data rw-   +0      shards, one per processor  1 << shift bytes each
+#
+#     record     +0      site slot trampoline       3 x 8
+#                +24     size patches copies index  2 1 1 4
+#                +32     patches: vaddr size old new    2 x 32
+#                +96     copies: offset size moved moved_size    8 x 8
+#                +160    build-id, window's size    20, 1
+#                +184    module NUL function NUL    328, UTF-8
+
+MAGIC = b"ubp\x7fARNA"
+VERSION = 1
+HEADER = struct.Struct("<8sIIQQQQIIQQIIQQIIIIII")
+_RECORD_HEAD = struct.Struct("<QQQHBBI")
+_PATCH = struct.Struct("<QB7x8s8s")
+_COPY = struct.Struct("<BBHHH")
+_LITERAL_AT, _RECORDS_AT, _RECORD_SIZE, _NAMES_AT = 256, 4096, 512, 184
+_MAX_RECORDS = 1 << 20
+_MAX_SIZE = 1 << 32
+FLAG_LEFT = 1               # detached on purpose: no tracer is to be awaited
+_TASK_SIZE = 1 << 47
+_TRAMPOLINE_ROOM = 128      # bytes kept per site when an arena is sized
+_BRK_ROOM = 1 << 30         # kept free above brk where that is possible
+_STACK_ROOM = 256 << 20     # kept free below [stack]
+_MEMFD_PATH = "/memfd:ubp (deleted)"
+
+
+class Header(NamedTuple):
+    magic: bytes
+    version: int
+    record_size: int
+    base: int               # vaddr of the code mapping
+    size: int               # code and data, bytes
+    code_size: int
+    nonce: int
+    owner_pid: int
+    owner_uid: int
+    owner_birth: int
+    owner_namespace: int    # inode of the owner's pid namespace
+    target: int             # tgid that was armed; children have others
+    flags: int
+    target_birth: int
+    time_ns: int            # CLOCK_REALTIME
+    n_records: int
+    max_records: int
+    trampolines_at: int
+    shard_mask: int
+    shard_shift: int
+    is_anonymous: int
+
+
+assert HEADER.size <= _LITERAL_AT and len(Header._fields) == 21
+
+
+class Record(NamedTuple):
+    """What was done at one site, and how to undo it."""
+    site: int
+    slot: int
+    trampoline: int         # vaddr
+    size: int               # of the trampoline
+    index: int              # of its counter
+    window_size: int
+    patches: tuple          # ((vaddr, old, new), …) in the order of arming
+    copies: tuple           # of ubp_x86.Copy
+    build_id: str
+    module: str
+    function: str
+
+    def pack(self):
+        """512 bytes for the journal."""
+        patches = b"".join(
+            _PATCH.pack(vaddr, len(new), old.ljust(8, b"\0"),
+                        new.ljust(8, b"\0"))
+            for vaddr, old, new in self.patches)
+        copies = b"".join(_COPY.pack(*(tuple(copy) + (0,)))
+                          for copy in self.copies)
+        names = _clipped(self.module, 120) + _clipped(self.function, 200)
+        return (_RECORD_HEAD.pack(
+                    self.site, self.slot, self.trampoline, self.size,
+                    len(self.patches), len(self.copies), self.index)
+                + patches.ljust(64, b"\0") + copies.ljust(64, b"\0")
+                + bytes.fromhex(self.build_id)[:20].ljust(20, b"\0")
+                + bytes([self.window_size, 0, 0, 0])
+                + names).ljust(_RECORD_SIZE, b"\0")
+
+
+def _clipped(text, size):
+    data = text.encode(errors="backslashreplace")[:size]
+    return data.decode(errors="ignore").encode() + b"\0"
+
+
+def unpack_record(data, header):
+    """A Record from hostile bytes, or None if it does not make sense."""
+    (site, slot, trampoline, size, n_patches, n_copies,
+     index) = _RECORD_HEAD.unpack_from(data)
+    code_end = header.base + header.code_size
+    if (not 1 <= n_patches <= 2 or not 1 <= n_copies <= 8
+            or not header.base <= trampoline <= trampoline + size <= code_end
+            or not data[180] or 8 * index + 8 > 1 << header.shard_shift):
+        return None
+    patches = []
+    for n in range(n_patches):
+        vaddr, length, old, new = _PATCH.unpack_from(data, 32 + 32 * n)
+        if (not 2 <= length <= 8 or vaddr + length > _TASK_SIZE
+                or vaddr % PAGE + length > PAGE
+                or header.base - length < vaddr < header.base + header.size):
+            return None
+        patches.append((vaddr, old[:length], new[:length]))
+    window = collections.namedtuple("Jump", "site slot")(site, slot)
+    try:
+        jumps = ubp_x86.window_patches(window, trampoline)
+    except RelocationError:
+        return None
+    if jumps != tuple((vaddr, new) for vaddr, _, new in patches):
+        return None
+    copies = tuple(ubp_x86.Copy(*_COPY.unpack_from(data, 96 + 8 * n)[:4])
+                   for n in range(n_copies))
+    names = data[_NAMES_AT:].split(b"\0")
+    return Record(site, slot, trampoline, size, index, data[180],
+                  tuple(patches), copies,
+                  data[160:180].hex() if any(data[160:180]) else "",
+                  *(name.decode(errors="backslashreplace")
+                    for name in names[:2]))
+
+
+def unpack_header(data):
+    """A Header from hostile bytes, or None if it does not make sense."""
+    if len(data) < HEADER.size:
+        return None
+    header = Header(*HEADER.unpack_from(data))
+    if (header.magic != MAGIC or header.version != VERSION
+            or header.record_size != _RECORD_SIZE
+            or header.base % PAGE or header.size % PAGE
+            or header.code_size % PAGE
+            or not 0 < header.code_size < header.size <= _MAX_SIZE
+            or header.base + header.size > _TASK_SIZE
+            or header.n_records > header.max_records
+            or _RECORDS_AT + _RECORD_SIZE * header.max_records
+            > header.code_size
+            or not 3 <= header.shard_shift <= 28
+            or (header.shard_mask + 1) << header.shard_shift
+            > header.size - header.code_size):
+        return None
+    return header
+
+
+class ArenaView(NamedTuple):
+    """An arena as found in some process: mappings, header, valid records."""
+    pid: int
+    ranges: tuple           # ((start, end), …) of its vmas
+    inode: int              # of the memfd; 0 for anonymous memory
+    header: Optional[Header]        # None: mapped, but never written
+    records: tuple
+    n_bad: int              # records that failed validation
+
+
+def find_arenas(pid, maps=None):
+    """The arenas mapped in a process, from its maps alone. -> [ArenaView]
+
+    A memfd names itself; anonymous arenas are known by their magic.
+    """
+    groups, found = {}, []
+    for mapping in read_maps(pid) if maps is None else maps:
+        if mapping.path == _MEMFD_PATH and pid != os.getpid():
+            groups.setdefault(mapping.inode, []).append(mapping)
+        elif (not mapping.inode and not mapping.path.startswith("[")
+              and mapping.perms == "r-xp"):
+            groups.setdefault(("anonymous", mapping.start),
+                              []).append(mapping)
+    for key, mappings in groups.items():
+        inode = key if isinstance(key, int) else 0
+        view = _view(pid, inode, mappings)
+        if view.header is not None or inode:
+            found.append(view)
+    return found
+
+
+def _view(pid, inode, mappings):
+    start = mappings[0].start
+    ranges = tuple((m.start, m.end) for m in mappings)
+    try:
+        header = unpack_header(read_memory(pid, start, PAGE))
+        if header is None or header.base != start:
+            return ArenaView(pid, ranges, inode, None, (), 0)
+        if not inode:
+            ranges = ((start, start + header.size),)
+        data = read_memory(pid, start + _RECORDS_AT,
+                           _RECORD_SIZE * header.n_records)
+    except OSError:
+        return ArenaView(pid, ranges, inode, None, (), 0)
+    records = [unpack_record(data[at:at + _RECORD_SIZE], header)
+               for at in range(0, len(data), _RECORD_SIZE)]
+    valid = tuple(record for record in records if record is not None)
+    return ArenaView(pid, ranges, inode, header, valid,
+                     len(records) - len(valid))
+
+
+def place_arena(maps, low, high, size):
+    """Where an arena for code in [low, high) may be mapped. -> vaddr, or 0
+
+    Below the code, nearest first, so that brk and mmap are not in its way;
+    else above, as far from brk as reach allows. Never right below [stack].
+    """
+    reach_low, reach_high = ubp_x86.reach(low, high)
+    floor = max(65536, int(read_proc("/proc/sys/vm/mmap_min_addr") or 0))
+    below, above = [], []
+    previous, brk = floor, 0
+    for mapping in list(maps) + [Mapping(_TASK_SIZE - PAGE, _TASK_SIZE, "",
+                                         0, "", 0, "")]:
+        start, end = previous, mapping.start
+        if mapping.path == "[stack]":
+            end -= min(_STACK_ROOM, (end - start) // 2)
+        start, end = max(start, reach_low), min(end, reach_high)
+        if end - start >= size + 2 * PAGE:
+            last = (end - size - PAGE) & ~(PAGE - 1)
+            if mapping.start <= low:
+                below.append((last, previous == brk
+                              and last - brk < _BRK_ROOM))
+            else:
+                above.append((last, previous == brk
+                              and last - brk < _BRK_ROOM))
+        previous = max(previous, mapping.end)
+        if mapping.path == "[heap]" or mapping.end == high:
+            brk = mapping.end
+    choices = below[::-1] + above
+    choices.sort(key=lambda choice: choice[1])
+    return choices[0][0] if choices else 0
+
+
+def n_possible_cpus():
+    """Processors the kernel may ever use; their numbers are below it."""
+    text = read_proc("/sys/devices/system/cpu/possible").decode()
+    numbers = [int(number) for number in re.findall(r"\d+", text)]
+    return max(numbers) + 1 if numbers else os.cpu_count() or 1
+
+
+class Arena:
+    """Memory in the target for the probes near one group of modules.
+
+    memory   a shared mapping of our own, or None for anonymous memory,
+             which is written through /proc/PID/mem
+    """
+
+    def __init__(self, tracer, base, layout, shards, memory, inode):
+        self.tracer, self.base, self.shards = tracer, base, shards
+        self.size, self.code_size, self.max_records = layout
+        self.memory, self.inode = memory, inode
+        self.next = base + _RECORDS_AT + _RECORD_SIZE * self.max_records
+        self.records = []
+        self._last = []             # the counters when last read
+        self.nonce = int.from_bytes(os.urandom(8), "little")
+        self._flags = 0
+        self._write_header()
+        self.store(_LITERAL_AT, struct.pack("<Q", base + self.code_size))
+
+    def _write_header(self):
+        self.store(0, HEADER.pack(
+            MAGIC, VERSION, _RECORD_SIZE, self.base, self.size,
+            self.code_size, self.nonce, os.getpid(), os.getuid(),
+            start_time(os.getpid()), _pid_namespace(), self.tracer.tgid,
+            self._flags, self.tracer.birth, int(time.time() * 1e9),
+            len(self.records), self.max_records,
+            _RECORDS_AT + _RECORD_SIZE * self.max_records, self.shards.mask,
+            self.shards.shift, self.memory is None))
+
+    def store(self, offset, data):
+        """Write into the arena; the target may be running."""
+        if self.memory is not None:
+            self.memory[offset:offset + len(data)] = data
+            return
+        held = HeldFile("/proc/%d/mem" % self.tracer.vm_tid(), os.O_RDWR)
+        try:
+            held.write(self.base + offset, data)
+        finally:
+            held.close()
+
+    def reaches(self, low, high):
+        """Can code in [low, high) jump here, and is there room for more?"""
+        first, last = ubp_x86.reach(low, high)
+        return (first <= self.base and self.base + self.size <= last
+                and len(self.records) < self.max_records
+                and self.next + 2 * _TRAMPOLINE_ROOM
+                < self.base + self.code_size)
+
+    def add(self, plan, names):
+        """Write a trampoline and its record for a planned site. -> Record
+
+        Nothing refers to it yet. Raises RelocationError if an operand is
+        out of reach from here.
+        """
+        index, window = len(self.records), plan.window
+        made = ubp_x86.count_trampoline(window, self.next, index,
+                                        self.shards)
+        start = ubp_x86.line_start(self.next, len(made.code))
+        if start != self.next:
+            made = ubp_x86.count_trampoline(window, start, index,
+                                            self.shards)
+        self.next = start + len(made.code)
+        self.store(start - self.base, made.code)
+        old = {vaddr: data for vaddr, data in plan.old}
+        record = Record(
+            window.site, window.slot, start, len(made.code), index,
+            window.size,
+            tuple((vaddr, old[vaddr][:len(new)], new) for vaddr, new
+                  in ubp_x86.window_patches(window, start)),
+            made.copies, names[0], names[1], names[2])
+        self.store(_RECORDS_AT + _RECORD_SIZE * index, record.pack())
+        self.records.append(record)
+        return record
+
+    def commit(self):
+        """Publish the records that were added: the journal is complete."""
+        self._write_header()
+
+    def mark_left(self):
+        """Say in the header that no tracer will come back."""
+        self._flags |= FLAG_LEFT
+        self._write_header()
+
+    def totals(self):
+        """All counters, summed over the processors. -> [int]
+
+        Of anonymous memory in a process that is gone, as last read.
+        """
+        n = len(self.records)
+        try:
+            rows = [self._shard(cpu, n)
+                    for cpu in range(self.shards.mask + 1)]
+            self._last = [sum(column) for column in zip(*rows)]
+        except OSError:
+            self._last += [0] * (n - len(self._last))
+        return self._last
+
+    def _shard(self, cpu, n):
+        offset = self.code_size + (cpu << self.shards.shift)
+        if self.memory is not None:
+            data = self.memory[offset:offset + 8 * n]
+        else:
+            data = read_memory(self.tracer.vm_tid(), self.base + offset,
+                               8 * n)
+        return struct.unpack("<%dQ" % n, data)
+
+    def close(self):
+        """Give up our own mapping, after a last look at the counters."""
+        self.totals()
+        if self.memory is not None:
+            memory, self.memory = self.memory, None
+            memory.close()
+            self._shard = _gone
+
+
+def _gone(cpu, n):
+    raise OSError(errno.ESRCH, "the arena is closed")
+
+
+def _pid_namespace():
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def _layout(n_sites, n_shards):
+    """Sizes for at least n_sites. -> ((size, code_size, max_records), shift)"""
+    n = max(64, 1 << (n_sites - 1).bit_length())
+    code = _RECORDS_AT + n * (_RECORD_SIZE + _TRAMPOLINE_ROOM)
+    code = (code + PAGE - 1) & ~(PAGE - 1)
+    shift = max(6, (8 * n - 1).bit_length())
+    data = ((n_shards << shift) + PAGE - 1) & ~(PAGE - 1)
+    return (code + data, code, n), shift
+
+
+def make_arena(tracer, low, high, n_sites, timeout, kind="auto"):
+    """Add an arena near code in [low, high) to the target. -> Arena
+
+    kind   "memfd", "anon", or "auto": memfd, else anonymous memory
+    One full stop, in which one thread runs the injected syscalls. Raises
+    ProbeError where there is no room or no memory.
+    """
+    n_shards = 1 << (n_possible_cpus() - 1).bit_length()
+    layout, shift = _layout(n_sites, n_shards)
+
+    def action():
+        base = place_arena(tracer.maps, low, high, layout[0])
+        if not base:
+            raise ProbeError(
+                "place an arena in", tracer.name(),
+                "no %d free KiB within 2 GiB of 0x%x" % (
+                    layout[0] >> 10, low))
+        source, offset = cpu_source(tracer)
+        shards = ubp_x86.Shards(source, offset, n_shards - 1, shift,
+                                base + _LITERAL_AT)
+        with Injection(tracer, b"ubp\0") as injection:
+            fd = -1
+            if kind != "anon":
+                fd = _map_memfd(injection, base, layout)
+            if fd < 0 and kind != "memfd":
+                _map_anonymous(injection, base, layout)
+            elif fd < 0:
+                raise ProbeError("map a memfd into", tracer.name(),
+                                 os.strerror(-fd))
+        return base, shards, fd
+
+    base, shards, fd = tracer.pause(action, timeout)
+    if fd < 0:
+        return Arena(tracer, base, layout, shards, None, 0)
+    try:
+        return _adopt(tracer, base, layout, shards, fd)
+    except OSError as error:
+        unmap(tracer, [(base, base + layout[0])], timeout)
+        raise ProbeError("allocate memory for", tracer.name(),
+                         error.strerror)
+    finally:
+        os.close(fd)
+
+
+def _adopt(tracer, base, layout, shards, fd):
+    """Allocate, seal and map the memfd on our side. Raises OSError.
+
+    Allocated and touched here: a first touch by the target could be the
+    one that its memory cgroup kills it for.
+    """
+    os.posix_fallocate(fd, 0, layout[0])
+    libc.fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
+    memory = mmap.mmap(fd, layout[0], mmap.MAP_SHARED,
+                       mmap.PROT_READ | mmap.PROT_WRITE)
+    return Arena(tracer, base, layout, shards, memory, os.fstat(fd).st_ino)
+
+
+def _map_memfd(injection, base, layout):
+    """memfd_create, mmap code, mmap data, close. -> our fd, or -errno
+
+    All in one stop, so no thread of the target sees the descriptor, or
+    gets another number for its own.
+    """
+    size, code_size, _ = layout
+    remote = injection.call(SYS_memfd_create, injection.text_vaddr,
+                            MFD_CLOEXEC | MFD_ALLOW_SEALING)
+    if remote == -errno.EACCES:                 # sysctl vm.memfd_noexec
+        remote = injection.call(SYS_memfd_create, injection.text_vaddr,
+                                MFD_CLOEXEC | MFD_NOEXEC_SEAL)
+    if remote < 0:
+        return remote
+    path = "/proc/%d/fd/%d" % (injection.tid, remote)
+    fd = -errno.EACCES
+    try:
+        fd = _check(_open(path.encode(), os.O_RDWR | os.O_CLOEXEC))
+        _check(libc.ftruncate(fd, ctypes.c_long(size)))
+        result = _map(injection, base, size, PROT_READ | PROT_EXEC,
+                      MAP_SHARED | MAP_FIXED_NOREPLACE, remote, 0)
+        if result == 0:
+            result = _map(injection, base + code_size, size - code_size,
+                          PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                          remote, code_size)
+        if result < 0:
+            os.close(fd)
+            fd = result
+    except OSError as error:
+        fd = -error.errno
+    if fd < 0 or _file_id(b"/proc/self/fd/%d" % fd) == _file_id(
+            path.encode()):
+        injection.call(SYS_close, remote)
+    return fd
+
+
+def _map(injection, base, size, prot, flags, fd, offset):
+    """An injected mmap at exactly base. -> 0, or -errno"""
+    result = injection.call(SYS_mmap, base, size, prot, flags, fd, offset)
+    if result == base:
+        return 0
+    if result >= 0:                 # a kernel without MAP_FIXED_NOREPLACE
+        injection.call(SYS_munmap, result, size)
+        return -errno.EEXIST
+    return result
+
+
+def _map_anonymous(injection, base, layout):
+    """mmap code and data privately. Raises ProbeError."""
+    size, code_size, _ = layout
+    flags = MAP_PRIVATE | MAP_ANONYMOUS
+    result = _map(injection, base, size, PROT_READ | PROT_EXEC,
+                  flags | MAP_FIXED_NOREPLACE, -1, 0)
+    if result == 0:
+        result = _map(injection, base + code_size, size - code_size,
+                      PROT_READ | PROT_WRITE, flags | MAP_FIXED, -1, 0)
+    if result < 0:
+        raise ProbeError("map memory into", injection.tracer.name(),
+                         os.strerror(-result))
+
+
+def _file_id(path):
+    """(device, inode) of a path, without giving up the GIL; else None."""
+    name = ctypes.create_string_buffer(path)
+    info = ctypes.create_string_buffer(256)
+    if _syscall(SYS_stat, ctypes.addressof(name), ctypes.addressof(info),
+                0, 0, 0) != 0:
+        return None
+    return info.raw[:16]            # st_dev, st_ino: <asm/stat.h>
+
+
+def cpu_source(tracer):
+    """How a body learns its processor. -> (source, offset of rseq.cpu_id)
+
+    rseq only where every thread reports the same place from its fs base,
+    and no module starts threads by clone itself: such a thread may have no
+    memory there. Called with all threads stopped.
+    """
+    offsets = set()
+    for thread in tracer.threads.values():
+        if thread.state == STOPPED:
+            pointer = rseq_configuration(thread.tid)
+            offsets.add(pointer and pointer + 4
+                        - ubp_x86.thread_pointer(thread.regs))
+    offset = offsets.pop() if len(offsets) == 1 else None
+    if offset and abs(offset) < 1 << 30 and not tracer.starts_raw_threads:
+        return ubp_x86.CPU_FROM_RSEQ, offset
+    flags = read_proc("/proc/cpuinfo")
+    if re.search(rb"^flags\b.*\brdpid\b", flags, re.M):
+        return ubp_x86.CPU_FROM_RDPID, 0
+    return ubp_x86.CPU_FROM_LSL, 0
+
+
+def unmap(tracer, ranges, timeout):
+    """munmap ranges in the target, by injection."""
+    def action():
+        with Injection(tracer) as injection:
+            for start, end in ranges:
+                injection.call(SYS_munmap, start, end - start)
+    tracer.pause(action, timeout)
+
+
+# -- patching and restoring, with all threads stopped -----------------------
+
+class Patches:
+    """What a pause writes, worked out before it begins.
+
+    changes   ((vaddr, old, new), …) in the order of writing
+    writes    the same, joined: one write per page, in that order
+    """
+
+    def __init__(self, tracer, changes):
+        self.tracer = tracer
+        self.writes = []
+        for page, group in _by_page(changes).items():
+            low = min(vaddr for vaddr, _, _ in group)
+            high = max(vaddr + len(new) for vaddr, _, new in group)
+            old = tracer.read(low, high - low)
+            new = bytearray(old)
+            for vaddr, before, after in group:
+                if old[vaddr - low:vaddr - low + len(before)] != before:
+                    raise Again("text at 0x%x changes" % vaddr)
+                new[vaddr - low:vaddr - low + len(after)] = after
+            self.writes.append((low, old, bytes(new)))
+
+    def verify(self):
+        """Is the text still what was read? Raises Again."""
+        for vaddr, old, _ in self.writes:
+            if self.tracer.read(vaddr, len(old)) != old:
+                raise Again("text at 0x%x changes" % vaddr)
+
+    def write(self):
+        """One write per page; rolled back if one of them fails."""
+        done = []
+        try:
+            for vaddr, old, new in self.writes:
+                self.tracer.write_text(vaddr, new)
+                done.append((vaddr, old))
+        except OSError:
+            for vaddr, old in reversed(done):
+                self.tracer.write_text(vaddr, old)
+            raise
+
+
+def _by_page(changes):
+    """{page: [(vaddr, old, new)]} in the order given."""
+    pages = collections.OrderedDict()
+    for change in changes:
+        pages.setdefault(change[0] // PAGE, []).append(change)
+    return pages
+
+
+def moves_in(records):
+    """Where a thread inside a window goes. -> ({rip: rip}, {rip: rip})
+
+    The second is for a thread just behind a displaced syscall that the
+    kernel will restart: it goes behind the copy of that syscall.
+    """
+    inside, behind = {}, {}
+    for record in records:
+        patched = len(record.patches[-1][2])
+        for copy in record.copies:
+            if 0 < copy.offset < patched:
+                inside[record.site + copy.offset] = (
+                    record.trampoline + copy.moved)
+            if copy.offset < patched and copy.size == 2:
+                behind[record.site + copy.offset + 2] = (
+                    record.trampoline + copy.moved + copy.moved_size)
+    return inside, behind
+
+
+def moves_out(records):
+    """Where a thread inside a trampoline goes. -> {rip: rip}"""
+    outside = {}
+    for record in records:
+        for copy in record.copies:
+            outside[record.trampoline + copy.moved] = (
+                record.site + copy.offset)
+        last = record.copies[-1]
+        outside[record.trampoline + last.moved + last.moved_size] = (
+            record.site + record.window_size)
+        outside[record.trampoline] = record.site
+    return outside
+
+
+def move_threads(tracer, inside, behind):
+    """Move every program counter, saved ones too, out of the way.
+
+    -> [every program counter, as it is now]
+    """
+    left = []
+    for thread in tracer.threads.values():
+        if thread.state != STOPPED:
+            continue
+        rip = ubp_x86.program_counter(thread.regs)
+        goal = inside.get(rip)
+        if ubp_x86.will_restart(thread.regs):
+            goal = behind.get(rip, goal)
+        if goal is not None:
+            thread.regs = ubp_x86.with_program_counter(thread.regs, goal)
+            tracer.set_regs(thread.tid, thread.regs)
+        left.append(rip if goal is None else goal)
+        for vaddr, rip in tracer.signal_frames(thread):
+            goal = inside.get(rip)
+            if goal is not None:
+                write_memory(thread.tid, vaddr, struct.pack("<Q", goal))
+            left.append(rip if goal is None else goal)
+    return left
+
+
+def check_arena(tracer, base, nonce):
+    """Is this still the program that the arena was mapped into?
+
+    With all threads stopped, before anything is written: exec may have put
+    another program in its place. Raises TraceeGone.
+    """
+    header = None
+    try:
+        header = unpack_header(tracer.read(base, HEADER.size))
+    except OSError:
+        pass
+    if header is None or header.nonce != nonce:
+        raise TraceeGone("write to", tracer.name(),
+                         "its arena is gone: it became another program "
+                         "(exec), or unmapped it")
+
+
+def arm(tracer, arena, records, timeout):
+    """Patch the windows of records. -> those whose text had changed
+
+    Threads are moved before a byte changes: a kill in between leaves them
+    in trampolines that lead back to untouched text.
+    """
+    inside, behind = moves_in(records)
+    state = {"patches": None, "changed": []}
+
+    def survey():
+        state["changed"] = [
+            record for record in records
+            if not all(_text_at(tracer, vaddr, len(old)) == old
+                       for vaddr, old, _ in record.patches)]
+        state["patches"] = Patches(tracer, [
+            patch for record in records if record not in state["changed"]
+            for patch in record.patches])
+
+    def action():
+        check_arena(tracer, arena.base, arena.nonce)
+        if state["patches"] is None:
+            survey()
+        try:
+            state["patches"].verify()
+        except Again:
+            state["patches"] = None
+            raise
+        move_threads(tracer, inside, behind)
+        state["patches"].write()
+
+    survey()
+    tracer.pause(action, timeout)
+    return state["changed"]
+
+
+class Restored(NamedTuple):
+    """What a restore found and did, in one process."""
+    n_restored: int         # sites put back
+    pages: tuple            # vaddrs of the pages written
+    foreign: tuple          # records whose text is neither old nor new
+    unmapped: bool
+
+
+class _Restoring:
+    """The steps of restore: what is decided outside the pause, and in it."""
+
+    def __init__(self, tracer, records):
+        self.tracer, self.records = tracer, records
+        self.patches, self.is_done = None, False
+        self.n_sites, self.foreign = 0, []
+
+    def survey(self):
+        """Compare the text with the journal, and plan the writes."""
+        changes, self.foreign, self.n_sites = [], [], 0
+        for record in self.records:
+            now = [(vaddr, old, new, _text_at(self.tracer, vaddr, len(new)))
+                   for vaddr, old, new in reversed(record.patches)]
+            if any(text not in (old, new, None) for _, old, new, text in now):
+                self.foreign.append(record)
+                continue
+            armed = [(vaddr, new, old) for vaddr, old, new, text in now
+                     if text == new]
+            self.n_sites += bool(armed)
+            changes += armed
+        self.patches = Patches(self.tracer, changes)
+
+    def write(self):
+        """Put the text back, if it is still as surveyed. Raises Again."""
+        if self.is_done:
+            return
+        if self.patches is None:
+            self.survey()
+        try:
+            self.patches.verify()
+        except Again:
+            self.patches = None
+            raise
+        self.patches.write()
+        self.is_done = True
+
+
+def restore(tracer, records, ranges, identity, timeout):
+    """Put text back, and unmap ranges once no thread is in them.
+
+    identity   (base, nonce) of the arena
+    Text that is neither what was there nor what ubp wrote is somebody
+    else's: it is reported, never overwritten, and keeps its trampolines
+    mapped. -> Restored
+    """
+    steps, outside = _Restoring(tracer, records), moves_out(records)
+
+    def action():
+        check_arena(tracer, *identity)
+        steps.write()
+        rips = move_threads(tracer, outside, {})
+        if not ranges or steps.foreign:
+            return False
+        if any(low <= rip < high for rip in rips for low, high in ranges):
+            raise Again("a thread is inside a trampoline")
+        with Injection(tracer) as injection:
+            for low, high in ranges:
+                injection.call(SYS_munmap, low, high - low)
+        return True
+
+    steps.survey()
+    unmapped = tracer.pause(action, timeout)
+    pages = tuple(sorted({vaddr & -PAGE for vaddr, _, _
+                          in steps.patches.writes}))
+    return Restored(steps.n_sites, pages, tuple(steps.foreign), unmapped)
+
+
+def _text_at(tracer, vaddr, size):
+    """Bytes of the target, or None where nothing is mapped any more."""
+    try:
+        return tracer.read(vaddr, size)
+    except OSError:
+        return None
+
+
+# ---- 6  Probes ------------------------------------------------------------
+#
+# From a pattern to armed sites. The one idea: a plan is a value, made while
+# the target runs and without touching it, that can be printed, tested, and
+# only then applied. Invariant: what cannot be planned is refused with the
+# instruction and the rule that forbids it, and the others go on.
+
+class SitePlan(NamedTuple):
+    """What would be done at one site."""
+    site: "Site"
+    strategy: str           # "jump", or "" if refused
+    window: Optional[ubp_x86.Window]
+    trampoline_size: int
+    rule: str               # the refusal, as a key for summaries
+    why: str                # the refusal, in a line
+    old: tuple              # ((vaddr, bytes), …) that a patch would replace
+
+
+class Count:
+    """Action: count the calls. by and sum are not built yet."""
+
+    def __init__(self, by=None, sum=None):
+        if by is not None or sum is not None:
+            raise ProbeError("count", "by %s" % (by or sum),
+                             "keys and sums are not built yet")
+
+    def __repr__(self):
+        return "Count()"
+
+
+_DUMMY_SHARDS = ubp_x86.Shards(ubp_x86.CPU_FROM_RSEQ, 0, 1, 6, 0)
+_FAULT_SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE)
+# Code that its own libc identifies by its address: pthread_cancel(3).
+_CANCELLATION = ("__syscall_cancel_arch", "__syscall_cp_asm", "__cp_begin",
+                 "__syscall_cp_internal")
+
+
+class Planner:
+    """Plans sites in one process. Reads memory and files; stops nothing."""
+
+    def __init__(self, pid, read):
+        self.pid, self.read = pid, read
+        self.taken = {}             # module -> ByteRanges
+        self._scans = {}
+        self._forbidden = {}
+        status = read_status(pid)
+        caught = int(status.get("SigCgt", "0"), 16)
+        self._catches = any(caught >> signo - 1 & 1
+                            for signo in _FAULT_SIGNALS)
+        self._seccomp = status.get("Seccomp", "0") != "0"
+        self._uprobes = _uprobes()
+
+    def plan(self, site):
+        """-> SitePlan; never raises for what the target's code is like."""
+        try:
+            window = self._window(site)
+            vaddr = (window.site & -PAGE) - PAGE
+            shards = _DUMMY_SHARDS._replace(base=vaddr)
+            size = len(ubp_x86.count_trampoline(window, vaddr, 0,
+                                                shards).code)
+            old = self._text_before(site, window)
+        except (RefusalError, RelocationError) as refusal:
+            return SitePlan(site, "", None, 0, refusal.rule, refusal.why, ())
+        except UbpError as error:
+            return SitePlan(site, "", None, 0, "unreadable", error.why, ())
+        taken = self.taken[site.module]
+        for low, high in window.ranges:
+            taken.add(low, high)
+        return SitePlan(site, "jump", window, size, "", "", old)
+
+    def release(self, window, module):
+        """Give back the bytes that a plan had taken."""
+        kept = [(low, high) for low, high in self.taken[module]]
+        ranges = ubp_x86.ByteRanges()
+        for low, high in kept:
+            for first, last in window.ranges:
+                if low <= first and last <= high:
+                    ranges.add(low, first) if low < first else None
+                    low = last
+            if low < high:
+                ranges.add(low, high)
+        self.taken[module] = ranges
+
+    def _window(self, site):
+        module = site.module
+        if module.shared_text:
+            raise RefusalError("shared text", "its text is mapped shared or "
+                               "from huge pages", site.vaddr)
+        function = self.function(module, site.vaddr)
+        if function is None:
+            raise RefusalError("unknown bounds", "no symbol and no unwind "
+                               "entry tells where its function ends",
+                               site.vaddr)
+        return ubp_x86.plan_window(
+            function, site.vaddr, self.scan(module),
+            forbidden=self._cancellation(module), seccomp=self._seccomp,
+            catches_faults=self._catches,
+            taken=self.taken.setdefault(module, ubp_x86.ByteRanges()))
+
+    def function(self, module, vaddr):
+        """The ubp_x86.Function round a vaddr, or None."""
+        bounds = module.bounds(vaddr)
+        if bounds is None:
+            return None
+        start, size, end = bounds
+        end = min(max(end, start + size), start + size + PAGE)
+        code = module.read_file(start, end - start)
+        if len(code) < size:
+            return None
+        return ubp_x86.Function(
+            start, size, code, tuple(module.entries_in(start + 1, end)),
+            module.has_lsda(start))
+
+    def scan(self, module):
+        """The BranchScan of a module, made once."""
+        if module not in self._scans:
+            def read(vaddr, size):
+                data = module.read_file(vaddr, size)
+                return data if len(data) == size else None
+            self._scans[module] = ubp_x86.BranchScan(
+                module.text_code(),
+                lambda vaddr: self.function(module, vaddr), read)
+        return self._scans[module]
+
+    def _cancellation(self, module):
+        if module not in self._forbidden:
+            found = []
+            if (module.is_exe or "libc" in module.name
+                    or "musl" in module.name):
+                for name in _CANCELLATION:
+                    found += [(f.vaddr, f.vaddr + max(f.size, 16),
+                               "the C library's cancellation point %s"
+                               % name) for f in module.named(name)]
+            self._forbidden[module] = tuple(found)
+        return self._forbidden[module]
+
+    def _text_before(self, site, window):
+        """The bytes to be patched. RefusalError if they differ from the
+        file's: another tool, or another ubp, has been there."""
+        module = site.module
+        for low, high in window.ranges:
+            memory = self.read(low, high - low)
+            if (module.has_file
+                    and module.read_file(low, high - low) != memory):
+                raise RefusalError(
+                    "changed text", "the text at 0x%x differs from its file: "
+                    "%s" % (low, _who_changed(self.pid, memory)), low)
+            for path, offset in self._uprobes:
+                if path == module.path and any(
+                        vaddr <= low + n < vaddr + size
+                        and low + n - vaddr + start == offset
+                        for vaddr, size, start in module.text
+                        for n in range(high - low)):
+                    raise RefusalError("uprobe", "a kernel uprobe is set "
+                                       "there", low)
+        vaddrs = (window.slot, window.site) if window.slot else (window.site,)
+        return tuple((vaddr, self.read(vaddr, 5 if vaddr != window.site
+                                       or not window.slot else 2))
+                     for vaddr in vaddrs)
+
+
+def _who_changed(pid, memory):
+    if ubp_x86.is_jump(memory):
+        owners = {view.header.owner_pid for view in find_arenas(pid)
+                  if view.header}
+        if owners:
+            return "probed by ubp (pid %s)" % ", ".join(map(str, owners))
+        return "a jump that another tool wrote"
+    if memory[:1] == ubp_x86.BREAKPOINT:
+        return "a breakpoint or a uprobe"
+    return "bytes %s" % memory.hex()
+
+
+def _uprobes():
+    """[(path, offset)] of the kernel's uprobes; [] without privilege."""
+    text = b""
+    for folder in ("/sys/kernel/tracing", "/sys/kernel/debug/tracing"):
+        text = text or read_proc(folder + "/uprobe_events")
+    return [(path.decode(errors="surrogateescape"), int(offset, 16))
+            for path, offset in re.findall(
+                rb"^[pr]\S* (/\S+):(0x[0-9a-f]+)", text, re.M)]
+
+
+class Probe:
+    """One probe: its sites, and what they counted.
+
+    sites     [Site] that are, or were, armed;   refused   [SitePlan]
+    """
+
+    def __init__(self, target, where, action):
+        self._target, self.where, self.action = target, where, action
+        self.sites, self.refused = [], []
+        self._armed = []            # (Site, Arena, Record, module, window)
+        self._is_removed = False
+
+    def __repr__(self):
+        return "<Probe %s: %d sites>" % (self.where, len(self.sites))
+
+    def counts(self):
+        """{Site: calls}, cumulative; also after removal and exit."""
+        totals, found = {}, collections.OrderedDict()
+        with self._target._lock:
+            for site, arena, record, _, _ in self._armed:
+                if arena not in totals:
+                    totals[arena] = arena.totals()
+                found[site] = totals[arena][record.index]
+        return found
+
+    def read(self):
+        """The number of calls since arming, over all sites and CPUs."""
+        return sum(self.counts().values())
+
+    @property
+    def hits(self):
+        """How often the sites were passed: recorded + dropped."""
+        return self.read()
+
+    @property
+    def dropped(self):
+        """Hits that were not recorded. A count drops none."""
+        return 0
+
+    def remove(self, timeout=5):
+        """Take it out of the target. May be repeated. Raises UbpTimeout."""
+        self._target._remove([self], timeout)
+
+
+# ---- 7  Library -----------------------------------------------------------
+#
+# What a host program sees. ptrace belongs to a thread, public objects to
+# none: each target has one worker thread that makes every ptrace call, so a
+# KeyboardInterrupt in the caller never lands inside a pause. Invariant: the
+# host keeps its signal handlers, its settings and its output; nothing here
+# prints, exits, or runs from the garbage collector or in a forked child.
+
+class Worker:
+    """The thread that owns the tracees of one Target."""
+
+    def __init__(self, tracer):
+        self.tracer = tracer
+        self._jobs = queue.Queue()
+        self._thread = None
+        self._lock = threading.Lock()
+
+    def call(self, function, timeout):
+        """Run function() in the worker. -> its result, or its exception
+
+        Bounded by what function itself does with its time-outs; the margin
+        here is for a worker that waits its turn.
+        """
+        job = _Job(function)
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="ubp-%d" % self.tracer.tgid)
+                self._thread.daemon = True
+                self._thread.start()
+            self._jobs.put(job)
+        if not job.done.wait(timeout + 30):
+            raise UbpTimeout("work on", self.tracer.name(),
+                             "the ptrace thread is stuck")
+        if job.error is not None:
+            raise job.error
+        return job.result
+
+    def stop(self):
+        """End the thread once nothing is left to release. Does not wait."""
+        with self._lock:
+            if self._thread is not None:
+                self._jobs.put(None)
+                self._thread = None
+
+    def _run(self):
+        _block_signals()
+        late, stopping = False, False
+        while not stopping or late:
+            try:
+                job = self._jobs.get(timeout=0.0005 if late else None)
+                stopping = stopping or job is None
+                if job is not None:
+                    job.run()
+                    job = None
+            except queue.Empty:
+                pass
+            late = self.tracer.finish_late()
+        self.tracer.close()
+
+
+class _Job:
+    """A function on its way to the worker, and what became of it."""
+
+    def __init__(self, function):
+        self.function, self.result, self.error = function, None, None
+        self.done = threading.Event()
+
+    def run(self):
+        try:
+            self.result = self.function()
+        except BaseException as error:      # the caller's to handle
+            self.error = error
+        self.done.set()
+
+
+def _block_signals():
+    """Block every signal in this thread: none may interrupt a pause."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, set(range(1, signal.NSIG))
+                           - {32, 33, 34})      # the C library's own
+
+
+class Removal(NamedTuple):
+    """What taking probes out did, over all processes."""
+    n_sites: int            # put back
+    n_pages: int            # written
+    n_equal: int            # of them equal to their files
+    n_arenas: int           # unmapped
+    pids: tuple             # of the processes
+    notes: tuple            # what was left, and why
+
+    def __add__(self, other):
+        return Removal(*[a + b for a, b in zip(self[:4], other[:4])],
+                       pids=tuple(sorted({*self.pids, *other.pids})),
+                       notes=self.notes + other.notes)
+
+
+class Target:
+    """A process under observation; from attach() or launch()."""
+
+    def __init__(self, pid, process=None):
+        self.pid, self.comm = pid, comm(pid)
+        self.notes = []
+        self.removal = Removal(0, 0, 0, 0, (), ())
+        self._process = process     # _Child, if we launched it
+        self._owner = os.getpid()
+        self._tracer = Tracer(pid)
+        self._worker = Worker(self._tracer)
+        self._lock = threading.RLock()
+        self._probes, self._arenas = [], []
+        self._modules = self._planner = None
+        self._is_closed = False
+        self._kind = os.environ.get("UBP_ARENA", "auto")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def __del__(self):
+        if not getattr(self, "_is_closed", True) and self._arenas:
+            import warnings
+            warnings.warn("%r was not closed; its probes stay in place"
+                          % self, ResourceWarning)
+
+    def __repr__(self):
+        return "<Target pid %d (%s)>" % (self.pid, self.comm)
+
+    # -- looking ------------------------------------------------------------
+
+    @property
+    def probes(self):
+        """The probes in place, in the order of arming."""
+        return list(self._probes)
+
+    @property
+    def pause_us(self):
+        """The longest time that all threads were stopped, microseconds."""
+        return self._tracer.pause_us
+
+    @property
+    def alive(self):
+        """Is the process still there, and the same program?"""
+        if self._process is not None:
+            return self._process.poll() is None
+        fields = read_stat(self.pid)
+        return (self._tracer.is_same_process()
+                and (fields[0] not in "ZX" or len(thread_ids(self.pid)) > 1))
+
+    @property
+    def returncode(self):
+        """As subprocess has it, of a launched program; else None."""
+        return self._process.poll() if self._process else None
+
+    def wait(self, timeout=None):
+        """Wait for the target's exit. -> did it exit within timeout (s)"""
+        self.run()
+        limit = None if timeout is None else time.monotonic() + timeout
+        while self.alive:
+            if limit is not None and time.monotonic() >= limit:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def find(self, pattern):
+        """The sites that a probe names. -> [Site]. Raises SymbolError."""
+        notes = []
+        sites = find(self._get_modules(), parse_probe(pattern), self._read,
+                     notes)
+        self.notes += [note for note in notes if note not in self.notes]
+        return sites
+
+    def plan(self, pattern):
+        """What would be done at each site. -> [SitePlan]. Stops nothing."""
+        planner = Planner(self.pid, self._read)
+        return [planner.plan(site) for site in self._sites(pattern)]
+
+    def _read(self, vaddr, size):
+        try:
+            return self._tracer.read(vaddr, size)
+        except OSError as error:
+            raise TraceeGone("read 0x%x of" % vaddr,
+                             "pid %d (%s)" % (self.pid, self.comm),
+                             error.strerror)
+
+    def _get_modules(self, anew=False):
+        if self._modules is None or anew:
+            self._modules = modules(self.pid)
+        return self._modules
+
+    def _sites(self, where):
+        """The sites of one or more patterns, each once."""
+        sites = collections.OrderedDict()
+        for pattern in [where] if isinstance(where, str) else where:
+            for site in self.find(pattern):
+                sites.setdefault(site.vaddr, site)
+        return list(sites.values())
+
+    # -- probing ------------------------------------------------------------
+
+    def probe(self, where, action, when=None, strategy="jump", timeout=5,
+              max_sites=10000):
+        """Arm a probe. -> Probe
+
+        where    a pattern, or a list of them;   action   Count()
+        A pattern that arms some sites and not others is no error: see
+        Probe.refused. Raises ProbeError if none could be armed,
+        SymbolError, TraceeGone, UbpTimeout.
+        """
+        self._check_owner()
+        if not isinstance(action, Count):
+            raise ProbeError("probe", str(where),
+                             "the action %r is not built yet" % (action,))
+        if when is not None or strategy != "jump":
+            raise ProbeError("probe", str(where), "%s is not built yet" % (
+                "a condition" if when is not None
+                else "strategy %s" % strategy))
+        with self._lock:
+            sites = self._sites(where)
+            if len(sites) > max_sites:
+                raise ProbeError(
+                    "probe", str(where), "it matches %d functions, more "
+                    "than %d" % (len(sites), max_sites), "--max-sites N")
+            probe = Probe(self, where, action)
+            if self._planner is None:
+                self._planner = Planner(self.pid, self._read)
+            plans = [self._planner.plan(site) for site in sites]
+            probe.refused = [plan for plan in plans if not plan.strategy]
+            good = [plan for plan in plans if plan.strategy]
+            if good:
+                self._worker.call(lambda: self._arm(probe, good, timeout),
+                                  timeout)
+            if not probe.sites:
+                raise _none_armed(where, probe.refused)
+            self._probes.append(probe)
+            return probe
+
+    def _arm(self, probe, plans, timeout):
+        """In the worker: arenas, trampolines, journal, patch."""
+        limit = time.monotonic() + timeout
+        self._tracer.starts_raw_threads = _starts_raw_threads(
+            self._get_modules())
+        for group in _by_reach(plans):
+            batches = self._write_group(probe, group, limit)
+            for arena, batch in batches.items():
+                arena.commit()
+                records = [record for _, record in batch]
+                changed = arm(self._tracer, arena, records,
+                              max(0.1, limit - time.monotonic()))
+                for plan, record in batch:
+                    if record in changed:
+                        self._refuse(probe, plan, "changed text",
+                                     "its text changed meanwhile")
+                        continue
+                    probe.sites.append(plan.site)
+                    probe._armed.append((plan.site, arena, record,
+                                         plan.site.module, plan.window))
+
+    def _refuse(self, probe, plan, rule, why):
+        self._planner.release(plan.window, plan.site.module)
+        probe.refused.append(plan._replace(
+            strategy="", window=None, trampoline_size=0, rule=rule, why=why))
+
+    def _write_group(self, probe, group, limit):
+        """Trampolines and records of plans near each other.
+
+        -> {arena: [(plan, record)]}; a new arena is made as often as needed
+        """
+        batches, todo = collections.OrderedDict(), list(group)
+        low = min(plan.window.site for plan in todo)
+        high = max(plan.window.site for plan in todo) + PAGE
+        while todo:
+            arena = next((a for a in self._arenas if a.reaches(low, high)),
+                         None)
+            if arena is None:
+                arena = make_arena(self._tracer, low, high, len(todo),
+                                   max(0.1, limit - time.monotonic()),
+                                   self._kind)
+                self._arenas.append(arena)
+            while todo and arena.reaches(low, high):
+                plan = todo.pop(0)
+                site = plan.site
+                try:
+                    record = arena.add(plan, (
+                        site.module.build_id, site.module.name,
+                        site_name(site)))
+                except RelocationError as error:
+                    self._refuse(probe, plan, error.rule, error.why)
+                    continue
+                batches.setdefault(arena, []).append((plan, record))
+        return batches
+
+    # -- taking out ---------------------------------------------------------
+
+    def _remove(self, probes, timeout):
+        if self._owner != os.getpid():
+            raise ProbeError("remove", repr(probes), "this is a forked child "
+                             "of the process that armed it")
+        with self._lock:
+            probes = [p for p in probes if not p._is_removed]
+            if not probes:
+                return
+            removal = self._worker.call(
+                lambda: self._take_out(probes, timeout), timeout)
+            self.removal += removal
+
+    def _take_out(self, probes, timeout):
+        """In the worker: restore every process, then forget the probes."""
+        limit = time.monotonic() + timeout
+        total = Removal(0, 0, 0, 0, (), ())
+        for arena in list(self._arenas):
+            records = [armed[2] for probe in probes
+                       for armed in probe._armed if armed[1] is arena]
+            others = any(armed[1] is arena for probe in self._probes
+                         if probe not in probes for armed in probe._armed)
+            if not records and others:
+                continue
+            part = _restore_everywhere(
+                self._tracer, arena.base, arena.nonce, arena.inode,
+                arena.records if not others else records,
+                () if others else ((arena.base, arena.base + arena.size),),
+                limit)
+            total += part
+            if not others:
+                arena.close()
+                self._arenas.remove(arena)
+        for probe in probes:
+            probe._is_removed = True
+            for _, _, _, module, window in probe._armed:
+                self._planner.release(window, module)
+            if probe in self._probes:
+                self._probes.remove(probe)
+        return total
+
+    def run(self):
+        """Let a launched program go on from its entry point."""
+        if self._tracer.held and self._owner == os.getpid():
+            def let_go():
+                self._tracer.held = False
+                self._tracer._release()
+            self._worker.call(let_go, 5)
+
+    def detach(self):
+        """Leave the probes in place and let go. May be repeated."""
+        self._leave(lambda: [arena.mark_left() for arena in self._arenas])
+
+    def close(self, timeout=5):
+        """Take out this target's probes and let go. May be repeated."""
+        self._leave(lambda: self._remove(self._probes, timeout))
+
+    def _leave(self, last_act):
+        if self._is_closed or self._owner != os.getpid():
+            return
+        with self._lock:
+            if self._is_closed:
+                return
+            try:
+                last_act()
+            finally:
+                self.run()
+                self._is_closed = True
+                for arena in self._arenas:
+                    arena.close()
+                self._worker.stop()
+
+    def _check_owner(self):
+        whom = "pid %d (%s)" % (self.pid, self.comm)
+        if self._owner != os.getpid():
+            raise ProbeError("probe", whom, "this is a forked child of the "
+                             "process that attached")
+        if self._is_closed:
+            raise ProbeError("probe", whom, "the target is closed")
+
+
+def _none_armed(where, refused):
+    where = where if isinstance(where, str) else ", ".join(where)
+    why = refused[0].why if refused else "no site"
+    if len(refused) > 1:
+        why = "%d sites, all refused; the first: %s" % (len(refused), why)
+    return ProbeError("probe", where, why, "plan shows every reason")
+
+
+def site_name(site):
+    """function, or function+0xOFFSET."""
+    name = site.function.name if site.function else "0x%x" % site.vaddr
+    return name + ("+0x%x" % site.offset if site.offset else "")
+
+
+def _by_reach(plans):
+    """Plans in groups that one arena can serve: a module, or neighbours."""
+    groups = []
+    for plan in sorted(plans, key=lambda plan: plan.window.site):
+        site = plan.window.site
+        if groups and site - groups[-1][0].window.site < 1 << 29:
+            groups[-1].append(plan)
+        else:
+            groups.append([plan])
+    return groups
+
+
+def _starts_raw_threads(all_modules):
+    """May threads exist without the C library's thread block?
+
+    A static or Go program, or a module that imports clone.
+    """
+    names = [module.soname or module.name for module in all_modules]
+    if not any(name.startswith(("libc.so", "libc.musl", "ld-musl"))
+               for name in names):
+        return True
+    return any(b"\0clone\0" in bytes(module.elf.dynsym.strings)
+               for module in all_modules
+               if not (module.soname or module.name).startswith(
+                   ("libc.", "ld-", "libpthread", "libc-", "[")))
+
+
+def _restore_everywhere(tracer, base, nonce, inode, records, ranges, limit):
+    """Restore a process and all that inherited its arena. -> Removal
+
+    Children are found by the memfd's inode, to a fixpoint: one may fork
+    while another is restored.
+    """
+    total, seen = Removal(0, 0, 0, 0, (), ()), set()
+    pending = [tracer.tgid]
+    while pending:
+        for pid in pending:
+            seen.add(pid)
+            each = tracer if pid == tracer.tgid else Tracer(pid)
+            part = _restore_one(each, base, nonce, records, ranges, limit)
+            total += part
+            if each is not tracer:
+                tracer.pause_us = max(tracer.pause_us, each.pause_us)
+        pending = [pid for pid in processes_with(inode) if pid not in seen]
+    return total
+
+
+def _restore_one(tracer, base, nonce, records, ranges, limit):
+    """-> Removal of one process; what stands in the way is a note."""
+    timeout = max(0.5, limit - time.monotonic())
+    try:
+        done = restore(tracer, records, ranges, (base, nonce), timeout)
+    except TraceeGone:
+        return Removal(0, 0, 0, 0, (), ())
+    except UbpError as error:
+        if isinstance(error, UbpTimeout):
+            raise
+        return Removal(0, 0, 0, 0, (tracer.tgid,),
+                       ("pid %d keeps its probes: %s" % (tracer.tgid,
+                                                         error),))
+    finally:
+        while tracer.finish_late():
+            time.sleep(0.0005)
+            if time.monotonic() > limit:
+                break
+    notes = ["%s:%s of pid %d was changed by another tool; its bytes and "
+             "its trampoline are left as they are" % (
+                 record.module, record.function, tracer.tgid)
+             for record in done.foreign]
+    return Removal(done.n_restored, len(done.pages),
+                   _n_equal(tracer, done.pages), int(done.unmapped),
+                   (tracer.tgid,), tuple(notes))
+
+
+def _n_equal(tracer, pages):
+    """How many pages of text equal their files."""
+    n_equal = 0
+    try:
+        for module in modules(tracer.tgid) if pages else ():
+            for low, size, _ in module.text:
+                for page in pages:
+                    if low <= page < low + size:
+                        span = min(PAGE, low + size - page)
+                        n_equal += (module.read_file(page, span)
+                                    == tracer.read(page, span))
+    except (UbpError, OSError):
+        pass
+    return n_equal
+
+
+def processes_with(inode):
+    """The pids of processes that map a memfd of ubp. -> [pid]"""
+    needle = b" %d " % inode
+    return [pid for pid in (_process_ids() if inode else ())
+            if needle in read_proc("/proc/%d/maps" % pid)
+            and any(m.inode == inode and m.path == _MEMFD_PATH
+                    and "x" in m.perms for m in read_maps(pid))]
+
+
+# -- launching --------------------------------------------------------------
+
+class _Child:
+    """A program that we started, held by a pipe until it is traced."""
+
+    def __init__(self, argv):
+        self.argv = argv
+        self.path = _find_program(argv[0])
+        self._status = None
+        go_read, self._go = os.pipe()
+        self._error, error_write = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become(self.path, argv, go_read, error_write)
+        os.close(go_read)
+        os.close(error_write)
+
+    def go(self):
+        """Let it exec. It stops there if it is traced for that."""
+        os.write(self._go, b"g")
+        os.close(self._go)
+
+    def exec_error(self):
+        """Why exec failed, an errno; 0 if it did not. After go()."""
+        data = os.read(self._error, 4)
+        os.close(self._error)
+        return struct.unpack("<i", data)[0] if len(data) == 4 else 0
+
+    def poll(self):
+        """Its return code, as subprocess has it; None while it runs."""
+        if self._status is None:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:
+                if not read_stat(self.pid):
+                    self._status = 0        # reaped by the host
+                return self._status
+            if pid and (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
+                self._status = (-os.WTERMSIG(status)
+                                if os.WIFSIGNALED(status)
+                                else os.WEXITSTATUS(status))
+        return self._status
+
+
+def _become(path, argv, go_read, error_write):
+    """In the forked child: wait for the tracer, then exec. Never returns."""
+    try:
+        if os.read(go_read, 1) == b"g":
+            for signo in (signal.SIGPIPE, signal.SIGXFSZ):
+                signal.signal(signo, signal.SIG_DFL)    # Python ignores them
+            os.execv(path, argv)
+    except OSError as error:
+        os.write(error_write, struct.pack("<i", error.errno))
+    finally:
+        os._exit(127)
+
+
+def _find_program(name):
+    """Where execvp(3) would find it. Raises AttachError."""
+    folders = [""] if "/" in name else os.get_exec_path()
+    for folder in folders:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            if not os.access(path, os.X_OK):
+                raise AttachError("run", name, "permission denied")
+            mode = os.stat(path).st_mode
+            if mode & (stat.S_ISUID | stat.S_ISGID) and os.geteuid():
+                raise AttachError("run", name, "it is setuid, and would run "
+                                  "without its privilege when traced",
+                                  "sudo")
+            return path
+    raise AttachError("run", name, "not found")
+
+
+class Launch:
+    """Bring a launched program to its entry point. Runs in the worker.
+
+    The loader is left to do its work: its own way to the program, AT_ENTRY
+    on the stack, is led over a stub that makes one harmless syscall, where
+    it is stopped. No byte of text changes, and if we die it just goes on.
+    """
+
+    def __init__(self, tracer, child):
+        self.tracer, self.child = tracer, child
+        self.tid = child.pid
+
+    def run(self, timeout):
+        """-> 0, or the errno of a failed exec."""
+        self._limit = time.monotonic() + timeout
+        tid = self.tid
+        ptrace(PTRACE_SEIZE, tid, 0,
+               PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEEXEC)
+        self.child.go()
+        if not self._until(lambda s: s >> 16 == PTRACE_EVENT_EXEC,
+                           PTRACE_CONT, start=False):
+            return self.child.exec_error()
+        self.child.exec_error()
+        self.tracer.birth = start_time(tid)
+        thread = Thread(tid, tid)
+        self.tracer.threads = {tid: thread}
+        self._event_stop(thread)
+        self.tracer.maps = read_maps(tid)
+        self.tracer.held = True
+        auxv = read_proc("/proc/%d/auxv" % tid)
+        entry = dict(struct.iter_unpack("<QQ", auxv)).get(AT_ENTRY, 0)
+        if entry != ubp_x86.program_counter(thread.regs):
+            self._through_loader(thread, auxv, entry)
+        return 0
+
+    def _until(self, is_wanted, request, start=True):
+        """Resume until a stop is wanted. -> True; False: it ended"""
+        signo = 0
+        while True:
+            if start:
+                ptrace(request, self.tid, 0, signo)
+            start, signo, status = True, 0, None
+            while status is None:
+                status = wait_nohang(self.tid)
+                if status is None and time.monotonic() > self._limit:
+                    raise UbpTimeout("start", " ".join(self.child.argv),
+                                     "it did not reach its entry point")
+                if status is None:
+                    time.sleep(0.00005)
+            if status & 0xff != 0x7f:
+                self.child._status = (-(status & 0x7f) if status & 0x7f
+                                      else status >> 8 & 0xff)
+                return False
+            if is_wanted(status):
+                return True
+            if status >> 16 == 0 and status >> 8 & 0xff not in (
+                    SYSCALL_EVENT_SIGNAL, signal.SIGTRAP):
+                signo = status >> 8 & 0xff
+
+    def _event_stop(self, thread):
+        """From any stop to one in which registers may be changed."""
+        ptrace(PTRACE_INTERRUPT, self.tid)
+        self._until(lambda s: s >> 16 == PTRACE_EVENT_STOP, PTRACE_CONT)
+        thread.regs = self.tracer.get_regs(self.tid)
+        thread.state = STOPPED
+
+    def _through_loader(self, thread, auxv, entry):
+        """Run the loader; stop where it would enter the program."""
+        low = ubp_x86.stack_pointer(thread.regs)
+        end = next((m.end for m in self.tracer.maps
+                    if m.start <= low < m.end), low)
+        at = self.tracer.read(low, end - low).find(auxv)
+        place = struct.pack("<Q", AT_ENTRY)
+        field = next((n for n in range(0, len(auxv), 16)
+                      if auxv[n:n + 8] == place), -1)
+        if at < 0 or field < 0:
+            return                  # probes find what is mapped by now
+        word = low + at + field + 8
+        with Injection(self.tracer) as injection:
+            stub = injection.call(
+                SYS_mmap, 0, PAGE, PROT_READ | PROT_EXEC,
+                MAP_PRIVATE | MAP_ANONYMOUS, -1 & 0xffffffffffffffff, 0)
+        if stub < 0:
+            return
+        self.tracer.write_text(stub, ubp_x86.entry_stub(entry))
+        write_memory(self.tid, word, struct.pack("<Q", stub))
+        if not self._until(self._is_in(stub), PTRACE_SYSCALL):
+            return
+        write_memory(self.tid, word, struct.pack("<Q", entry))
+        self._event_stop(thread)
+        thread.regs = ubp_x86.at_entry(thread.regs, entry)
+        self.tracer.set_regs(self.tid, thread.regs)
+        self.tracer.maps = read_maps(self.tid)
+        with Injection(self.tracer) as injection:
+            injection.call(SYS_munmap, stub, PAGE)
+
+    def _is_in(self, stub):
+        def is_wanted(status):
+            return (status >> 8 == SYSCALL_EVENT_SIGNAL
+                    and stub <= ubp_x86.program_counter(
+                        self.tracer.get_regs(self.tid)) < stub + PAGE)
+        return is_wanted
+
+
+# -- the functions ----------------------------------------------------------
+
+def attach(pid, timeout=5):
+    """Observe a running process. -> Target
+
+    pid   of a process that we may ptrace; nothing is stopped or changed
+    Raises AttachError, which says what stands in the way.
+    """
+    check_target(pid)
+    return Target(pid)
+
+
+def launch(argv, timeout=5):
+    """Start a program and hold it at its entry point. -> Target
+
+    argv   [program, arguments…], found as execvp(3) does
+    Its libraries are loaded, none of its own code has run. Target.run(),
+    wait(), detach() or close() let it go. Raises AttachError.
+    """
+    child = _Child(list(argv))
+    target = Target(child.pid, child)
+    target.comm = os.path.basename(child.path)
+    launcher = Launch(target._tracer, child)
+    failed = target._worker.call(lambda: launcher.run(timeout), timeout)
+    if failed:
+        target.close()
+        raise AttachError("run", argv[0], os.strerror(failed))
+    target._tracer._text = None     # the loader has mapped more since
+    return target
+
+
+class SiteStatus(NamedTuple):
+    """One site of an arena, as status() finds it."""
+    name: str
+    module: str
+    build_id: str
+    vaddr: int
+    state: str              # "armed", "removed", "changed by another tool"
+    calls: int
+
+
+class ArenaStatus(NamedTuple):
+    """One arena, as status() finds it."""
+    pid: int
+    comm: str
+    owner_pid: int
+    owner_alive: bool
+    left: bool              # detached on purpose
+    time_ns: int            # when it was made, CLOCK_REALTIME
+    children: tuple         # other pids that share it
+    sites: list
+    n_bad: int              # journal records that failed validation
+
+
+def status(pid=None):
+    """The arenas of one process, or of all. -> [ArenaStatus]
+
+    Read from the targets alone; nothing is stopped or changed.
+    """
+    views, found = [], []
+    for each in [pid] if pid is not None else sorted(_process_ids()):
+        views += find_arenas(each)
+    sharing = {}
+    for view in views:
+        if view.inode:
+            sharing.setdefault(view.inode, []).append(view.pid)
+    for view in views:
+        header = view.header
+        if header is None:
+            found.append(ArenaStatus(view.pid, comm(view.pid), 0, False,
+                                     False, 0, (), [], 0))
+            continue
+        if (pid is None and header.target != view.pid
+                and header.target in sharing.get(view.inode, ())):
+            continue                # listed with the process it was made for
+        pids = (sharing[view.inode] if pid is None and view.inode
+                else processes_with(view.inode))
+        found.append(ArenaStatus(
+            view.pid, comm(view.pid), header.owner_pid,
+            _owner_is_alive(header), bool(header.flags & FLAG_LEFT),
+            header.time_ns, tuple(p for p in pids if p != view.pid),
+            _site_status(view), view.n_bad))
+    return found
+
+
+def _owner_is_alive(header):
+    """Does the ubp that made the arena still run? Unknown counts as yes."""
+    if header.owner_namespace != _pid_namespace():
+        return True
+    return start_time(header.owner_pid) == header.owner_birth
+
+
+def _site_status(view):
+    """[SiteStatus] of an arena, with its counters."""
+    header, n = view.header, len(view.records)
+    top = max([record.index for record in view.records] + [-1]) + 1
+    totals = [0] * top
+    try:
+        for cpu in range(header.shard_mask + 1 if n else 0):
+            data = read_memory(view.pid, header.base + header.code_size
+                               + (cpu << header.shard_shift), 8 * top)
+            totals = [a + b for a, b in zip(
+                totals, struct.unpack("<%dQ" % top, data))]
+    except OSError:
+        pass
+    return [SiteStatus(record.function, record.module, record.build_id,
+                       record.site, _state(view.pid, record),
+                       totals[record.index]) for record in view.records]
+
+
+def _state(pid, record):
+    vaddr, old, new = record.patches[-1]
+    try:
+        now = read_memory(pid, vaddr, len(new))
+    except OSError:
+        return "unmapped"
+    return {new: "armed", old: "removed"}.get(now, "changed by another tool")
+
+
+def clean(pid, all=False, timeout=5):
+    """Take out what is left in a process: orphaned, or left on purpose.
+
+    all   also the probes of a ubp that still runs
+    -> Removal. Children that inherited an arena are restored too. May
+    be repeated. Raises AttachError, UbpTimeout.
+    """
+    check_target(pid)
+    tracer = Tracer(pid)
+    worker = Worker(tracer)
+    try:
+        return worker.call(lambda: _clean(tracer, all, timeout), timeout)
+    finally:
+        worker.stop()
+
+
+def _clean(tracer, take_all, timeout):
+    limit = time.monotonic() + timeout
+    total = Removal(0, 0, 0, 0, (), ())
+    for view in find_arenas(tracer.tgid):
+        header = view.header
+        if header is None:
+            _unmap_headless(tracer, view, limit)
+            part = Removal(0, 0, 0, 1, (tracer.tgid,), ())
+        elif (_owner_is_alive(header) and not header.flags & FLAG_LEFT
+              and not take_all):
+            part = Removal(0, 0, 0, 0, (), (
+                "pid %d is being probed by ubp (pid %d); --all takes its "
+                "probes out too" % (tracer.tgid, header.owner_pid),))
+        else:
+            part = _restore_everywhere(
+                tracer, header.base, header.nonce, view.inode, view.records,
+                view.ranges, limit)
+        total += part
+    n_closed = _close_descriptors(tracer, limit)
+    if n_closed:
+        total += Removal(0, 0, 0, n_closed, (tracer.tgid,), ())
+    return total
+
+
+def _unmap_headless(tracer, view, limit):
+    """Unmap an arena whose maker died before it wrote the header."""
+    def action():
+        now = [v for v in find_arenas(tracer.tgid) if v.inode == view.inode]
+        if not now or now[0].header is not None:
+            return
+        with Injection(tracer) as injection:
+            for low, high in now[0].ranges:
+                injection.call(SYS_munmap, low, high - low)
+    tracer.pause(action, max(0.5, limit - time.monotonic()))
+
+
+def _descriptors(pid):
+    """Descriptors of ubp's memfds that a dead tracer left. -> [number]"""
+    found = []
+    try:
+        names = os.listdir("/proc/%d/fd" % pid)
+    except OSError:
+        return found
+    for name in names:
+        try:
+            if os.readlink("/proc/%d/fd/%s" % (pid, name)) == _MEMFD_PATH:
+                found.append(int(name))
+        except OSError:
+            continue
+    return found
+
+
+def _close_descriptors(tracer, limit):
+    """Close what a ubp that died in the midst of an injection left."""
+    if not _descriptors(tracer.tgid):
+        return 0
+
+    def action():
+        numbers = _descriptors(tracer.tgid)
+        with Injection(tracer) as injection:
+            for number in numbers:
+                injection.call(SYS_close, number)
+        return len(numbers)
+    return tracer.pause(action, max(0.5, limit - time.monotonic()))
+
+
+# ---- 8  Command line ------------------------------------------------------
+#
+# A person, or a pipe, at one end and a running program at the other. The one
+# idea: data and talk are bytes written straight to a descriptor that was
+# polled first, so no buffer holds a result back, a reader that goes away is
+# seen at once, and a terminal that stands still cannot keep probes in place.
+# The invariant: whatever ends a command (Ctrl-C, a closed pipe, a full disk,
+# the target's exit), the probes are taken out before the last word is said.
+#
+#     options   what argparse made of the words before `--`
+#     out       an Output: where data goes        say()   talk, to stderr
+#     signals   a Signals: what asks for the end  row     one function's calls
+
+import argparse                                                 # noqa: E402
+import contextlib                                               # noqa: E402
+import fcntl                                                    # noqa: E402
+import select                                                   # noqa: E402
+import shutil                                                   # noqa: E402
+
+VERBS = """
+count    count calls of functions, as a live table on a terminal
+list     list the functions that probes name: address, size, module
+plan     show how each function would be probed, or why not; change nothing
+status   show the probes that are in place, whose, and their counts
+clean    take out probes that were left, or whose owner died
+"""
+LATER_VERBS = "hist trace latency stack show".split()
+LATER_OPTIONS = "-e --if --by --sum --stack --hits --max-rate".split()
+LATER_STRATEGIES = ("int3", "hw")
+
+HELP = """\
+usage: ubp VERB -p PID[,PID...] [OPTION...] PROBE...
+       ubp count [OPTION...] PROBE... -- COMMAND [ARGUMENT...]
+
+Count calls of functions in running programs, by a jump in each function.
+
+verbs (`ubp VERB --help` tells their options):
+%s
+probes:
+  [MODULE:]FUNCTION[+OFFSET]   * and ? are wild; MODULE is a file name (libc),
+                               a path, or exe: the program itself
+  [MODULE:]0xADDRESS           the address that nm prints; without MODULE: the
+                               address in the running process
+
+not built yet: %s
+               %s
+
+five commands worth copying:
+  python3 ubp.py count -p PID 'libc:malloc' 'exe:*Command'
+  python3 ubp.py count 'libc:malloc' -- python3 -c 'print(len("ubp"))'
+  python3 ubp.py count -p "$(pgrep -d, -x nginx)" --json --interval 1 'libc:*'
+  python3 ubp.py list -p PID 'libc:str*'
+  python3 ubp.py clean -p PID
+"""
+
+
+class Misuse(UbpError):
+    """The command line makes no sense. Exit status 2."""
+
+    def __init__(self, why, hint="ubp --help"):
+        super().__init__("use", "ubp so", why, hint)
+        self.args = (why,)
+
+
+class HelpWanted(UbpError):
+    """--help or --version: no error, but text to print."""
+
+    def __init__(self, text):
+        super().__init__("parse", "on", "help was asked for")
+        self.text = text
+
+
+def escape(text):
+    r"""Return text fit for any terminal: what cannot be printed as \xNN.
+
+    Names, paths and errors come from a target that may be hostile; an escape
+    sequence in one of them would be obeyed by the reader's terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else _escape_char(ord(char))
+                   for char in text)
+
+
+def _escape_char(code):
+    """Return a code point as an escape; an undecodable byte as that byte."""
+    if 0xdc80 <= code <= 0xdcff:       # PEP 383: what surrogateescape made
+        code -= 0xdc00
+    return ("\\x%02x" if code < 0x100 else
+            "\\u%04x" if code < 0x10000 else "\\U%08x") % code
+
+
+def elide(text, size, dots="..."):
+    """Return text in at most size characters, its middle given up."""
+    if len(text) <= size:
+        return text
+    if size <= len(dots) + 1:
+        return text[:max(size, 0)]
+    n_head = (size - len(dots) + 1) // 2
+    return text[:n_head] + dots + text[len(text) - (size - len(dots)
+                                                    - n_head):]
+
+
+def say(text, hint=""):
+    """Talk to the user: a line to stderr, or a hint, or both.
+
+    A stderr that is closed or full must not stop a removal: then silence.
+    """
+    lines = "ubp: %s\n" % escape(text) if text else ""
+    if hint:
+        lines += "ubp: hint: %s\n" % escape(hint)
+    encoding = getattr(sys.stderr, "encoding", None) or "ascii"
+    try:
+        os.write(2, lines.encode(encoding, "backslashreplace"))
+    except OSError:
+        return
+
+
+def report(error):
+    """Say what went wrong, and what the user can do."""
+    say(str(error), error.hint)
+
+
+def plural(n, noun):
+    """Return "1 site", "2 sites"."""
+    return "%d %s%s" % (n, noun, "" if n == 1 else "s")
+
+
+def describe(pid, name=None):
+    """Return "pid 4242 (redis-server)"."""
+    return "pid %d (%s)" % (pid, name or comm(pid))
+
+
+# The reader's end of a pipe, socket or terminal is gone.
+READER_GONE = (errno.EPIPE, errno.ECONNRESET)
+POLL_GONE = select.POLLERR | select.POLLHUP | select.POLLNVAL
+
+
+class Output:
+    """Where data goes: a descriptor, with no buffer behind it.
+
+    write() returns when the bytes are out, or when the reader is gone, or
+    when a signal asked for the end while the reader stood still; what is
+    unwritten then stays in `pending` for the next write. Raises UbpError if
+    the disk is full.
+    """
+
+    def __init__(self, fd, name, encoding, signals):
+        self.fd, self.name, self.encoding = fd, name, encoding
+        self.signals = signals
+        self.pending = bytearray()
+        self.is_gone = False           # the reader went away
+        try:
+            is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+        except OSError as error:
+            raise UbpError("write to", name, error_words(error))
+        self.is_terminal = os.isatty(fd)
+        # After POLLOUT a pipe takes this much without blocking, pipe(7).
+        self.chunk_size = 1 << 20 if is_file else select.PIPE_BUF
+
+    def dots(self):
+        """Return the mark of elision that this output's encoding has."""
+        try:
+            "\u2026".encode(self.encoding)
+            return "\u2026"
+        except UnicodeEncodeError:
+            return "..."
+
+    def has_reader(self):
+        """Is somebody still there to read? False for a broken pipe."""
+        if not self.is_gone:
+            poller = select.poll()
+            poller.register(self.fd, 0)
+            self.is_gone = any(event & POLL_GONE
+                               for _, event in poller.poll(0))
+        return not self.is_gone
+
+    def write(self, text):
+        """Write text, all of it unless the reader is gone or stands still."""
+        self.pending += text.encode(self.encoding, "backslashreplace")
+        n_signals = len(self.signals.seen)
+        poller = select.poll()
+        poller.register(self.fd, select.POLLOUT)
+        while (self.pending and not self.is_gone
+               and len(self.signals.seen) == n_signals):
+            if poller.poll(50):
+                self._write_some()
+
+    def _write_some(self):
+        """One write(2) of what is pending, its errors sorted out."""
+        try:
+            size = os.write(self.fd, self.pending[:self.chunk_size])
+            del self.pending[:size]
+        except BlockingIOError:
+            time.sleep(0.01)           # poll(2) said otherwise: do not spin
+        except OSError as error:
+            self.pending.clear()
+            self.is_gone = True
+            if error.errno not in READER_GONE and not (
+                    error.errno == errno.EIO and self.is_terminal):
+                raise UbpError("write to", self.name, error_words(error))
+
+    def screen(self):
+        """Return (columns, rows) of the terminal as it is now."""
+        try:
+            columns, rows = os.get_terminal_size(self.fd)
+        except OSError:
+            columns, rows = 0, 0
+        return columns or 80, rows or 24
+
+    def has_live_view(self):
+        """Can lines be redrawn in place here?"""
+        return (self.is_terminal
+                and os.environ.get("TERM", "dumb") not in ("", "dumb"))
+
+
+def error_words(error):
+    """Return "ENOSPC: No space left on device" for an OSError."""
+    return "%s: %s" % (errno.errorcode.get(error.errno, error.errno),
+                       error.strerror)
+
+
+def open_stdout(signals):
+    """Return the Output that is descriptor 1. Raises UbpError: closed."""
+    if fcntl.fcntl(1, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise UbpError("write to", "stdout", "EBADF: it is closed")
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    return Output(1, "stdout", encoding, signals)
+
+
+def open_output(path, signals):
+    """Return the Output for -o PATH, emptied; stdout where there is none."""
+    if not path:
+        return open_stdout(signals)
+    try:                               # O_NONBLOCK: a FIFO without a reader
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+                     | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        raise UbpError("write to", path, error_words(error))
+    return Output(fd, path, "utf-8", signals)
+
+
+class Signals:
+    """The signals that ask for the end, as events. A context manager.
+
+    seen   signal numbers in order of arrival
+    busy   what is being done that no signal interrupts, for the impatient
+    Handlers only note: what they interrupt may be a patch half written.
+    """
+
+    ENDS = collections.OrderedDict([
+        (signal.SIGINT, "interrupt"), (signal.SIGTERM, "terminate"),
+        (signal.SIGHUP, "hangup")])
+    # These only end a wait early: a resized window, a return from Ctrl-Z,
+    # the end of a COMMAND.
+    WAKES = (signal.SIGWINCH, signal.SIGCONT, signal.SIGCHLD)
+    # A stop of ubp in the middle of a pause would stop the target with it.
+    JOB_CONTROL = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+
+    def __init__(self):
+        self.seen, self.busy, self.handlers = [], "", {}
+
+    def __enter__(self):
+        self.read_fd, self.write_fd = os.pipe()
+        for fd in self.read_fd, self.write_fd:
+            os.set_blocking(fd, False)
+        self.old_wakeup_fd = signal.set_wakeup_fd(self.write_fd)
+        for signum in tuple(self.ENDS) + self.WAKES:
+            # What the caller ignores stays ignored: nohup, jobs of a script.
+            if signal.getsignal(signum) not in (signal.SIG_IGN, None) or (
+                    signum in self.WAKES):
+                self.handlers[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *error):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler or signal.SIG_DFL)
+        signal.set_wakeup_fd(self.old_wakeup_fd)
+        os.close(self.read_fd)
+        os.close(self.write_fd)
+
+    def _note(self, signum, frame):
+        """The handler: note it, and answer who asks twice."""
+        if signum in self.ENDS:
+            self.seen.append(signum)
+            if self.busy:
+                say("still %s; nothing more is needed" % self.busy)
+
+    def reason(self):
+        """Return why to end, in JSON's words, or ""."""
+        return self.ENDS[self.seen[0]] if self.seen else ""
+
+    def wait(self, seconds, out=None):
+        """Sleep until a signal, a reader gone, or so many seconds."""
+        poller = select.poll()
+        poller.register(self.read_fd, select.POLLIN)
+        if out and not out.is_gone:
+            poller.register(out.fd, 0)
+        for fd, _ in poller.poll(max(0, int(seconds * 1000 + 0.999))):
+            if fd == self.read_fd:
+                try:
+                    os.read(self.read_fd, 4096)
+                except BlockingIOError:
+                    continue
+
+    @contextlib.contextmanager
+    def uninterrupted(self, busy):
+        """While this runs Ctrl-Z waits, and Ctrl-C says what is going on."""
+        old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.JOB_CONTROL)
+        old_busy, self.busy = self.busy, busy
+        try:
+            yield
+        finally:
+            self.busy = old_busy
+            signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+
+
+# -- options ----------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises instead of printing and exiting."""
+
+    def error(self, message):
+        raise Misuse(message, "%s --help" % self.prog)
+
+
+class HelpAction(argparse.Action):
+    """--help, told to main() by an exception so that one place prints."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise HelpWanted(parser.format_help())
+
+
+def parse_seconds(text):
+    """Return "500ms", "2s", "1m" or plain seconds as a number of seconds."""
+    match = re.match(r"(\d+(?:\.\d*)?|\.\d+)(ms|s|m|h|)\Z", text)
+    if not match:
+        raise argparse.ArgumentTypeError(
+            "%r is no time: say 10, 10s, 500ms, 2m" % text)
+    unit = {"ms": 0.001, "m": 60, "h": 3600}.get(match.group(2), 1)
+    seconds = float(match.group(1)) * unit
+    if not 0 < seconds < 1e9:
+        raise argparse.ArgumentTypeError("%r is out of range" % text)
+    return seconds
+
+
+def parse_number(text):
+    """Return a number of 1 or more."""
+    if not re.match(r"0*[1-9]\d{0,8}\Z", text, re.ASCII):
+        raise argparse.ArgumentTypeError("%r is no number from 1 on" % text)
+    return int(text)
+
+
+def parse_pids(text):
+    """Return the pids in what pgrep prints: commas or white space between."""
+    words = [word for word in re.split(r"[,\s]+", text) if word]
+    for word in words:
+        if not re.match(r"0*[1-9]\d{0,9}\Z", word, re.ASCII):
+            raise argparse.ArgumentTypeError("%r is no pid" % word)
+    if not words:
+        raise argparse.ArgumentTypeError(
+            "no pid in %r; did pgrep find nothing?" % text)
+    return [int(word) for word in words]
+
+
+def parse_strategy(text):
+    """Return the strategies to try in order."""
+    names = text.split(",")
+    for name in names:
+        if name in LATER_STRATEGIES:
+            raise argparse.ArgumentTypeError("%s is not built yet" % name)
+        if name != "jump":
+            raise argparse.ArgumentTypeError(
+                "%r is no strategy: jump is the one that is built" % name)
+    return names[0]
+
+
+def parse_output(text):
+    """Return the path of -o if its suffix names a format."""
+    suffix = os.path.splitext(text)[1]
+    if suffix not in (".jsonl", ".txt"):
+        raise argparse.ArgumentTypeError(
+            "%r: the suffix chooses the format, .jsonl or .txt; "
+            "others are not built yet" % text)
+    return text
+
+
+OPTIONS = collections.OrderedDict([
+    # name: (verbs, arguments of add_argument)
+    ("-p", ("count list plan status clean", dict(
+        dest="pids", metavar="PID[,PID...]", type=parse_pids,
+        action="append",
+        help="the processes; may be repeated; takes what pgrep prints"))),
+    ("--duration", ("count", dict(
+        metavar="TIME", type=parse_seconds,
+        help="end after this time: 10 (seconds), 500ms, 2m"))),
+    ("--interval", ("count", dict(
+        metavar="TIME", type=parse_seconds,
+        help="redraw the table, or print one, this often"))),
+    ("--top", ("count", dict(
+        metavar="N", type=parse_number,
+        help="show the N most called functions only"))),
+    ("--json", ("count status", dict(
+        action="store_true", help="print JSON Lines"))),
+    ("-o", ("count", dict(
+        dest="output", metavar="FILE", type=parse_output,
+        help="write to FILE.jsonl or FILE.txt instead of stdout"))),
+    ("--leave", ("count", dict(
+        action="store_true",
+        help="leave the probes in place and exit; status reads them"))),
+    ("--dry-run", ("count clean", dict(
+        action="store_true", help="only print what would be done"))),
+    ("--max-sites", ("count plan", dict(
+        metavar="N", type=parse_number, default=None,
+        help="refuse probes that name more functions (count: 10000)"))),
+    ("--strategy", ("count plan", dict(
+        metavar="LIST", type=parse_strategy, default="jump",
+        help="how to probe; jump is the only one built"))),
+    ("--all", ("clean", dict(
+        action="store_true",
+        help="take out also what a running ubp of others put in"))),
+])
+USAGE = {
+    "count": "count -p PID[,PID...] [OPTION...] PROBE...\n"
+             "       ubp count [OPTION...] PROBE... -- COMMAND [ARG...]",
+    "list": "list -p PID[,PID...] PROBE...",
+    "plan": "plan -p PID[,PID...] [OPTION...] PROBE...",
+    "status": "status [-p PID[,PID...]] [--json]",
+    "clean": "clean -p PID[,PID...] [--all] [--dry-run]",
+}
+MAX_SITES = 10000
+
+
+def verb_parser(verb):
+    """Return the argparse parser of one verb's options."""
+    summary = dict(line.split(None, 1) for line in VERBS.split("\n") if line)
+    # Probes are whatever argparse leaves over: its own positionals may not
+    # stand between options before Python 3.7.
+    parser = Parser(prog="ubp " + verb, usage="ubp " + USAGE[verb],
+                    description=summary[verb].capitalize() + ".",
+                    allow_abbrev=False, add_help=False)
+    parser.color = False               # Python 3.14 would colour --help
+    parser.add_argument("-h", "--help", nargs=0, action=HelpAction,
+                        help="show this help")
+    for name, (verbs, arguments) in OPTIONS.items():
+        if verb in verbs.split():
+            parser.add_argument(name, **arguments)
+    return parser
+
+
+def split_short(words):
+    """Return words with -p4242 as -p 4242, which 3.6 and 3.7 cannot split."""
+    result = []
+    for word in words:
+        if re.match(r"-[peo][^-]", word):
+            result += [word[:2], word[2:]]
+        else:
+            result.append(word)
+    return result
+
+
+def parse_options(argv):
+    """Return the options that argv stands for.
+
+    argv   the words behind the program's name
+    Raises Misuse, or HelpWanted with the text to print.
+    """
+    words, command = list(argv), None
+    if "--" in words:
+        cut = words.index("--")
+        words, command = words[:cut], words[cut + 1:]
+    if not words:
+        raise Misuse("a verb is missing: count, list, plan, status or clean")
+    verb = words.pop(0)
+    if verb in ("-h", "--help", "help"):
+        raise HelpWanted(HELP % (VERBS.strip("\n").replace("\n", "\n  ")
+                                 .join(["  ", "\n"]),
+                                 ", ".join(LATER_VERBS),
+                                 ", ".join(LATER_OPTIONS)))
+    if verb in ("-V", "--version"):
+        raise HelpWanted("ubp %s\n" % __version__)
+    if verb in LATER_VERBS:
+        raise Misuse("%s is not built yet" % verb)
+    if verb not in USAGE:
+        raise Misuse("%r is no verb: say count, list, plan, status or clean"
+                     % verb)
+    options, rest = verb_parser(verb).parse_known_args(split_short(words))
+    options.verb, options.command, options.probes = verb, command, []
+    for word in rest:
+        check_rest(word, verb)
+        options.probes.append(word)
+    complete_options(options)
+    return options
+
+
+def check_rest(word, verb):
+    """Raise Misuse unless a word that argparse left over may be a probe."""
+    name = word.split("=")[0]
+    if name in LATER_OPTIONS or word == "+":
+        raise Misuse("%s is not built yet" % name)
+    if word.startswith("-"):
+        elsewhere = OPTIONS.get(name, ("",))[0].split()
+        raise Misuse("%s has no option %s" % (verb, name) + (
+            "; it belongs to %s" % ", ".join(elsewhere) if elsewhere else ""),
+            "ubp %s --help" % verb)
+
+
+def complete_options(options):
+    """Check what options say together, and fill in what they leave out."""
+    verb, hint = options.verb, "ubp %s --help" % options.verb
+    pids = [pid for pids in options.pids or () for pid in pids]
+    options.pids = list(collections.OrderedDict.fromkeys(pids))
+    if options.command is not None:
+        if verb != "count":
+            raise Misuse("%s takes -p PID, no COMMAND" % verb, hint)
+        if not options.command:
+            raise Misuse("no COMMAND behind --", hint)
+        if options.pids:
+            raise Misuse("-p and a COMMAND exclude each other", hint)
+        if options.leave:
+            raise Misuse("--leave needs -p: a COMMAND's end ends its probes")
+        if options.interval and not options.output:
+            raise Misuse("--interval with a COMMAND needs -o FILE: stdout is "
+                         "the command's until it ends", hint)
+    elif not options.pids and verb != "status":
+        raise Misuse("%s needs -p PID" % verb
+                     + (" or -- COMMAND" if verb == "count" else ""), hint)
+    if verb in ("status", "clean"):
+        if options.probes:
+            raise Misuse("%s takes no probe: %r" % (verb, options.probes[0]),
+                         hint)
+    elif not options.probes:
+        raise Misuse("no probe: say what to %s, for example 'libc:malloc'"
+                     % verb, hint)
+    for probe in options.probes:
+        try:
+            parse_probe(probe)         # a typing error is told before a start
+        except UbpError as error:
+            raise Misuse(str(error), error.hint or hint)
+
+
+# -- tables and JSON --------------------------------------------------------
+
+class Row(NamedTuple):
+    """One function's line in a table, or object in JSON."""
+    pid: int
+    site: object                       # a Site
+    label: str                         # escaped
+    calls: int                         # in the interval
+    total: int                         # since it was armed
+
+
+def function_name(site):
+    """Return "malloc+0x4" for a site, or its address if it has no name."""
+    if not site.names:
+        return "0x%x" % site.vaddr
+    return site.names[0] + ("+0x%x" % site.offset if site.offset else "")
+
+
+def site_label(site):
+    """Return "libc.so.6:malloc+0x4" for a site, escaped."""
+    return escape("%s:%s" % (site.module.name, function_name(site)))
+
+
+def table_lines(rows, seconds, is_final, size=None, n_top=None, dots="..."):
+    """Return the lines of a table of calls, the most called function first.
+
+    rows      Rows; `calls` were made in so many seconds
+    is_final  the column of calls is `total`, not `calls`
+    size      (columns, rows) that the lines must fit, or None
+    """
+    columns, n_lines = size or (0, 0)
+    rows = sorted(rows, key=lambda row: (-row.total, row.label, row.pid))
+    all_calls = sum(row.total if is_final else row.calls for row in rows) or 1
+    has_pid = len({row.pid for row in rows}) > 1
+    cells = []
+    for row in rows:
+        calls = row.total if is_final else row.calls
+        rate = row.calls / max(seconds, 1e-3)
+        cells.append(["%d" % calls, "%.*f" % (rate < 100, rate),
+                      "%.1f%%" % (100.0 * calls / all_calls)]
+                     + ["%d" % row.pid] * has_pid + [row.label])
+    n_shown = min(n_top or len(cells), len(cells))
+    if not n_top and len(cells) > 20:  # a pattern's many that were not called
+        n_shown = max(20, sum(row.total > 0 for row in rows))
+    if n_lines:
+        n_shown = min(n_shown, max(n_lines - 3, 1))
+    head = ["calls", "calls/s", "share"] + ["pid"] * has_pid + ["function"]
+    lines = layout([head] + cells[:n_shown], columns, dots)
+    if n_shown < len(cells):
+        hidden = sum(int(cell[0]) for cell in cells[n_shown:])
+        lines.append("%s not shown, with %s" % (
+            plural(len(cells) - n_shown, "function"),
+            plural(hidden, "call")))
+    return lines
+
+
+def layout(cells, columns, dots):
+    """Return rows of cells as lines: numbers right-aligned, a name last.
+
+    Where columns leave no room for names, numbers give way, the last first.
+    """
+    while columns and columns < 14 * len(cells[0]) and len(cells[0]) > 2:
+        cells = [row[:-2] + row[-1:] for row in cells]
+    widths = [max([len(row[i]) for row in cells] + [least])
+              for i, least in zip(range(len(cells[0]) - 1), (10, 9, 6, 5))]
+    lines = []
+    for row in cells:
+        text = "".join(cell.rjust(width) + "  "
+                       for cell, width in zip(row, widths))
+        name = row[-1]
+        if columns:
+            name = elide(name, columns - len(text), dots)
+        lines.append((text + name)[:columns or None])
+    return lines
+
+
+def json_text(value):
+    r"""Return text of a target for JSON: undecodable bytes as \xNN."""
+    return "".join(_escape_char(ord(char)) if "\ud800" <= char <= "\udfff"
+                   else char for char in value)
+
+
+def json_line(kind, pid, site=None, **fields):
+    """Return one JSON object as a line. Fields are added, never renamed."""
+    record = collections.OrderedDict([
+        ("v", 1), ("kind", kind), ("time_ns", int(time.time() * 1e9)),
+        ("host", os.uname().nodename), ("pid", pid), ("module", None),
+        ("build_id", None), ("function", None)])
+    if site is not None:
+        record["module"] = json_text(site.module.name)
+        record["build_id"] = site.module.build_id
+        record["function"] = json_text(function_name(site))
+        record["address"] = "0x%x" % site.vaddr
+    record.update(fields)
+    return json.dumps(record) + "\n"
+
+
+class Live:
+    """A block of lines at the foot of a terminal, redrawn in place.
+
+    One write a frame, each line cleared to its end behind its text, so
+    nothing flickers; the cursor rests in the first column below the block.
+    """
+
+    def __init__(self, out):
+        self.out, self.screen = out, None  # (columns, rows) at the last frame
+        self.sizes = []                    # the length of each line on it
+
+    def _up(self):
+        """Return what takes the cursor back to the block's first line."""
+        columns, _ = self.out.screen()
+        # A window made narrower has wrapped the lines that were there.
+        n_rows = sum(max(1, -(-size // columns)) for size in self.sizes)
+        return "\r" + ("\x1b[%dA" % n_rows if n_rows else "")
+
+    def draw(self, lines):
+        """Put lines in place of those of the last frame."""
+        if self.is_in_background():
+            return
+        # Without autowrap a line that is too wide after all (wide characters)
+        # cannot push the block out of shape.
+        self.out.write("\x1b[?7l" + self._up() + "".join(
+            line + "\x1b[K\n" for line in lines) + "\x1b[J\x1b[?7h")
+        self.sizes = [len(line) for line in lines]
+        self.screen = self.out.screen()
+
+    def is_outdated(self):
+        """Was the window resized since the last frame?"""
+        return self.screen is not None and self.screen != self.out.screen()
+
+    def erase(self):
+        """Take the block off the screen, so that plain text may follow."""
+        if self.sizes and not self.is_in_background():
+            self.out.write(self._up() + "\x1b[J")
+            self.sizes = []
+
+    def is_in_background(self):
+        """Is the terminal somebody else's at the moment (Ctrl-Z, bg)?"""
+        try:
+            return os.tcgetpgrp(self.out.fd) != os.getpgrp()
+        except OSError:                # not our controlling terminal
+            return False
+
+
+# -- verbs ------------------------------------------------------------------
+
+def open_targets(options):
+    """Attach to each pid, or launch the COMMAND, held. -> Targets.
+
+    A pid that cannot be attached to is reported; raises UbpError if that
+    is true of all.
+    """
+    if options.command:
+        check_command(options.command[0])
+        return [launch_command(options.command)]
+    targets, last_error = [], None
+    for pid in options.pids:
+        try:
+            targets.append(attach(pid))
+        except UbpError as error:
+            if last_error:
+                report(last_error)
+            last_error = error
+    if last_error and not targets:
+        raise last_error
+    if last_error:
+        report(last_error)
+    return targets
+
+
+# As env(1) has them; execve(2) says which.
+EXIT_OF_ERRNO = {errno.ENOENT: 127, errno.EACCES: 126, errno.ENOEXEC: 126}
+
+
+class CommandError(UbpError):
+    """The COMMAND cannot be run. exit_status: 126 or 127, as env(1) has."""
+
+    def __init__(self, name, why, exit_status):
+        super().__init__("run", name, why)
+        self.exit_status = exit_status
+
+
+def check_command(name):
+    """Raise CommandError unless a shell would find a program of that name."""
+    if shutil.which(name):
+        return
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    paths = [name] if "/" in name else [os.path.join(folder, name)
+                                        for folder in folders]
+    if name and any(os.path.exists(path) for path in paths):
+        raise CommandError(name, "it is not executable", 126)
+    raise CommandError(name, "not found", 127)
+
+
+def launch_command(command):
+    """Return the Target of a COMMAND that is held at its entry point."""
+    try:
+        return launch(command)
+    except UbpError as error:
+        for number, exit_status in EXIT_OF_ERRNO.items():
+            if getattr(error, "why", "") == os.strerror(number):
+                raise CommandError(command[0], error.why, exit_status)
+        raise
+
+
+def kill_command(target):
+    """End a COMMAND that is held and must not run. Its probes failed."""
+    os.kill(target.pid, signal.SIGKILL)
+    say("the command was not run")
+
+
+def find_sites(target, probe):
+    """Return the sites that a probe names. Raises UbpError for none."""
+    try:
+        return target.find(probe)
+    except SymbolError:
+        if ":" not in probe and os.path.lexists(probe):
+            raise NoSuchFunction(probe)
+        raise
+
+
+class NoSuchFunction(SymbolError):
+    """A probe that is the name of a file: the shell expanded a pattern."""
+
+    def __init__(self, probe):
+        super().__init__("find", probe, "no such function",
+                         "the shell expands * outside of quotes")
+        self.args = ("no function \"%s\"; did the shell expand *? "
+                     "quote the probe: '*Command'" % probe,)
+
+
+def check_max_sites(target, options):
+    """Raise ProbeError if the probes name more sites than was allowed."""
+    n_sites = len({site.vaddr for probe in options.probes
+                   for site in find_sites(target, probe)})
+    n_max = options.max_sites or MAX_SITES
+    if n_sites > n_max:
+        raise ProbeError("probe", describe(target.pid, target.comm),
+                         "%s match, and --max-sites is %d"
+                         % (plural(n_sites, "function"), n_max),
+                         "name fewer functions, or --max-sites %d" % n_sites)
+
+
+def each_target(options, visit):
+    """Call visit(target) for each target. -> exit status: 0 if one worked.
+
+    The error of one process is told, and does not keep others from theirs.
+    """
+    status_code = 1
+    for target in open_targets(options):
+        with target:
+            try:
+                visit(target)
+                status_code = 0
+            except UbpError as error:
+                report(error)
+            for note in target.notes:
+                say(note)
+            if options.command:
+                kill_command(target)
+    return status_code
+
+
+def verb_list(options, signals):
+    """List the functions that the probes name."""
+    out = open_stdout(signals)
+
+    def visit(target):
+        sites = {}
+        for probe in options.probes:
+            for site in find_sites(target, probe):
+                sites[site.vaddr] = site
+        lines = [list_line(sites[vaddr]) for vaddr in sorted(sites)]
+        if len(options.pids) > 1:
+            lines.insert(0, escape(describe(target.pid, target.comm)))
+        if out.is_terminal:
+            columns, _ = out.screen()
+            lines = [elide(line, columns, out.dots()) for line in lines]
+        out.write("".join(line + "\n" for line in lines))
+
+    return each_target(options, visit)
+
+
+def list_line(site):
+    """Return "0xADDRESS  SIZE  MODULE:NAME = ALIAS, ALIAS" for a site."""
+    aliases = escape(", ".join(site.names[1:]))
+    return "0x%012x %7d  %s%s" % (
+        site.vaddr, site.function.size if site.function else 0,
+        site_label(site),
+        " = " + aliases if aliases else "")
+
+
+def verb_plan(options, signals):
+    """Show how each site would be probed. The target is not stopped."""
+    out = open_stdout(signals)
+
+    def visit(target):
+        if options.max_sites or options.verb != "plan":
+            check_max_sites(target, options)
+        with Progress("planning %s" % describe(target.pid, target.comm)):
+            for probe in options.probes:
+                find_sites(target, probe)
+            plans = sorted(target.plan(options.probes),
+                           key=lambda plan: plan.site.vaddr)
+        if len(options.pids) > 1:
+            out.write(escape(describe(target.pid, target.comm)) + "\n")
+        for plan in plans:
+            out.write(plan_text(plan))
+        out.write(plan_summary(plans))
+
+    return each_target(options, visit)
+
+
+def plan_text(plan):
+    """Return the two lines that tell one site's plan."""
+    head = "0x%012x  %s\n" % (plan.site.vaddr, site_label(plan.site))
+    window = plan.window
+    if not plan.strategy:
+        return head + "    refused, %s: %s\n" % (escape(plan.rule),
+                                                 escape(plan.why))
+    behind = window.site - plan.site.vaddr
+    slot = getattr(window, "slot", 0)
+    return head + "    %s%s over %s: %s (%s)%s; trampoline %s\n" % (
+        plan.strategy, " at +%d" % behind if behind else "",
+        plural(window.size, "byte"),
+        " ".join(insn.code.hex() for insn in window.insns),
+        "+".join("%d" % insn.size for insn in window.insns),
+        ", by way of 0x%x" % slot if slot else "",
+        plural(plan.trampoline_size, "byte"))
+
+
+def plan_summary(plans):
+    """Return "9 sites: 8 jump, 1 refused (too short: 1)" as a line."""
+    refused = collections.Counter(plan.rule for plan in plans
+                                  if not plan.strategy)
+    n_refused = sum(refused.values())
+    rules = ", ".join("%s: %d" % (escape(rule), n)
+                      for rule, n in refused.most_common())
+    return "%s: %d jump, %d refused%s\n" % (
+        plural(len(plans), "site"), len(plans) - n_refused, n_refused,
+        " (%s)" % rules if rules else "")
+
+
+class Progress:
+    """A line on a terminal's stderr while something takes its time.
+
+    A context manager. Drawn by a thread of its own, from the first second
+    on, four times a second; taken away at the end.
+    """
+
+    def __init__(self, text):
+        self.text, self.done = escape(text), threading.Event()
+        self.thread = None
+        if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb":
+            self.thread = threading.Thread(target=self._draw, daemon=True)
+
+    def __enter__(self):
+        if self.thread:
+            self.thread.start()
+
+    def __exit__(self, *error):
+        self.done.set()
+        if self.thread:
+            self.thread.join()
+
+    def _draw(self):
+        began, line = time.monotonic(), ""
+        while not self.done.wait(0.25 if line else 1):
+            line = "\r\x1b[Kubp: %s, %d s" % (self.text,
+                                             time.monotonic() - began)
+            os.write(2, line.encode("ascii", "backslashreplace"))
+        if line:
+            os.write(2, b"\r\x1b[K")
+
+
+def pages_equal(removal):
+    """Return what a Removal, or a CleanResult, says of the text."""
+    if removal.n_equal != removal.n_pages:
+        return "%d of %s equal their files" % (
+            removal.n_equal, plural(removal.n_pages, "page"))
+    if removal.n_pages == 1:
+        return "1 page equals its file"
+    return "%d pages equal their files" % removal.n_pages
+
+
+def verb_status(options, signals):
+    """Show the probes that are in place, whose, and their counts."""
+    out = open_stdout(signals)
+    arenas = []
+    for pid in options.pids or [None]:
+        if pid and not read_stat(pid):
+            raise AttachError("look at", "pid %d" % pid, "no such process")
+        found = status(pid)
+        arenas += found
+        if not found:
+            say("%s: no probes of ubp are in it" % describe(pid) if pid
+                else "no process that may be looked at has probes of ubp")
+    for arena in arenas:
+        out.write(status_json(arena) if options.json else status_text(arena))
+    if options.json:
+        hits = sum(site.calls for arena in arenas for site in arena.sites)
+        pids = [arena.pid for arena in arenas]
+        out.write(json_line("end", pids[0] if len(pids) == 1 else None,
+                            reason="status", hits=hits, recorded=hits,
+                            dropped=0, refused=0, pause_us=0))
+    elif any(arena.sites for arena in arenas):
+        say("no uprobe and no breakpoint of gdb may be set on these functions "
+            "while probes are in them", "clean -p PID takes them out")
+    return 0
+
+
+def status_text(arena):
+    """Return one arena's state as lines."""
+    when = time.strftime("%Y-%m-%d %H:%M:%S",
+                         time.localtime(arena.time_ns / 1e9))
+    owner = "pid %d" % arena.owner_pid
+    lines = ["pid %d (%s): %s, %s by %s%s, %s" % (
+        arena.pid, escape(arena.comm), plural(len(arena.sites), "site"),
+        "left" if arena.left else "put there", owner,
+        "" if arena.owner_alive else " (gone)", when)]
+    if arena.children:
+        lines.append("  also in %s forked since: %s" % (
+            "a child" if len(arena.children) == 1 else "children",
+            ", ".join("%d" % pid for pid in arena.children)))
+    if arena.sites:
+        lines.append("       calls  state     function")
+    for site in sorted(arena.sites, key=lambda site: -site.calls):
+        lines.append("  %10d  %-8s  %s" % (
+            site.calls, escape(site.state),
+            escape("%s:%s" % (site.module, site.name))))
+    return "".join(line + "\n" for line in lines)
+
+
+def status_json(arena):
+    """Return one arena's sites as JSON Lines."""
+    lines = []
+    for site in arena.sites:
+        record = json.loads(json_line("count", arena.pid),
+                            object_pairs_hook=collections.OrderedDict)
+        record.update([
+            ("module", json_text(site.module)), ("build_id", site.build_id),
+            ("function", json_text(site.name)),
+            ("address", "0x%x" % site.vaddr), ("calls", site.calls),
+            ("total", site.calls), ("state", site.state),
+            ("owner_pid", arena.owner_pid),
+            ("owner_alive", bool(arena.owner_alive)),
+            ("left", bool(arena.left))])
+        lines.append(json.dumps(record) + "\n")
+    return "".join(lines)
+
+
+def verb_clean(options, signals):
+    """Take out probes that were left, or whose owner died."""
+    if options.dry_run:
+        options.json = False
+        return verb_status(options, signals)
+    status_code = 0
+    for pid in options.pids:
+        name = describe(pid)
+        try:
+            with signals.uninterrupted("cleaning %s" % name):
+                result = clean(pid, all=options.all)
+        except UbpError as error:
+            report(error)
+            status_code = 1
+            continue
+        for note in result.notes:
+            say(note)
+        if not result.n_arenas and not result.n_sites:
+            if not result.notes:
+                say("%s: no probes of ubp are in it" % name)
+        else:
+            say("%s: removed %s, %s%s" % (
+                name, plural(result.n_sites, "site"), pages_equal(result),
+                "; also in %s" % ", ".join(
+                    "%d" % other for other in result.pids if other != pid)
+                if len(result.pids) > 1 else ""))
+    return status_code
+
+
+def children_of(pid):
+    """Return the pids of a process's running children of the same program.
+
+    pgrep -P and -x look at the same: the parent's pid, and the name.
+    """
+    name, found = comm(pid), []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            fields = read_stat(int(entry))
+            if (len(fields) > 1 and fields[1] == "%d" % pid
+                    and fields[0] not in "ZX" and comm(int(entry)) == name):
+                found.append(int(entry))
+    return found
+
+
+# -- count ------------------------------------------------------------------
+
+class Watched:
+    """One process that is being counted."""
+
+    def __init__(self, target, probe):
+        self.target, self.probe = target, probe
+        self.pid, self.name = target.pid, describe(target.pid, target.comm)
+        self.is_running = True
+
+
+class Counting:
+    """One `ubp count`. Its methods in the order in which they are called.
+
+    out       where results go; screen: the terminal for the live view
+    printed   {(pid, Site): total} at the last interval that was printed
+    drawn     the same for the last frame of the live view
+    reason    why it ended, in JSON's words
+    """
+
+    def __init__(self, options, signals):
+        self.options, self.signals = options, signals
+        self.out = open_output(options.output, signals)
+        self.is_json = options.json or (options.output or "").endswith(
+            ".jsonl")
+        self.live = None
+        if not (options.command or options.leave
+                or (options.json and not options.output)):
+            screen = self.out if not options.output else open_stdout(signals)
+            self.live = Live(screen) if screen.has_live_view() else None
+        self.targets, self.watched = [], []
+        self.printed, self.drawn = {}, {}
+        self.reason, self.last_words = "", []
+        self.has_started = self.has_hinted = self.is_removed = False
+        self.began = time.monotonic()
+
+    def talk(self, text, hint=""):
+        """say(), with the live view out of the way."""
+        if self.live:
+            self.live.erase()
+        say(text, hint)
+
+    def arm(self):
+        """Put the probes in. Raises UbpError if none could be."""
+        self.targets, errors = open_targets(self.options), []
+        for target in self.targets:
+            if self.signals.seen:
+                break
+            try:
+                self._arm_one(target)
+            except UbpError as error:
+                errors.append(error)
+        for error in errors[:-1]:
+            report(error)
+        if errors and not self.watched:
+            raise errors[-1]
+        for error in errors[-1:]:
+            report(error)
+        self.began = self.drawn_at = self.printed_at = time.monotonic()
+        if self.options.command:
+            self.targets[0].run()
+            self.has_started = True
+
+    def _arm_one(self, target):
+        """Put the probes into one target, and say what was done."""
+        check_max_sites(target, self.options)
+        name = describe(target.pid, target.comm)
+        with self.signals.uninterrupted("arming %s" % name):
+            probe = target.probe(self.options.probes, Count(),
+                                 strategy=self.options.strategy,
+                                 max_sites=self.options.max_sites
+                                 or MAX_SITES)
+            self.watched.append(Watched(target, probe))
+        n_refused = len(probe.refused)
+        say("%s: %s by jump%s; stopped %.2f ms; %s" % (
+            name, plural(len(probe.sites), "site"),
+            ", %d refused (plan shows why)" % n_refused if n_refused else "",
+            target.pause_us / 1e3,
+            "left in place" if self.options.leave else
+            "its end removes" if self.options.command else
+            "Ctrl-C removes"))
+        for note in target.notes:
+            say(note)
+        if not self.options.command:
+            self._hint_children(target.pid)
+
+    def _hint_children(self, pid):
+        """Children that run already are not probed: say so."""
+        others = [child for child in children_of(pid)
+                  if child not in self.options.pids]
+        if others:
+            say("", "%d has %s of the same program that %s not probed: "
+                "-p \"$(pgrep -d, -x %s)\"" % (
+                    pid, "1 running child" if len(others) == 1 else
+                    "%d running children" % len(others),
+                    "is" if len(others) == 1 else "are", comm(pid)))
+
+    def leave(self):
+        """Print what was armed and go: `status` reads it, `clean` removes."""
+        for watched in self.watched:
+            with self.signals.uninterrupted("leaving %s" % watched.name):
+                watched.target.detach()
+            for site in watched.probe.sites:
+                self.out.write("%d  0x%x  %s\n" % (
+                    watched.pid, site.vaddr, site_label(site)))
+            say("", "status -p %d reads them, clean -p %d takes them out"
+                % (watched.pid, watched.pid))
+        self.targets, self.watched = [], []
+
+    def watch(self):
+        """Show what is counted until something asks for the end."""
+        interval = self.options.interval or (1 if self.live else 1e12)
+        next_tick = self.began + interval
+        while not self.reason:
+            now = time.monotonic()
+            if now >= next_tick:
+                self._draw()
+                self._print_interval()
+                next_tick += interval * (1 + (now - next_tick) // interval)
+            elif self.live and self.live.is_outdated():
+                self._draw()
+            self.signals.wait(min(0.1, next_tick - now), self.out)
+            self._look()
+
+    def _look(self):
+        """Set the reason to end if there is one by now."""
+        for watched in self.watched:
+            if watched.is_running and not watched.target.alive:
+                watched.is_running = False
+                if len(self.watched) > 1:
+                    self.talk("%s exited" % watched.name)
+        elapsed = time.monotonic() - self.began
+        if self.options.command:
+            self._pass_on_signals()
+        if self.signals.seen:
+            self.reason = self.signals.reason()
+        elif not any(watched.is_running for watched in self.watched):
+            self.reason = "exit"
+        elif not self.options.command and not self.out.has_reader():
+            self.reason = "reader gone"
+        elif elapsed >= (self.options.duration or 1e12):
+            self.reason = "duration"
+        elif elapsed >= 5 and not self.has_hinted:
+            self.has_hinted = True
+            if os.isatty(2):
+                self._hint_no_hit()
+
+    def _pass_on_signals(self):
+        """A COMMAND gets ubp's TERM and HUP; Ctrl-C it got itself."""
+        for signum in self.signals.seen:
+            if signum != signal.SIGINT:
+                try:
+                    os.kill(self.targets[0].pid, signum)
+                except ProcessLookupError:
+                    break
+        del self.signals.seen[:]
+
+    def _rows(self, before):
+        """Return all Rows, their calls counted from before; update it."""
+        rows = []
+        for watched in self.watched:
+            for site, total in watched.probe.counts().items():
+                key = watched.pid, site
+                rows.append(Row(watched.pid, site, site_label(site),
+                                total - before.get(key, 0), total))
+                before[key] = total
+        return rows
+
+    def _draw(self):
+        """Draw a frame of the live view."""
+        if self.live:
+            now = time.monotonic()
+            seconds, self.drawn_at = now - self.drawn_at, now
+            self.live.draw(table_lines(
+                self._rows(self.drawn), seconds, True,
+                self.live.out.screen(), self.options.top,
+                self.live.out.dots()))
+
+    def _print_interval(self):
+        """Print an interval's calls, where intervals were asked for."""
+        if not self.options.interval or (self.live and not
+                                         self.options.output):
+            return
+        now = time.monotonic()
+        seconds, self.printed_at = now - self.printed_at, now
+        rows = self._rows(self.printed)
+        if self.is_json:
+            self._print_json([row for row in rows if row.calls])
+        else:
+            self._print_lines(
+                ["%s, %.1f s" % (time.strftime("%H:%M:%S"), seconds)]
+                + table_lines(rows, seconds, False, None, self.options.top)
+                + [""])
+
+    def _print_lines(self, lines):
+        self.out.write("".join(line + "\n" for line in lines))
+
+    def _print_json(self, rows):
+        """Print one object per row, the most called first."""
+        rows = sorted(rows, key=lambda row: -row.total)[:self.options.top]
+        self.out.write("".join(
+            json_line("count", row.pid, row.site, calls=row.calls,
+                      total=row.total) for row in rows))
+
+    def _hint_no_hit(self):
+        """Say which functions were not called yet, and who shares a name."""
+        rows = self._rows({})
+        silent = [row for row in rows if not row.total]
+        if len(silent) < len(rows) and len(rows) > 4:
+            return                     # a pattern's usual stragglers
+        if len(silent) > 4:
+            self.talk("no hit yet at any of %d sites" % len(silent))
+            return
+        for row in silent:
+            name = function_name(row.site)
+            target = [watched.target for watched in self.watched
+                      if watched.pid == row.pid][0]
+            try:
+                others = {site.module.name for site in target.find(name)}
+            except UbpError:
+                others = set()
+            others.discard(row.site.module.name)
+            self.talk("no hit yet at %s" % row.label + (
+                ". Also named %s: %s" % (name, ", ".join(sorted(others)))
+                if others else ""))
+
+    def remove(self):
+        """Take the probes out of every target. May be repeated."""
+        if self.is_removed:
+            return
+        self.is_removed = True
+        if self.live:
+            self.live.erase()
+        if self.options.command and self.targets and not self.has_started:
+            kill_command(self.targets[0])
+        self.elapsed = time.monotonic() - self.began
+        for target in self.targets:
+            name = describe(target.pid, target.comm)
+            with self.signals.uninterrupted("removing the probes from %s"
+                                            % name):
+                target.close()
+            self.last_words += target.removal.notes
+        self.last_words += [self._words(watched) for watched in self.watched]
+
+    def _words(self, watched):
+        """Return the last line about one process."""
+        probe = watched.probe
+        what = ("%s exited" % watched.name if not watched.is_running else
+                "%sremoved, %s" % (
+                    watched.name + ": " if len(self.watched) > 1 else "",
+                    pages_equal(watched.target.removal)))
+        return "%s; hits %d = recorded %d + dropped %d" % (
+            what, probe.hits, probe.hits - probe.dropped, probe.dropped)
+
+    def wait_for_command(self):
+        """Wait until the COMMAND ends. -> its exit status, as a shell's."""
+        target = self.targets[0]
+        while not target.wait(0.1):
+            self._pass_on_signals()
+        code = target.returncode
+        return code if code >= 0 else 128 - code
+
+    def print_result(self):
+        """Print the table, or what JSON has to say at the end."""
+        if self.is_json:
+            self._print_json(self._rows(self.printed))
+            for watched in self.watched:
+                self._print_end(watched)
+        elif self.watched:
+            self._print_lines(table_lines(
+                self._rows({}), self.elapsed, True,
+                self.out.is_terminal and (self.out.screen()[0], 0) or None,
+                self.options.top, self.out.dots()))
+        if self.out.pending and not self.out.is_gone:
+            say("the reader stood still: %s of results were not written"
+                % plural(len(self.out.pending), "byte"))
+
+    def say_last_words(self):
+        """Say how it ended, for each process."""
+        for words in self.last_words:
+            say(words)
+
+    def _print_end(self, watched):
+        """Print JSON for what was refused, and the last object."""
+        probe = watched.probe
+        for plan in probe.refused:
+            self.out.write(json_line("refused", watched.pid, plan.site,
+                                     rule=json_text(plan.rule),
+                                     why=json_text(plan.why)))
+        self.out.write(json_line(
+            "end", watched.pid, reason=self.reason, hits=probe.hits,
+            recorded=probe.hits - probe.dropped, dropped=probe.dropped,
+            refused=len(probe.refused),
+            pause_us=round(watched.target.pause_us, 1)))
+
+
+def verb_count(options, signals):
+    """Count calls until something asks for the end. -> exit status."""
+    if options.dry_run:
+        return verb_plan(options, signals)
+    counting = Counting(options, signals)
+    status_code = 0
+    try:
+        counting.arm()
+        if options.leave:
+            counting.leave()
+            return 0
+        counting.watch()
+        counting.remove()
+        if options.command:
+            status_code = counting.wait_for_command()
+        counting.print_result()
+    finally:
+        counting.remove()              # after an error; else it is done
+        counting.say_last_words()
+    return status_code
+
+
+# -- main -------------------------------------------------------------------
+
+WRITING_VERBS = ("count", "clean")     # their end must be in order
+
+
+def reserve_standard_fds():
+    """Put /dev/null on descriptors 0 to 2 that are closed.
+
+    A file opened later would get the number, and be written to as stdout.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)
+
+
+def exit_status(error, argv):
+    """Return the exit status that an error means."""
+    if "--" in argv:
+        return getattr(error, "exit_status", 125)
+    return 2 if isinstance(error, Misuse) else 1
+
+
+def main(argv=None):
+    """Run the command line. -> exit status, as env(1) and perf(1) have it.
+
+    argv   the words behind the program's name; by default sys.argv's
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    signals = Signals()
+    reserve_standard_fds()
+    try:
+        options = parse_options(argv)
+        verb = {"count": verb_count, "list": verb_list, "plan": verb_plan,
+                "status": verb_status, "clean": verb_clean}[options.verb]
+        if options.verb not in WRITING_VERBS:
+            return verb(options, signals)
+        with signals:
+            return verb(options, signals)
+    except HelpWanted as wanted:
+        open_stdout(signals).write(wanted.text)
+        return 0
+    except UbpError as error:
+        report(error)
+        return exit_status(error, argv)
+    except KeyboardInterrupt:
+        say("interrupted; nothing was changed")
+        return 1
+
+
+def run():
+    """The `ubp` command."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

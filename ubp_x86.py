@@ -1,0 +1,3264 @@
+"""x86-64 for ubp: decode, relocate, plan and assemble machine code. Pure.
+
+No I/O, no syscall, no process: bytes in, values out. Usable alone.
+
+    1  Errors           what this file raises
+    2  Opcode maps      what bytes follow each opcode
+    3  Decoder          bytes -> Insn
+    4  Relocation       Insn at one address -> bytes at another
+    5  Windows          which bytes of a function a jump may overwrite
+    6  Assembler        one function per instruction form
+    7  Trampolines      what a jump leads to, listed byte by byte
+    8  Register images  regsets and signal frames as the kernel lays them out
+
+Sources: Intel SDM, order number 325462 ("SDM A-2" is its Table A-2); AMD64
+Architecture Programmer's Manual, volume 3 (24594, "APM"). Vocabulary:
+
+    vaddr    where an instruction is, in the target      site    where a probe wants to be
+    window   the bytes a patch overwrites                slot    five bytes of padding that hold a jump
+    copy     the relocated form of a displaced instruction, in a trampoline
+"""
+import bisect
+import collections
+import re
+import struct
+from typing import NamedTuple, Optional, Tuple
+
+# ---- 1  Errors ------------------------------------------------------------
+
+
+class UbpError(Exception):
+    """A thing ubp could not or would not do. hint: what the user can do."""
+
+    def __init__(self, what, whom, why, hint=""):
+        super().__init__("cannot %s %s: %s" % (what, whom, why))
+        self.what, self.whom, self.why, self.hint = what, whom, why, hint
+
+
+class DecodeError(UbpError):
+    """Bytes that are no instruction, or none that the tables know."""
+
+    def __init__(self, why, vaddr):
+        super().__init__("decode", "0x%x" % vaddr, why)
+        self.vaddr = vaddr
+
+
+class RelocationError(UbpError):
+    """An instruction that cannot run elsewhere. rule: a key for summaries."""
+
+    def __init__(self, why, vaddr, rule="cannot move"):
+        super().__init__("relocate", "0x%x" % vaddr, why)
+        self.vaddr, self.rule = vaddr, rule
+
+
+class RefusalError(UbpError):
+    """A site that must not be patched. rule: a key for summaries."""
+
+    def __init__(self, rule, why, vaddr):
+        super().__init__("probe", "0x%x" % vaddr, why)
+        self.rule, self.vaddr = rule, vaddr
+
+
+# ---- 2  Opcode maps -------------------------------------------------------
+#
+# Problem: an x86 instruction's length hides in tables that fill half a
+# manual. One idea: keep them as the manual's pages, high nibble down and low
+# nibble across, and let a cell say only *which bytes follow the opcode*:
+#
+#     .  nothing            E  modrm with its sib and displacement
+#     -- undefined          M  the same, memory only      U  registers only
+#     Ib Iw  immediate      S  memory with a sib byte (vector index, tiles)
+#     Iz 4 bytes, 2 by 66   R  modrm alone, mod is ignored
+#     Iv 8 under REX.W too  O  absolute offset, as wide as an address
+#     Ibb Iwb  two of them  Jb Jz  branch displacement    Ap  far pointer
+#
+# A cell in lower case is a prefix or leads to another page. What the
+# mandatory prefix, modrm.reg and modrm.rm add, each its own table answers.
+# Invariant: what no table defines is undefined; nothing is a default.
+
+PAGES = {
+    # The names of pages: 1b one byte, 0f 38 3a after 0f, 0f 38 and 0f 3a,
+    # v1 VEX map 1, e1 EVEX map 1, x8 XOP map 8, 3d suffixes of 3DNow!.
+    # A row's label may be a range of rows.
+    "1b": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   SDM A-2
+0   E   E   E   E   Ib  Iz  --  --   E   E   E   E   Ib  Iz  --  esc
+1   E   E   E   E   Ib  Iz  --  --   E   E   E   E   Ib  Iz  --  --
+2   E   E   E   E   Ib  Iz  seg --   E   E   E   E   Ib  Iz  seg --
+3   E   E   E   E   Ib  Iz  seg --   E   E   E   E   Ib  Iz  seg --
+4   rex rex rex rex rex rex rex rex  rex rex rex rex rex rex rex rex
+5   .   .   .   .   .   .   .   .    .   .   .   .   .   .   .   .
+6   --  --  evx E   seg seg o16 a32  Iz  EIz Ib  EIb .   .   .   .
+7   Jb  Jb  Jb  Jb  Jb  Jb  Jb  Jb   Jb  Jb  Jb  Jb  Jb  Jb  Jb  Jb
+8   EIb EIz --  EIb E   E   E   E    E   E   E   E   E   M   E   xop
+9   .   .   .   .   .   .   .   .    .   .   --  .   .   .   .   .
+a   O   O   O   O   .   .   .   .    Ib  Iz  .   .   .   .   .   .
+b   Ib  Ib  Ib  Ib  Ib  Ib  Ib  Ib   Iv  Iv  Iv  Iv  Iv  Iv  Iv  Iv
+c   EIb EIb Iw  .   vx3 vx2 EIb EIz  Iwb .   Iw  .   .   Ib  --  .
+d   E   E   E   E   --  --  --  .    E   E   E   E   E   E   E   E
+e   Jb  Jb  Jb  Jb  Ib  Ib  Ib  Ib   Jz  Jz  --  Jb  .   .   .   .
+f   lck .   rep rep .   .   E   E    .   .   .   .   .   .   E   E
+""",
+    "0f": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   SDM A-3
+0   E   E   E   E   --  .   .   .    .   .   --  .   --  M   .   3dn
+1   E   E   E   M   E   E   E   M    E   E   E   E   E   E   E   E
+2   R   R   R   R   --  --  --  --   E   E   E   M   E   E   E   E
+3   .   .   .   .   .   .   --  .    esc --  esc --  --  --  --  --
+4   E   E   E   E   E   E   E   E    E   E   E   E   E   E   E   E
+5   U   E   E   E   E   E   E   E    E   E   E   E   E   E   E   E
+6   E   E   E   E   E   E   E   E    E   E   E   E   E   E   E   E
+7   EIb UIb UIb UIb E   E   E   .    E   E   --  --  E   E   E   E
+8   Jz  Jz  Jz  Jz  Jz  Jz  Jz  Jz   Jz  Jz  Jz  Jz  Jz  Jz  Jz  Jz
+9   E   E   E   E   E   E   E   E    E   E   E   E   E   E   E   E
+a   .   .   .   E   EIb E   U   U    .   .   .   E   EIb E   E   E
+b   E   E   M   E   M   M   E   E    E   E   EIb E   E   E   E   E
+c   E   E   EIb M   EIb UIb EIb E    .   .   .   .   .   .   .   .
+d   E   E   E   E   E   E   E   U    E   E   E   E   E   E   E   E
+e   E   E   E   E   E   E   E   M    E   E   E   E   E   E   E   E
+f   M   E   E   E   E   E   E   U    E   E   E   E   E   E   E   E
+""",
+    "38": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   SDM A-4
+0   E   E   E   E   E   E   E   E    E   E   E   E   --  --  --  --
+1   E   --  --  --  E   E   --  E    --  --  --  --  E   E   E   --
+2   E   E   E   E   E   E   --  --   E   E   M   E   --  --  --  --
+3   E   E   E   E   E   E   --  E    E   E   E   E   E   E   E   E
+4   E   E   --  --  --  --  --  --   --  --  --  --  --  --  --  --
+5-7 --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+8   M   M   M   --  --  --  --  --   --  --  M   M   --  --  --  --
+9-b --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+c   --  --  --  --  --  --  --  --   E   E   E   E   E   E   --  E
+d   --  --  --  --  --  --  --  --   M   --  --  E   E   E   E   E
+e   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+f   E   E   --  --  --  M   E   --   E   M   U   U   M   --  --  --
+""",
+    "3a": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   SDM A-5
+0   --  --  --  --  --  --  --  --   EIb EIb EIb EIb EIb EIb EIb EIb
+1   --  --  --  --  EIb EIb EIb EIb  --  --  --  --  --  --  --  --
+2   EIb EIb EIb --  --  --  --  --   --  --  --  --  --  --  --  --
+3   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+4   EIb EIb EIb --  EIb --  --  --   --  --  --  --  --  --  --  --
+5   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+6   EIb EIb EIb EIb --  --  --  --   --  --  --  --  --  --  --  --
+7-b --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+c   --  --  --  --  --  --  --  --   --  --  --  --  EIb --  EIb EIb
+d   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  EIb
+e   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+f   UIb --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+""",
+    "3d": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   APM A-13
+0   --  --  --  --  --  --  --  --   --  --  --  --  .   .   --  --
+1   --  --  --  --  --  --  --  --   --  --  --  --  .   .   --  --
+2-7 --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+8   --  --  --  --  --  --  --  --   --  --  .   --  --  --  .   --
+9   .   --  --  --  .   --  .   .    --  --  .   --  --  --  .   --
+a   .   --  --  --  .   --  .   .    --  --  .   --  --  --  .   --
+b   .   --  --  --  .   --  .   .    --  --  --  .   --  --  --  .
+c-f --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+""",
+    "v1": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   SDM A-3
+0   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+1   E   E   E   M   E   E   E   M    --  --  --  --  --  --  --  --
+2   --  --  --  --  --  --  --  --   E   E   E   M   E   E   E   E
+3   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+4   --  U   U   --  U   U   U   U    --  --  U   U   --  --  --  --
+5   U   E   E   E   E   E   E   E    E   E   E   E   E   E   E   E
+6   E   E   E   E   E   E   E   E    E   E   E   E   E   E   E   E
+7   EIb UIb UIb UIb E   E   E   .    --  --  --  --  E   E   E   E
+8   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+9   E   M   U   U   --  --  --  --   U   U   --  --  --  --  --  --
+a   --  --  --  --  --  --  --  --   --  --  --  --  --  --  M   --
+b   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+c   --  --  EIb --  EIb UIb EIb --   --  --  --  --  --  --  --  --
+d   E   E   E   E   E   E   E   U    E   E   E   E   E   E   E   E
+e   E   E   E   E   E   E   E   M    E   E   E   E   E   E   E   E
+f   M   E   E   E   E   E   E   U    E   E   E   E   E   E   E   --
+""",
+    "v2": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   SDM A-4
+0   E   E   E   E   E   E   E   E    E   E   E   E   E   E   E   E
+1   --  --  --  E   --  --  E   E    E   E   M   --  E   E   E   --
+2   E   E   E   E   E   E   --  --   E   E   M   E   M   M   M   M
+3   E   E   E   E   E   E   E   E    E   E   E   E   E   E   E   E
+4   E   E   --  --  --  E   E   E    U   E   S   S   --  --  --  --
+5   E   E   E   E   --  --  --  --   E   E   M   --  U   --  U   --
+6   --  --  --  --  --  --  --  --   --  --  --  --  U   --  --  --
+7   --  --  E   --  --  --  --  --   E   E   --  --  --  --  --  --
+8   --  --  --  --  --  --  --  --   --  --  --  --  M   --  M   --
+9   S   S   S   S   --  --  E   E    E   E   E   E   E   E   E   E
+a   --  --  --  --  --  --  E   E    E   E   E   E   E   E   E   E
+b   M   M   --  --  E   E   E   E    E   E   E   E   E   E   E   E
+c   --  --  --  --  --  --  --  --   --  --  --  U   U   U   --  E
+d   --  --  E   E   --  --  --  --   --  --  E   E   E   E   E   E
+e   M   M   M   M   M   M   M   M    M   M   M   M   M   M   M   M
+f   --  --  E   E   --  E   E   E    --  --  --  --  --  --  --  --
+""",
+    "v3": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   SDM A-5
+0   EIb EIb EIb --  EIb EIb EIb --   EIb EIb EIb EIb EIb EIb EIb EIb
+1   --  --  --  --  EIb EIb EIb EIb  EIb EIb --  --  --  EIb --  --
+2   EIb EIb EIb --  --  --  --  --   --  --  --  --  --  --  --  --
+3   UIb UIb UIb UIb --  --  --  --   EIb EIb --  --  --  --  --  --
+4   EIb EIb EIb --  EIb --  EIb --   EIb EIb EIb EIb EIb --  --  --
+5   --  --  --  --  --  --  --  --   --  --  --  --  EIb EIb EIb EIb
+6   EIb EIb EIb EIb --  --  --  --   EIb EIb EIb EIb EIb EIb EIb EIb
+7   --  --  --  --  --  --  --  --   EIb EIb EIb EIb EIb EIb EIb EIb
+8-b --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+c-d --  --  --  --  --  --  --  --   --  --  --  --  --  --  EIb EIb
+e   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+f   EIb --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+""",
+    "v5": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   AMX-FP8
+0-e --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+f   --  --  --  --  --  --  --  --   --  --  --  --  --  U   --  --
+""",
+    "v7": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   USER_MSR
+0-e --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+f   --  --  --  --  --  --  UIz --   UIz --  --  --  --  --  --  --
+""",
+    "e1": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   AVX-512
+0   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+1   E   E   E   M   E   E   E   M    --  --  --  --  --  --  --  --
+2   --  --  --  --  --  --  --  --   E   E   E   M   E   E   E   E
+3-4 --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+5   --  E   --  --  E   E   E   E    E   E   E   E   E   E   E   E
+6   E   E   E   E   E   E   E   E    E   E   E   E   E   E   E   E
+7   EIb EIb EIb EIb E   E   E   --   E   E   E   E   --  --  E   E
+8-b --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+c   --  --  EIb --  EIb UIb EIb --   --  --  --  --  --  --  --  --
+d   --  E   E   E   E   E   E   --   E   E   E   E   E   E   E   E
+e   E   E   E   E   E   E   E   M    E   E   E   E   E   E   E   E
+f   --  E   E   E   E   E   E   --   E   E   E   E   E   E   E   --
+""",
+    "e2": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   AVX-512
+0   E   --  --  --  E   --  --  --   --  --  --  E   E   E   --  --
+1   E   E   E   E   E   E   E   --   E   E   M   M   E   E   E   E
+2   E   E   E   E   E   E   E   E    E   E   E   E   E   E   --  --
+3   E   E   E   E   E   E   E   E    E   E   E   E   E   E   E   E
+4   E   --  E   E   E   E   E   E    --  --  U   --  E   E   E   E
+5   E   E   E   E   E   E   --  --   E   E   M   M   --  --  --  --
+6   --  --  E   E   E   E   E   E    E   --  --  --  --  U   --  --
+7   E   E   E   E   E   E   E   E    E   E   U   U   U   E   E   E
+8   --  --  --  E   --  --  --  --   E   E   E   E   --  E   --  E
+9-a S   S   S   S   --  --  E   E    E   E   E   E   E   E   E   E
+b   --  --  --  --  E   E   E   E    E   E   E   E   E   E   E   E
+c   --  --  --  --  E   --  S   S    E   --  E   E   E   E   --  E
+d   --  --  E   E   --  --  --  --   --  --  E   --  E   E   E   E
+e-f --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+""",
+    "e3": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   AVX-512
+0   EIb EIb --  EIb EIb EIb --  UIb  EIb EIb EIb EIb --  --  --  EIb
+1   --  --  --  --  EIb EIb EIb EIb  EIb EIb EIb EIb --  EIb EIb EIb
+2   EIb EIb EIb EIb --  EIb EIb EIb  --  --  --  --  --  --  --  --
+3   --  --  --  --  --  --  --  --   EIb EIb EIb EIb --  --  EIb EIb
+4   --  --  EIb EIb EIb --  --  --   --  --  --  --  --  --  --  --
+5   EIb EIb EIb EIb EIb EIb EIb EIb  --  --  --  --  --  --  --  --
+6   --  --  --  --  --  --  EIb EIb  --  --  --  --  --  --  --  --
+7   EIb EIb EIb EIb --  --  --  UIb  --  --  --  --  --  --  --  --
+8-b --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+c   --  --  EIb --  --  --  --  --   --  --  --  --  --  --  EIb EIb
+d-f --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+""",
+    "e5": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   FP16
+0   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+1   E   E   --  --  --  --  --  --   E   --  --  E   --  E   E   --
+2   --  --  --  --  --  --  --  --   --  --  E   --  E   E   E   E
+3-4 --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+5   --  E   --  --  --  --  --  --   E   E   E   E   E   E   E   E
+6   --  --  --  --  --  --  --  --   E   E   E   E   E   E   E   M
+7   --  --  --  --  E   --  --  --   E   E   E   E   E   E   E   --
+8-f --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+""",
+    "e6": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   FP16
+0   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+1   --  --  --  E   --  --  --  --   --  --  --  --  --  --  --  --
+2   --  --  --  --  --  --  --  --   --  --  --  --  E   E   --  --
+3   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+4   --  --  E   E   --  --  --  --   --  --  --  --  E   E   E   E
+5   --  --  --  --  --  --  E   E    --  --  --  --  --  --  --  --
+6-8 --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+9-b --  --  --  --  --  --  E   E    E   E   E   E   E   E   E   E
+c   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+d   --  --  --  --  --  --  E   E    --  --  --  --  --  --  --  --
+e-f --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+""",
+    "x8": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   APM A-8
+0-7 --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+8-9 --  --  --  --  --  EIb EIb EIb  --  --  --  --  --  --  EIb EIb
+a   --  --  EIb EIb --  --  EIb --   --  --  --  --  --  --  --  --
+b   --  --  --  --  --  --  EIb --   --  --  --  --  --  --  --  --
+c   EIb EIb EIb EIb --  --  --  --   --  --  --  --  EIb EIb EIb EIb
+d   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+e   --  --  --  --  --  --  --  --   --  --  --  --  EIb EIb EIb EIb
+f   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+""",
+    "x9": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   APM A-9
+0   --  E   E   --  --  --  --  --   --  --  --  --  --  --  --  --
+1   --  --  U   --  --  --  --  --   --  --  --  --  --  --  --  --
+2-7 --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+8   E   E   E   E   --  --  --  --   --  --  --  --  --  --  --  --
+9   E   E   E   E   E   E   E   E    E   E   E   E   --  --  --  --
+a-b --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+c-d --  E   E   E   --  --  E   E    --  --  --  E   --  --  --  --
+e   --  E   E   E   --  --  --  --   --  --  --  --  --  --  --  --
+f   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+""",
+    "xa": """
+; x0  x1  x2  x3  x4  x5  x6  x7   x8  x9  xa  xb  xc  xd  xe  xf   APM A-10
+0   --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+1   EIz --  EIz --  --  --  --  --   --  --  --  --  --  --  --  --
+2-f --  --  --  --  --  --  --  --   --  --  --  --  --  --  --  --
+""",
+}
+
+# 32-bit code reads the same pages but for these cells (SDM A-2, i64 o64).
+IN_32_BIT = """
+06,07,0e,16,17,1e,1f    .
+27,2f,37,3f,40-4f       .
+60,61,ce                .
+62,c4,c5                M
+82                      EIb
+9a,ea                   Ap
+d4,d5                   Ib
+"""
+
+# Which mandatory prefix an opcode takes, where it is choosy. `=` is the
+# page's cell; `*` stands for all that the page defines and no row names.
+PREFIXED = """
+; page opcodes                        none  66   f3   f2
+0f  12                                E     M    E    E
+0f  13,17                             M     M    --   --
+0f  14-15,28-29,2e-2f,54-57           E     E    --   --
+0f  16                                E     M    E    --
+0f  50,d7,f7                          U     U    --   --
+0f  52-53                             E     --   E    --
+0f  5b,6f,7e-7f                       E     E    E    --
+0f  60-6b,6e,74-76                    E     E    --   --
+0f  6c-6d                             --    E    --   --
+0f  71-73,c5                          UIb   UIb  --   --
+0f  78                                E     UIbb --   UIbb
+0f  79                                E     U    --   U
+0f  7c-7d,d0                          --    E    --   E
+0f  b8                                --    --   E    --
+0f  c3                                M     --   --   --
+0f  c4,c6                             EIb   EIb  --   --
+0f  d1-d5,d8-df,e0-e5,e8-ef           E     E    --   --
+0f  f1-f6,f8-fe                       E     E    --   --
+0f  d6                                --    E    U    U
+0f  e6                                --    E    E    E
+0f  e7                                M     M    --   --
+0f  f0                                --    --   --   M
+38  00-0b,1c-1e                       E     E    --   --
+38  8a-8b                             M     M    --   --
+38  c8-cd                             E     --   --   --
+38  d8                                --    --   M    --
+38  dc                                --    E    E    --
+38  dd-df                             --    E    M    --
+38  f0-f1                             M     M    --   E
+38  f6                                M     E    E    --
+38  f8                                --    M    E    E
+38  f9                                M     --   --   --
+38  fa-fb                             --    --   U    --
+38  fc                                M     M    M    M
+38  *                                 --    =    --   --
+3a  0f                                EIb   EIb  --   --
+3a  cc                                EIb   --   --   --
+3a  f0                                --    --   UIb  --
+3a  *                                 --    =    --   --
+v1  10-11,51,58-5a,5c-5f              E     E    E    E
+v1  12                                E     M    E    E
+v1  13,17,2b,91                       M     M    --   --
+v1  14-15,28-29,2e-2f,54-57,90        E     E    --   --
+v1  16                                E     M    E    --
+v1  2a,2c-2d                          --    --   E    E
+v1  41-42,44-47,4a-4b,50,98-99        U     U    --   --
+v1  52-53                             E     --   E    --
+v1  5b                                E     E    E    --
+v1  6f,7e-7f                          --    E    E    --
+v1  70                                --    EIb  EIb  EIb
+v1  77                                .     --   --   --
+v1  7c-7d,d0                          --    E    --   E
+v1  92-93                             U     U    --   U
+v1  ae                                M     --   --   --
+v1  c2                                EIb   EIb  EIb  EIb
+v1  c6                                EIb   EIb  --   --
+v1  e6                                --    E    E    E
+v1  f0                                --    --   --   M
+v1  *                                 --    =    --   --
+v2  49                                E     M    --   U
+v2  4a                                --    S    --   S
+v2  4b                                --    S    S    S
+v2  50-51,da                          E     E    E    E
+v2  5c                                --    --   U    U
+v2  5e                                U     U    U    U
+v2  6c                                U     U    --   --
+v2  72                                --    --   E    --
+v2  b0                                M     M    M    M
+v2  b1                                --    M    M    --
+v2  cb-cd                             --    --   --   U
+v2  d2-d3                             E     E    E    --
+v2  f2-f3                             E     --   --   --
+v2  f5                                E     --   E    E
+v2  f6                                --    --   --   E
+v2  f7                                E     E    E    E
+v2  *                                 --    =    --   --
+v3  f0                                --    --   --   EIb
+v3  *                                 --    =    --   --
+v7  f6,f8                             --    --   UIz  UIz
+x8  *                                 =     --   --   --
+x9  *                                 =     --   --   --
+xa  *                                 =     --   --   --
+e1  10-11,2e-2f,51,58-5a,5c-5f,78-79  E     E    E    E
+e1  12                                E     M    E    E
+e1  13,17,2b                          M     M    --   --
+e1  14-15,28-29,54-57                 E     E    --   --
+e1  16                                E     M    E    --
+e1  2a,2c-2d                          --    --   E    E
+e1  5b                                E     E    E    --
+e1  6f,7a-7b,7f,e6                    --    E    E    E
+e1  70                                --    EIb  EIb  EIb
+e1  7e                                --    E    E    --
+e1  c2                                EIb   EIb  EIb  EIb
+e1  c6                                EIb   EIb  --   --
+e1  *                                 --    =    --   --
+e2  10-15,20-27,30-35                 --    E    E    --
+e2  28-29,38-3a                       --    E    U    --
+e2  2a                                --    M    U    --
+e2  50-51                             E     E    E    E
+e2  52                                E     E    E    M
+e2  53,9a-9b,aa-ab                    --    E    --   M
+e2  68                                --    --   --   E
+e2  72                                --    E    E    E
+e2  74                                E     --   E    E
+e2  d2-d3                             E     E    E    --
+e2  da                                --    --   E    E
+e2  *                                 --    =    --   --
+e3  08,26,52,56,66                    EIb   EIb  --   EIb
+e3  0a,27,53,57,67                    EIb   EIb  --   --
+e3  42                                --    EIb  EIb  --
+e3  c2                                EIb   --   EIb  EIb
+e3  *                                 --    =    --   --
+e5  10-11,2a,2c-2d                    --    --   E    --
+e5  18,1b,74                          E     --   E    E
+e5  1d,7c                             E     E    --   --
+e5  1e                                --    --   --   E
+e5  2e                                E     --   E    --
+e5  2f,51,58-59,5b-5f,78-79           E     E    E    --
+e5  5a,6c-6d,7d                       E     E    E    E
+e5  68-6b                             E     E    --   E
+e5  6e,7b,7e                          --    E    E    --
+e5  6f                                --    --   M    M
+e5  7a                                --    E    --   E
+e6  13,2c,42,4c,4e                    E     E    --   --
+e6  98,9a,9c,9e,a8,aa,ac,ae           E     E    --   --
+e6  b8,ba,bc,be                       E     E    --   --
+e6  56-57,d6-d7                       --    --   E    E
+e6  *                                 --    =    --   --
+"""
+
+# Groups: the cell by modrm.reg. A prefix behind the opcode narrows the row.
+GROUPS = """
+; page opcode   /0   /1   /2   /3   /4   /5   /6   /7     SDM A-6, APM A-7
+1b  8c          E    E    E    E    E    E    --   --
+1b  8e          E    --   E    E    E    E    --   --
+1b  8f          E    --   --   --   --   --   --   --
+1b  c6          EIb  --   --   --   --   --   --   UIb
+1b  c7          EIz  --   --   --   --   --   --   UJz
+1b  d9          E    U    E    M    E    E    E    E
+1b  dc          E    E    M    M    E    E    E    E
+1b  db          E    E    E    E    U    E    U    M
+1b  dd          E    M    E    E    E    U    M    M
+1b  de          E    E    M    E    E    E    E    E
+1b  df          E    M    M    M    E    E    E    M
+1b  f6          EIb  EIb  E    E    E    E    E    E
+1b  f7          EIz  EIz  E    E    E    E    E    E
+1b  fe          E    E    --   --   --   --   --   --
+1b  ff          E    E    E    M    E    M    E    --
+0f  00          E    E    E    E    E    E    --   --
+0f  00:f2       E    E    E    E    E    E    E    --
+0f  01          E    E    E    E    E    U    E    E
+0f  01:f3       E    E    E    E    E    E    E    E
+0f  71          --   --   UIb  --   UIb  --   UIb  --
+0f  72          --   --   UIb  --   UIb  --   UIb  --
+0f  73          --   --   UIb  --   --   --   UIb  --
+0f  73:66       --   --   UIb  UIb  --   --   UIb  UIb
+0f  78:66       UIbb --   --   --   --   --   --   --
+0f  a6          U    U    U    --   --   --   --   --
+0f  a7          U    U    U    U    U    U    --   --
+0f  ae          M    M    M    M    M    E    E    E
+0f  ae:66       --   --   --   --   --   --   E    M
+0f  ae:f3       U    U    U    U    E    U    E    --
+0f  ae:f2       --   --   --   --   --   --   U    --
+0f  ba          --   --   --   --   EIb  EIb  EIb  EIb
+0f  c7          --   M    --   M    M    M    E    E
+0f  c7:f3       --   M    --   --   --   --   E    U
+38  d8          M    M    M    M    --   --   --   --
+3a  f0          UIb  --   --   --   --   --   --   --
+v1  71          --   --   UIb  --   UIb  --   UIb  --
+v1  72          --   --   UIb  --   UIb  --   UIb  --
+v1  73          --   --   UIb  UIb  --   --   UIb  UIb
+v1  ae          --   --   M    M    --   --   --   --
+v2  49          E    --   --   --   --   --   --   --
+v2  49:66       M    --   --   --   --   --   --   --
+v2  49:f2       U    U    U    U    U    U    U    U
+v2  f3          --   E    E    E    --   --   --   --
+v7  f6          UIz  --   --   --   --   --   --   --
+v7  f8          UIz  --   --   --   --   --   --   --
+x9  01          --   E    E    E    E    E    E    E
+x9  02          --   E    --   --   --   --   E    --
+x9  12          U    U    --   --   --   --   --   --
+xa  12          EIz  EIz  --   --   --   --   --   --
+e1  71          --   --   EIb  --   EIb  --   EIb  --
+e1  72          EIb  EIb  EIb  --   EIb  --   EIb  --
+e1  73          --   --   EIb  EIb  --   --   EIb  EIb
+e2  c6          --   S    S    --   --   S    S    --
+e2  c7          --   S    S    --   --   S    S    --
+"""
+
+# Register forms (mod = 3) that modrm.rm splits further, by /reg.
+REGISTER_FORMS = """
+; page opcode /reg   0   1   2   3   4   5   6   7
+1b  c6 /7            .   --  --  --  --  --  --  --   xabort
+1b  c7 /7            .   --  --  --  --  --  --  --   xbegin
+1b  d9 /2            .   --  --  --  --  --  --  --   fnop
+1b  d9 /4            .   .   --  --  .   .   --  --   fchs fabs ftst fxam
+1b  d9 /5            .   .   .   .   .   .   .   --   fld1 ... fldz
+1b  da /4            --  --  --  --  --  --  --  --
+1b  da /5            --  .   --  --  --  --  --  --   fucompp
+1b  da /6            --  --  --  --  --  --  --  --
+1b  da /7            --  --  --  --  --  --  --  --
+1b  db /4            .   .   .   .   .   --  --  --   fnclex fninit
+1b  de /3            --  .   --  --  --  --  --  --   fcompp
+1b  df /4            .   --  --  --  --  --  --  --   fnstsw
+0f  01 /0            .   .   .   .   .   .   .   .    vmcall ...
+0f  01 /1            .   .   .   .   --  --  --  .    monitor mwait ...
+0f  01:66 /1         .   .   .   .   .   .   .   .    tdcall seamcall
+0f  01 /2            .   .   --  --  .   .   .   .    xgetbv xsetbv ...
+0f  01 /5            .   .   .   --  .   .   .   .    serialize rdpkru ...
+0f  01 /7            .   .   .   .   .   .   .   .    swapgs rdtscp ...
+0f  a6 /0            .   --  --  --  --  --  --  --   montmul
+0f  a6 /1            .   --  --  --  --  --  --  --   xsha1
+0f  a6 /2            .   --  --  --  --  --  --  --   xsha256
+0f  a7 /0            .   --  --  --  --  --  --  --   xstore
+0f  a7 /1            .   --  --  --  --  --  --  --   xcryptecb
+0f  a7 /2            .   --  --  --  --  --  --  --   xcryptcbc
+0f  a7 /3            .   --  --  --  --  --  --  --   xcryptctr
+0f  a7 /4            .   --  --  --  --  --  --  --   xcryptcfb
+0f  a7 /5            .   --  --  --  --  --  --  --   xcryptofb
+3a  f0 /0            .   --  --  --  --  --  --  --   hreset
+v2  49 /0            .   --  --  --  --  --  --  --   tilerelease
+"""
+
+# A lock prefix is allowed only here, on a memory operand (SDM 2A, LOCK).
+LOCKABLE = """
+1b  00-01,08-09,10-11,18-19,20-21,28-29,30-31,86-87  /0-7
+1b  80-81,83                                         /0-6
+1b  f6-f7                                            /2-3
+1b  fe-ff                                            /0-1
+0f  ab,b0-b1,b3,bb,c0-c1                             /0-7
+0f  ba                                               /5-7
+0f  c7                                               /1
+"""
+
+# Where control goes next. Whatever is not here falls through: `next`.
+# trap: raises a signal that names its own address. far: leaves for another
+# segment, privilege or mode, or saves its own address.
+FLOWS = """
+; page opcodes        flow
+1b  70-7f             jcc
+0f  80-8f             jcc
+1b  e0-e3             loop       loopne loope loop jrcxz
+1b  e9,eb             jmp
+1b  e8                call
+1b  c2-c3             ret
+1b  ff/2              call_ind
+1b  ff/4              jmp_ind
+1b  c7/7              xbegin
+0f  05                syscall
+1b  cc-ce,f1          trap       int3 int into int1
+0f  0b,b9,ff          trap       ud2 ud1 ud0
+1b  f4                halt
+1b  9a,ea,ca-cb,cf    far        callf jmpf retf iret
+1b  ff/3,ff/5         far        callf jmpf
+0f  07,34-35,aa       far        sysret sysenter sysexit rsm
+0f  01=d7             far        enclu saves where to come back to
+0f  01=ca:f3,01=ca:f2 far        eretu erets
+0f  01=ec:f3          far        uiret
+"""
+
+# What an instruction does to general registers and flags, for liveness. The
+# registers of a memory operand are read besides. An instruction without a
+# row reads everything. Letters, SDM 3.1.1.3:
+#     E G  modrm.rm if a register, modrm.reg   B H  the same as byte registers
+#     O V  register in the opcode, VEX.vvvv    a c d b s p S D  rax ... rdi
+#     !    the operand is not accessed, nor its address computed
+#     flags c p a z s o; cc those of the condition; all; all? unless the
+#     shift count is zero. A flag left undefined by and, or, xor, test and
+#     shifts counts as written.
+EFFECTS = """
+; page opcodes               reads writes flags read, written
+1b  00,02,08,0a,20,22,28,2a  BH    -      -     all
+1b  30,32,38,3a,84           BH    -      -     all
+1b  01,09,21,29,31           EG    E      -     all
+1b  03,0b,23,2b,33           EG    G      -     all
+1b  04,0c,24,2c,34,3c-3d     a     -      -     all
+1b  05,0d,25,2d,35           a     a      -     all
+1b  a8-a9                    a     -      -     all
+1b  10,12,18,1a              BH    -      c     all
+1b  11,19                    EG    E      c     all
+1b  13,1b                    EG    G      c     all
+1b  14,1c                    a     -      c     all
+1b  15,1d                    a     a      c     all
+1b  39,3b,85                 EG    -      -     all
+1b  50-57                    Os    s      -     -      push
+1b  58-5f                    s     Os     -     -      pop
+1b  63                       E     G      -     -      movsxd
+1b  68,6a                    s     s      -     -      push
+1b  69,6b                    E     G      -     co     imul
+1b  70-7f                    -     -      cc    -      jcc
+1b  80/0-1,80/4-7            B     -      -     all
+1b  80/2-3                   B     -      c     all
+1b  81/0-1,81/4-6            E     E      -     all
+1b  83/0-1,83/4-6            E     E      -     all
+1b  81/2-3,83/2-3            E     E      c     all
+1b  81/7,83/7                E     -      -     all    cmp
+1b  86                       BH    -      -     -      xchg
+1b  87                       EG    EG     -     -
+1b  88                       H     -      -     -      mov
+1b  89                       G     E      -     -
+1b  8a                       B     -      -     -
+1b  8b                       E     G      -     -
+1b  8c                       -     -      -     -
+1b  8d                       -     G      -     -      lea
+1b  8f                       s     Es     -     -      pop
+1b  90                       -     -      -     -      nop pause
+1b  91-97                    Oa    Oa     -     -      xchg
+1b  98                       a     a      -     -      cwde cdqe
+1b  99                       a     d      -     -      cdq cqo
+1b  9b                       -     -      -     -      fwait
+1b  9c                       s     s      all   -      pushf
+1b  9d                       s     s      -     all    popf
+1b  9e                       a     -      -     cpazs  sahf
+1b  9f                       -     -      cpazs -      lahf
+1b  a0                       -     -      -     -
+1b  a1                       -     a      -     -
+1b  a2-a3                    a     -      -     -
+1b  a4-a7                    cSD   -      -     -      movs cmps
+1b  aa-ab,ae-af              acD   -      -     -      stos scas
+1b  ac-ad                    acS   -      -     -      lods
+1b  b0-b7                    -     -      -     -
+1b  b8-bf                    -     O      -     -
+1b  c0/0-1                   B     -      -     -      rol ror
+1b  c0/4-7                   B     -      -     all?   shl shr sar
+1b  c1/0-1                   E     E      -     -
+1b  c1/2-3                   E     E      c     -      rcl rcr
+1b  c1/4-7                   E     E      -     all?
+1b  c6/0                     -     -      -     -
+1b  c7/0                     -     E      -     -
+1b  c9                       p     sp     -     -      leave
+1b  d0/0-1                   B     -      -     -
+1b  d0/4-7                   B     -      -     all
+1b  d1/0-1                   E     E      -     -
+1b  d1/2-3                   E     E      c     -
+1b  d1/4-7                   E     E      -     all
+1b  d2/0-1,d2/4-7            Bc    -      -     -
+1b  d3/0-1,d3/4-7            Ec    E      -     -
+1b  d3/2-3                   Ec    E      c     -
+1b  d8-d9,dc-df              -     -      -     -      x87
+1b  da-db                    -     -      cpz   -      fcmov
+1b  e0-e1                    c     -      z     -      loopcc
+1b  e2-e3                    c     -      -     -      loop jrcxz
+1b  e9,eb                    -     -      -     -      jmp
+1b  f5                       -     -      c     c      cmc
+1b  f8-f9                    -     -      -     c      clc stc
+1b  fc-fd                    -     -      -     -      cld std
+1b  f6/0-1,f6/3              B     -      -     all    test neg
+1b  f6/2                     B     -      -     -      not
+1b  f6/4-7                   aB    -      -     -      mul div
+1b  f7/0-1                   E     -      -     all
+1b  f7/2                     E     E      -     -
+1b  f7/3                     E     E      -     all
+1b  f7/4-5                   aE    ad     -     co
+1b  f7/6-7                   adE   ad     -     -
+1b  fe/0-1                   B     -      -     pazso  inc dec
+1b  ff/0-1                   E     E      -     pazso
+1b  ff/6                     Es    s      -     -      push
+0f  0d,18                    -     -      -     -      prefetch
+0f  19-1f                    !     -      -     -      endbr nop
+0f  10-17,28-29,2b,51-6d     -     -      -     -      sse
+0f  2a,6e,c4                 E     -      -     -      cvtsi2ss movd
+0f  2c,2d                    -     -      -     -      cvtss2si
+0f  2c:f3,2c:f2              -     G      -     -
+0f  2d:f3,2d:f2              -     G      -     -
+0f  2e-2f                    -     -      -     all    ucomiss
+0f  31                       -     ad     -     -      rdtsc
+0f  40-4f                    EG    G      cc    -      cmov
+0f  50,c5,d7                 -     G      -     -      movmskps pextrw
+0f  6f-77,7c-7f              -     -      -     -
+0f  80-8f                    -     -      cc    -      jcc
+0f  90-9f                    -     -      cc    -      setcc
+0f  a2                       ac    acdb   -     -      cpuid
+0f  a3                       EG    -      -     c      bt
+0f  ab,b3,bb                 EG    E      -     c      bts btr btc
+0f  a4,ac                    EG    E      -     all?   shld shrd
+0f  a5,ad                    EGc   E      -     -
+0f  ae                       Ead   -      -     -      fences xsave
+0f  af                       EG    G      -     co     imul
+0f  b0                       aBH   -      -     all    cmpxchg
+0f  b1                       aEG   -      -     all
+0f  b6,be                    B     G      -     -      movzx movsx
+0f  b7,bf                    E     G      -     -
+0f  b8                       E     G      -     all    popcnt
+0f  ba/4                     E     -      -     c
+0f  ba/5-7                   E     E      -     c
+0f  bc-bd                    EG    -      -     z      bsf bsr
+0f  c0                       BH    -      -     all    xadd
+0f  c1                       EG    EG     -     all
+0f  c2,c6,d0-d6,d8-f6,f8-fe  -     -      -     -      sse
+0f  f7                       D     -      -     -      maskmovq
+0f  c3                       G     -      -     -      movnti
+0f  c7/1                     acdb  -      -     z      cmpxchg16b
+0f  c8-cf                    O     O      -     -      bswap
+38  00-15,1c-41,c8-df        -     -      -     -
+38  17                       -     -      -     all    ptest
+38  f0                       BEG   -      -     -      movbe crc32
+38  f1                       EG    -      -     -
+38  f6                       EG    -      co    -      adcx adox
+3a  08-17,21,40-44,cc-df     -     -      -     -
+3a  20,22                    E     -      -     -      pinsr
+3a  60                       ad    -      -     all    pcmpestrm
+3a  61                       ad    c      -     all    pcmpestri
+3a  62                       -     -      -     all    pcmpistrm
+3a  63                       -     c      -     all    pcmpistri
+v1  10-17,28-29,2b,41-4b     -     -      -     -
+v1  2a,6e,92,c4              E     -      -     -
+v1  2c-2d,50,93,c5,d7        -     G      -     -
+v1  2e-2f,98-99              -     -      -     all
+v1  51-6d,6f-91,ae,c2,c6     -     -      -     -
+v1  d0-d6,d8-f6,f8-fe        -     -      -     -
+v1  f7                       D     -      -     -
+v2  00-0d,13,16,18-41        -     -      -     -
+v2  0e-0f,17                 -     -      -     all    vtestps vptest
+v2  45-47,50-5b,72-df        -     -      -     -
+v2  f2                       EV    G      -     czso   andn
+v2  f3                       E     V      -     czso   blsr
+v2  f5,f7                    EV    G      -     -      bzhi pdep sarx
+v2  f6                       dE    GV     -     -      mulx
+v3  00-1d,21,30-5f,68-df     -     -      -     -
+v3  20,22                    E     -      -     -
+v3  60                       ad    -      -     all
+v3  61                       ad    c      -     all
+v3  62                       -     -      -     all
+v3  63                       -     c      -     all
+v3  f0                       E     G      -     -      rorx
+e1  10-17,28-29,2b-2d,51-6d  -     -      -     -
+e1  2a,6e,7b,c4              E     -      -     -
+e1  2e-2f                    -     -      -     all
+e1  6f-7a,7e-7f,c2,c5-fe     -     -      -     -
+e2  00-79,7d-df              -     -      -     -
+e2  7a-7c                    E     -      -     -      vpbroadcastb
+e3  00-1f,21,23-cf           -     -      -     -
+e3  20,22                    E     -      -     -
+e5  10-1e,2c-2d,51-6d,6f-7a  -     -      -     -
+e5  2a,6e,7b                 E     -      -     -
+e5  2e-2f                    -     -      -     all
+e5  7c-7e                    -     -      -     -
+e6  13-d7                    -     -      -     -
+x8  85-ef                    -     -      -     -
+x9  80-e3                    -     -      -     -
+"""
+
+NEXT, JCC, LOOP, JMP, CALL, RET = "next", "jcc", "loop", "jmp", "call", "ret"
+JMP_IND, CALL_IND, XBEGIN = "jmp_ind", "call_ind", "xbegin"
+SYSCALL, TRAP, HALT, FAR = "syscall", "trap", "halt", "far"
+
+# A map's number, the high byte of Insn.opcode: legacy 0x00-0x03, VEX 0x10 +
+# map, EVEX 0x20 + map, XOP 0x30 + map.
+MAP_NUMBERS = {"1b": 0x00, "0f": 0x01, "38": 0x02, "3a": 0x03,
+               "v1": 0x11, "v2": 0x12, "v3": 0x13, "v5": 0x15, "v7": 0x17,
+               "e1": 0x21, "e2": 0x22, "e3": 0x23, "e5": 0x25, "e6": 0x26,
+               "x8": 0x38, "x9": 0x39, "xa": 0x3a, "3d": 0x0f}
+MANDATORY = {"66": 1, "f3": 2, "f2": 3}       # VEX.pp, SDM 2.3.6.1
+
+
+def _lines(text):
+    """The rows of a table: lists of words, comments and blanks left out."""
+    rows = (line.split(";")[0].split() for line in text.splitlines())
+    return [row for row in rows if row]
+
+
+def _numbers(text, base=16):
+    """`10-12,14` -> [0x10, 0x11, 0x12, 0x14]."""
+    numbers = []
+    for item in text.split(","):
+        first, _, last = item.partition("-")
+        numbers.extend(range(int(first, base), int(last or first, base) + 1))
+    return numbers
+
+
+def opcode_page(text):
+    """Parse a page into 256 cells. Raises ValueError naming a bad row."""
+    cells = []
+    for label, *row in _lines(text):
+        rows = _numbers(label)
+        if len(row) != 16 or rows[0] * 16 != len(cells):
+            raise ValueError("opcode map row %s has %d cells, not 16, or is "
+                             "out of order" % (label, len(row)))
+        cells += row * len(rows)
+    if len(cells) != 256:
+        raise ValueError("opcode map has %d cells, not 256" % len(cells))
+    return tuple(cells)
+
+
+def _parse_prefixed(text, pages):
+    """{opcode: cells for no prefix, 66, f3, f2} for opcodes with a row."""
+    table = {}
+    for page, opcodes, *cells in _lines(text):
+        number, cell_of = MAP_NUMBERS[page] << 8, pages[MAP_NUMBERS[page]]
+        if len(cells) != 4:
+            raise ValueError("prefix row %s %s" % (page, opcodes))
+        every = opcodes == "*"
+        for byte in range(256) if every else _numbers(opcodes):
+            if cell_of[byte] == "--" and not every:
+                raise ValueError("%s %02x is undefined" % (page, byte))
+            if cell_of[byte] == "--" or (every and number | byte in table):
+                continue
+            if number | byte in table:
+                raise ValueError("%s %02x has two rows" % (page, byte))
+            table[number | byte] = tuple(cell_of[byte] if cell == "=" else
+                                         cell for cell in cells)
+    return table
+
+
+def _parse_groups(text, pages):
+    """{opcode, or (opcode, pp): cells by modrm.reg}."""
+    table = {}
+    for page, opcode, *cells in _lines(text):
+        byte, _, prefix = opcode.partition(":")
+        number = MAP_NUMBERS[page] << 8 | int(byte, 16)
+        if len(cells) != 8 or pages[number >> 8][int(byte, 16)] == "--":
+            raise ValueError("group %s %s" % (page, opcode))
+        table[(number, MANDATORY[prefix]) if prefix else number] = cells
+    return table
+
+
+def _parse_register_forms(text):
+    """{(opcode, pp, reg): which rm are defined where mod = 3}."""
+    table = {}
+    for page, opcode, reg, *cells in _lines(text):
+        byte, _, prefix = opcode.partition(":")
+        if len(cells) < 8 or set(cells[:8]) - {".", "--"}:
+            raise ValueError("register forms %s %s %s" % (page, opcode, reg))
+        for pp in [MANDATORY[prefix]] if prefix else range(4):
+            table[MAP_NUMBERS[page] << 8 | int(byte, 16), pp,
+                  int(reg[1:])] = tuple(cell == "." for cell in cells[:8])
+    return table
+
+
+def _parse_lockable(text):
+    """The set of (opcode, reg) that a lock prefix may precede."""
+    return {(MAP_NUMBERS[page] << 8 | byte, reg)
+            for page, opcodes, regs in _lines(text)
+            for byte in _numbers(opcodes) for reg in _numbers(regs[1:])}
+
+
+def _parse_flows(text):
+    """{opcode, (opcode, "/", reg) or (opcode, "=", modrm, pp): flow}."""
+    table = {}
+    for page, opcodes, flow, *_ in _lines(text):
+        number = MAP_NUMBERS[page] << 8
+        for item in opcodes.split(","):
+            if "/" in item:
+                byte, reg = item.split("/")
+                table[number | int(byte, 16), "/", int(reg)] = flow
+            elif "=" in item:
+                byte, _, form = item.partition("=")
+                modrm, _, prefix = form.partition(":")
+                table[number | int(byte, 16), "=", int(modrm, 16),
+                      MANDATORY.get(prefix, 0)] = flow
+            else:
+                table.update((number | byte, flow) for byte in _numbers(item))
+    return table
+
+
+def _parse_effects(text):
+    """{opcode, (opcode, "/", reg) or (opcode, pp): its four words}."""
+    table = {}
+    for page, opcodes, *words in _lines(text):
+        number = MAP_NUMBERS[page] << 8
+        for item in opcodes.split(","):
+            bytes_, _, regs = item.partition("/")
+            bytes_, _, prefix = bytes_.partition(":")
+            for byte in _numbers(bytes_):
+                if regs:
+                    keys = [(number | byte, "/", reg)
+                            for reg in _numbers(regs)]
+                elif prefix:
+                    keys = [(number | byte, MANDATORY[prefix])]
+                else:
+                    keys = [number | byte]
+                table.update((key, tuple(words[:4])) for key in keys)
+    return table
+
+
+_PAGES = {MAP_NUMBERS[name]: opcode_page(text)
+          for name, text in PAGES.items()}
+_PREFIXED = _parse_prefixed(PREFIXED, _PAGES)
+_GROUPS = _parse_groups(GROUPS, _PAGES)
+_REGISTER_FORMS = _parse_register_forms(REGISTER_FORMS)
+_LOCKABLE = _parse_lockable(LOCKABLE)
+_FLOWS = _parse_flows(FLOWS)
+_EFFECTS = _parse_effects(EFFECTS)
+_IN_32_BIT = {byte: cell for opcodes, cell in _lines(IN_32_BIT)
+              for byte in _numbers(opcodes)}
+
+
+# ---- 3  Decoder -----------------------------------------------------------
+#
+# Problem: whole libraries are decoded before a byte of one is patched, in
+# pure Python. One idea: an instruction's *head* (prefixes, opcode, modrm,
+# sib) settles all but the values of its displacement and immediate, and few
+# heads make up a program. A head is decoded once, by the tables above, into a
+# Form; Forms hang in a trie of dicts keyed by the head's bytes, and an Insn
+# is a Form at a vaddr. Invariant: the trie only remembers; it never decides.
+
+# Form.prefixes: which prefixes stand before the opcode.
+O16, A32, LOCK, REPZ, REPNZ, CS, SEGMENT = 1, 2, 4, 8, 16, 32, 64
+_PREFIX_BITS = {0x66: O16, 0x67: A32, 0xf0: LOCK, 0xf3: REPZ, 0xf2: REPNZ,
+                0x2e: CS, 0x26: SEGMENT, 0x36: SEGMENT, 0x3e: SEGMENT,
+                0x64: SEGMENT, 0x65: SEGMENT}
+_TARGET, _RIP = 1, 2                          # Form.aim
+_MAX_FORMS = 1 << 16                          # or hostile code fills memory
+
+# What follows modrm under 32- or 64-bit addressing, SDM table 2-2: whether a
+# sib byte, and the size of the displacement but for sib.base = 5.
+_MODRM = [(modrm < 0xc0 and modrm & 7 == 4,
+           (4 if modrm & 7 == 5 else 0, 1, 4, 0)[modrm >> 6])
+          for modrm in range(256)]
+# The same under 16-bit addressing, SDM table 2-1.
+_MODRM_16 = [(False, (2 if modrm & 7 == 6 else 0, 1, 2, 0)[modrm >> 6])
+             for modrm in range(256)]
+
+
+class Form(NamedTuple):
+    """All that an instruction's head settles. Offsets count from its start."""
+    size: int            # bytes
+    flow: str            # one of NEXT JCC ... FAR
+    aim: int             # 0, or which of target, rip_relative follows from
+    aim_offset: int      # the signed displacement here,
+    aim_size: int        # of so many bytes
+    opcode: int          # map number << 8 | byte
+    opcode_offset: int   # of the first byte behind the legacy and REX prefixes
+    prefixes: int        # O16 | A32 | LOCK | REPZ | REPNZ | CS | SEGMENT
+    pp: int              # mandatory prefix: 0 none, 1 66, 2 f3, 3 f2
+    rex: int             # W R X B in bits 3-0, of VEX, EVEX and XOP too
+    vvvv: int            # VEX.vvvv as a register number
+    modrm: int           # or -1
+    sib: int             # or -1
+    disp_offset: int
+    disp_size: int       # 0: none
+    imm_offset: int
+    imm_size: int        # 0: none
+    bits: int            # 64 or 32
+
+
+class Insn(NamedTuple):
+    """One instruction. Fields of its Form can be read from it as well."""
+    vaddr: int
+    size: int
+    code: bytes
+    flow: str
+    target: Optional[int]            # vaddr a direct branch goes to
+    rip_relative: Optional[int]      # vaddr of a rip-relative operand
+    form: Form
+
+    def __getattr__(self, name):
+        return getattr(self.form, name)
+
+
+def _undefined(code, size, vaddr, why="no such instruction in the tables"):
+    return DecodeError("%s: %s" % (code[:size].hex(), why), vaddr)
+
+
+def _read_prefixes(code, bits):
+    """(offset behind the prefixes, prefix bits, REX, last of f2 and f3)."""
+    at, prefixes, rex, rep = 0, 0, 0, 0
+    while True:
+        byte = code[at]
+        bit = _PREFIX_BITS.get(byte)
+        if bit:
+            prefixes, rex = prefixes | bit, 0
+            if bit in (REPZ, REPNZ):
+                rep = bit
+        elif bits == 64 and byte >> 4 == 4:
+            rex = byte                        # only the last REX counts
+        else:
+            return at, prefixes, rex, rep
+        at += 1
+
+
+def _read_vector_prefix(code, at, cell):
+    """VEX, EVEX and XOP: (map, offset of the opcode, pp, WRXB, vvvv).
+
+    SDM 2.3.5 (VEX), 2.7.1 (EVEX), APM 1.8 (XOP). Fields are stored inverted.
+    Returns None where a reserved bit is set, as APX does.
+    """
+    if cell == "vx2":
+        byte = code[at + 1]
+        return 0x11, at + 2, byte & 3, ~byte >> 5 & 4, ~byte >> 3 & 15
+    first, second = code[at + 1], code[at + 2]
+    rex = second >> 4 & 8 | ~first >> 5 & 7
+    if cell == "evx":
+        if first & 8 or not second & 4:
+            return None
+        return (0x20 | first & 7, at + 4, second & 3, rex,
+                ~second >> 3 & 15)
+    number = {"vx3": 0x10, "xop": 0x30}[cell] + (first & 0x1f)
+    return number, at + 3, second & 3, rex, ~second >> 3 & 15
+
+
+def _read_opcode(code, bits):
+    """From the first byte to the opcode: the fields that a Form keeps of it.
+
+    Returns (map, opcode_offset, offset of the opcode byte, prefixes, pp, rex,
+    vvvv), or None where the prefixes do not go together.
+    """
+    start, prefixes, rex, rep = _read_prefixes(code, bits)
+    cell = _PAGES[0][code[start]]
+    if cell == "esc":
+        at, number = start + 1, 1
+        if _PAGES[1][code[at]] == "esc":
+            number = 2 if code[at] == 0x38 else 3
+            at += 1
+    elif (cell in ("evx", "vx2", "vx3")
+          and (bits == 64 or code[start + 1] >= 0xc0)
+          or cell == "xop" and code[start + 1] & 0x1f >= 8):
+        if rex or prefixes & (O16 | LOCK | REPZ | REPNZ):
+            return None
+        vector = _read_vector_prefix(code, start, cell)
+        if vector is None or vector[0] not in _PAGES:
+            return None
+        number, at, pp, rex, vvvv = vector
+        return number, start, at, prefixes, pp, rex & (15 if bits == 64
+                                                       else 8), vvvv
+    else:
+        number, at = 0, start
+    pp = (2 if rep == REPZ else 3 if rep else 1 if prefixes & O16 else 0)
+    return number, start, at, prefixes, pp, rex & 15, 0
+
+
+def _cell_of(opcode, pp, modrm, bits):
+    """What follows an opcode, asked of every table. `--`: undefined."""
+    cell = _PAGES[opcode >> 8][opcode & 0xff]
+    if opcode < 0x100:
+        if bits == 32:
+            cell = _IN_32_BIT.get(opcode, cell)
+        if cell == "xop":
+            cell = "E"
+    row = _PREFIXED.get(opcode)
+    cell = row[pp] if row else cell
+    if cell[0] not in "EMUS" or modrm < 0:
+        return cell
+    reg = modrm >> 3 & 7
+    group = _GROUPS.get((opcode, pp)) or _GROUPS.get(opcode)
+    cell = group[reg] if group else cell
+    if modrm >= 0xc0:
+        forms = _REGISTER_FORMS.get((opcode, pp, reg))
+        if cell[0] in "MS" or forms and not forms[modrm & 7]:
+            return "--"
+    elif cell[0] == "U" or cell[0] == "S" and modrm & 7 != 4:
+        return "--"
+    return cell
+
+
+def _value_size(kind, opcode, prefixes, rex, bits):
+    """Bytes of the immediate, branch displacement or offset of a cell."""
+    if kind in ("Iz", "Jz", "Iv"):
+        if rex & 8:
+            return 8 if kind == "Iv" else 4
+        return 2 if prefixes & O16 and opcode < 0x400 else 4
+    if kind == "O":
+        return bits // 8 if not prefixes & A32 else bits // 16
+    if kind == "Ap":
+        return 4 if prefixes & O16 else 6
+    return {"": 0, ".": 0, "Ib": 1, "Jb": 1, "Iw": 2, "Ibb": 2, "Iwb": 3,
+            "3dn": 1}[kind]
+
+
+def _flow_of(opcode, modrm, pp):
+    return (_FLOWS.get(opcode)
+            or modrm >= 0 and (_FLOWS.get((opcode, "/", modrm >> 3 & 7))
+                               or _FLOWS.get((opcode, "=", modrm, pp)))
+            or NEXT)
+
+
+def _read_form(code, vaddr, bits):
+    """(Form, size of the head) of the instruction that code starts with.
+
+    Raises DecodeError, or IndexError where code ends before the head does.
+    """
+    fields = _read_opcode(code, bits)
+    if fields is None:
+        raise _undefined(code, 4, vaddr, "prefixes that do not go together")
+    number, opcode_offset, at, prefixes, pp, rex, vvvv = fields
+    opcode = number << 8 | code[at]
+    cell = _cell_of(opcode, pp, -1, bits)
+    modrm, sib, disp_offset, disp_size, at = -1, -1, 0, 0, at + 1
+    kind = cell
+    if cell[0] in "EMUSR3":
+        modrm = code[at]
+        if cell[0] in "EMUS":
+            cell = _cell_of(opcode, pp, modrm, bits)
+        kind, at = cell if cell == "3dn" else cell[1:], at + 1
+        if cell[0] != "R":
+            has_sib, disp_size = (_MODRM_16 if bits == 32 and prefixes & A32
+                                  else _MODRM)[modrm]
+            if has_sib:
+                sib, at = code[at], at + 1
+                if modrm < 0x40 and sib & 7 == 5:
+                    disp_size = 4
+        disp_offset = at
+    if cell == "--" or cell[0] == "-" or kind[:1].islower():
+        raise _undefined(code, at, vaddr)
+    head, size = at, _value_size(kind, opcode, prefixes, rex, bits)
+    if kind == "O":
+        disp_offset, disp_size, size = at, size, 0
+    flow = _flow_of(opcode, modrm, pp)
+    _check_prefixes(code, at, vaddr, opcode, modrm, prefixes, rex, flow, bits)
+    imm_offset = at + disp_size
+    aim = aim_offset = aim_size = 0
+    if kind[:1] == "J":
+        aim, aim_offset, aim_size = _TARGET, imm_offset, size
+    elif bits == 64 and modrm & 0xc7 == 5 and cell[0] not in "RS":
+        aim, aim_offset, aim_size = _RIP, disp_offset, 4
+    form = Form(imm_offset + size, flow, aim, aim_offset, aim_size, opcode,
+                opcode_offset, prefixes, pp, rex, vvvv, modrm, sib,
+                disp_offset if disp_size else 0, disp_size,
+                imm_offset if size else 0, size, bits)
+    return form, head
+
+
+def _check_prefixes(code, size, vaddr, opcode, modrm, prefixes, rex, flow,
+                    bits):
+    """Raise DecodeError for prefixes that this opcode does not stand."""
+    if prefixes & LOCK and (modrm >= 0xc0 or
+                            (opcode, modrm >> 3 & 7) not in _LOCKABLE):
+        raise _undefined(code, size, vaddr, "lock prefix not allowed here")
+    if (bits == 64 and prefixes & O16 and not rex & 8
+            and flow in (JCC, LOOP, JMP, CALL, RET, JMP_IND, CALL_IND,
+                         XBEGIN)):
+        raise _undefined(code, size, vaddr, "66 before a near branch: Intel "
+                         "ignores it, AMD truncates rip to 16 bits")
+
+
+_TRIES = {64: {}, 32: {}}
+_N_FORMS = collections.Counter()
+
+
+def _learn(code, pos, vaddr, bits):
+    """Decode the head at pos by the tables and remember its Form."""
+    code = code[pos:pos + 15]
+    try:
+        form, head = _read_form(code, vaddr, bits)
+    except IndexError:
+        form, head = None, 0
+    if form is None or form.size > len(code):
+        raise _undefined(code, 15, vaddr, "longer than 15 bytes"
+                         if len(code) == 15 else "the bytes end within it")
+    if form.opcode == 0x10f:                  # its suffix is behind the head
+        if _PAGES[0x0f][code[form.imm_offset]] == "--":
+            raise _undefined(code, form.size, vaddr)
+        return form
+    node = _TRIES[bits]
+    if _N_FORMS[bits] >= _MAX_FORMS:
+        node.clear()
+        _N_FORMS[bits] = 0
+    _N_FORMS[bits] += 1
+    for byte in code[:head - 1]:
+        node = node.setdefault(byte, {})
+    node[code[head - 1]] = form
+    return form
+
+
+def sweep(code, vaddr, bits=64):
+    """Yield (offset, Form) of each instruction, one behind the other.
+
+    Raises DecodeError at the first byte that begins none.
+    """
+    pos, end, trie = 0, len(code), _TRIES[bits]
+    while pos < end:
+        try:
+            at, form = pos, trie[code[pos]]
+            while form.__class__ is dict:
+                at += 1
+                form = form[code[at]]
+        except (KeyError, IndexError):
+            form = _learn(code, pos, vaddr + pos, bits)
+        size = form[0]
+        if pos + size > end:
+            raise _undefined(code[pos:], 15, vaddr + pos,
+                             "the bytes end within it")
+        yield pos, form
+        pos += size
+
+
+def aim(form, code, pos, vaddr):
+    """(target, rip_relative) of the form that stands at code[pos], vaddr."""
+    if not form.aim:
+        return None, None
+    start = pos + form.aim_offset
+    value = vaddr + form.size + int.from_bytes(
+        code[start:start + form.aim_size], "little", signed=True)
+    narrow = form.bits == 32 or form.aim == _RIP and form.prefixes & A32
+    value &= 0xffffffff if narrow else 0xffffffffffffffff
+    return (value, None) if form.aim == _TARGET else (None, value)
+
+
+def decode(code, vaddr, bits=64):
+    """Return the Insn that code starts with; more bytes may follow.
+
+    code   bytes; 15 always suffice (SDM 2.3.11)
+    bits   64, or 32 for compatibility and protected mode
+    Raises DecodeError for what the tables do not define, and where code ends.
+    """
+    code = bytes(code[:15])
+    for _, form in sweep(code, vaddr, bits):
+        return Insn(vaddr, form.size, code[:form.size], form.flow,
+                    *aim(form, code, 0, vaddr), form)
+    raise DecodeError("no bytes", vaddr)
+
+
+def decode_all(code, vaddr, bits=64):
+    """Return the Insns of code, to its end. Raises DecodeError."""
+    code, insns, new = bytes(code), [], tuple.__new__
+    for pos, form in sweep(code, vaddr, bits):
+        size, flow, kind = form[:3]
+        here = vaddr + pos
+        target, rip_relative = aim(form, code, pos, here) if kind else (None,
+                                                                       None)
+        insns.append(new(Insn, (here, size, code[pos:pos + size], flow,
+                                target, rip_relative, form)))
+    return insns
+
+
+class Effects(NamedTuple):
+    """What an instruction does. Register masks: bit n is register n."""
+    reads: int           # GPRs that it may read, also as part of an address
+    writes: int          # GPRs that it surely overwrites, all 64 bits
+    flags_read: int      # of CF PF AF ZF SF OF, at their places in rflags
+    flags_written: int   # surely overwritten
+
+
+ALL_GPRS, ALL_FLAGS = 0xffff, 0x8d5
+_FLAG_BITS = {"c": 0x001, "p": 0x004, "a": 0x010, "z": 0x040, "s": 0x080,
+              "o": 0x800}
+_CONDITION_FLAGS = [sum(_FLAG_BITS[flag] for flag in flags)   # SDM B.1.4.7
+                    for flags in ("o", "c", "z", "cz", "s", "p", "so", "zso")]
+_IMPLICIT = {"a": 0, "c": 1, "d": 2, "b": 3, "s": 4, "p": 5, "S": 6, "D": 7}
+_UNKNOWN = Effects(ALL_GPRS, 0, ALL_FLAGS, 0)
+
+
+def _effects_row(form):
+    """The row of EFFECTS for a form, or None."""
+    opcode, pp = form.opcode, form.pp
+    if opcode == 0x90 and form.rex & 1:
+        opcode = 0x91                         # REX.B 90 is xchg r8, rax
+    row = _EFFECTS.get((opcode, pp)) or _EFFECTS.get(opcode)
+    if form.modrm >= 0:
+        row = _EFFECTS.get((opcode, "/", form.modrm >> 3 & 7)) or row
+    return row
+
+
+def _address_gprs(form):
+    """Mask of the GPRs that the memory operand's address is made of."""
+    if form.modrm < 0 or form.modrm >= 0xc0 or form.aim == _RIP:
+        return 0
+    if form.sib < 0:
+        return 1 << (form.modrm & 7 | form.rex << 3 & 8)
+    mask, index = 0, form.sib >> 3 & 7 | form.rex << 2 & 8
+    if form.modrm >= 0x40 or form.sib & 7 != 5:
+        mask = 1 << (form.sib & 7 | form.rex << 3 & 8)
+    return mask | 1 << index if index != 4 else mask
+
+
+def _gprs(letters, form):
+    """Mask of the registers that letters of EFFECTS name in this form."""
+    mask, rex = 0, form.rex
+    rm = form.modrm & 7 | rex << 3 & 8
+    reg = form.modrm >> 3 & 7 | rex << 1 & 8
+    for letter in letters:
+        if letter in "EB":
+            number = rm if form.modrm >= 0xc0 else -1
+        elif letter in "GH":
+            number = reg
+        elif letter == "O":
+            number = form.opcode & 7 | rex << 3 & 8
+        elif letter == "V":
+            number = form.vvvv
+        else:
+            number = _IMPLICIT.get(letter, -1)
+        if number >= 0:
+            mask |= 1 << number
+        if letter in "BH" and number & ~3 == 4 and not rex:
+            mask |= 1 << number - 4           # ah ch dh bh, or spl ... dil
+    return mask
+
+
+def _flags(word, form):
+    if word == "cc":
+        return _CONDITION_FLAGS[form.opcode >> 1 & 7]
+    if word == "all":
+        return ALL_FLAGS
+    return sum(_FLAG_BITS[letter] for letter in word if letter != "-")
+
+
+def effects(insn):
+    """Return the Effects of insn on general registers and flags.
+
+    Conservative: reads may be too many, writes too few. What is not in the
+    table, and each call, ret and indirect jump, reads everything.
+    """
+    form = insn.form
+    row = _effects_row(form)
+    if row is None or form.bits != 64:
+        return _UNKNOWN
+    reads, writes, flags_read, flags_written = row
+    if flags_written == "all?":
+        count = insn.code[form.imm_offset] & (63 if form.rex & 8 else 31)
+        flags_written = "all" if count else "-"
+    read = _gprs(reads, form)
+    if not reads.startswith("!"):
+        read |= _address_gprs(form)
+    written = _gprs(writes, form)
+    if form.prefixes & O16 and not form.rex & 8:
+        written = 0                           # 16 bits do not kill the rest
+    if form.opcode in (0x29, 0x2b, 0x31, 0x33) and form.modrm >= 0xc0 and (
+            read == written):
+        read = 0                              # xor r, r: whatever r was
+    return Effects(read, written, _flags(flags_read, form),
+                   _flags(flags_written, form))
+
+
+# ---- 4  Relocation --------------------------------------------------------
+#
+# Problem: an instruction that made room for a jump must do elsewhere exactly
+# what it did at home. One idea: only what reads rip can tell where it runs,
+# so the flow class alone chooses how it moves, a rule a line below.
+# Invariant: a copy changes no register, flag or byte of memory that the
+# original does not; in particular a return address is the original one.
+
+def _fits(value, size):
+    return -1 << 8 * size - 1 <= value < 1 << 8 * size - 1
+
+
+def _signed(value):
+    """A vaddr as the sign-extended 64-bit number that it is."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _rel32(insn, target, end):
+    """Four bytes that lead from end to target. Raises RelocationError."""
+    distance = _signed((target - end) & 0xffffffffffffffff)
+    if insn.rip_relative is not None and insn.form.prefixes & A32:
+        # The address is computed modulo 2**32: anything is within reach.
+        distance = _signed_32(distance)
+    if not _fits(distance, 4):
+        raise RelocationError(
+            "%s refers to 0x%x, out of reach from 0x%x"
+            % (insn.code.hex(), target, end), insn.vaddr, "out of reach")
+    return struct.pack("<i", distance)
+
+
+def _signed_32(value):
+    return ((value & 0xffffffff) ^ 0x80000000) - 0x80000000
+
+
+def _prefix_bytes(insn):
+    return insn.code[:insn.form.opcode_offset]
+
+
+def _move_same(insn, new_vaddr):
+    """The same bytes; a rip-relative operand is aimed where it was."""
+    if insn.rip_relative is None:
+        return insn.code
+    start = insn.form.disp_offset
+    return (insn.code[:start]
+            + _rel32(insn, insn.rip_relative, new_vaddr + insn.size)
+            + insn.code[start + 4:])
+
+
+def _widen(insn, new_vaddr, opcode):
+    """prefixes, opcode, rel32 to the target."""
+    head = _prefix_bytes(insn) + opcode
+    return head + _rel32(insn, insn.target, new_vaddr + len(head) + 4)
+
+
+def _move_jcc(insn, new_vaddr):
+    return _widen(insn, new_vaddr,
+                  bytes([0x0f, 0x80 | insn.form.opcode & 15]))
+
+
+def _move_jmp(insn, new_vaddr):
+    return _widen(insn, new_vaddr, b"\xe9")
+
+
+def _move_xbegin(insn, new_vaddr):
+    return _widen(insn, new_vaddr, b"\xc7\xf8")
+
+
+def _move_loop(insn, new_vaddr):
+    """loop +2; jmp +5; jmp rel32: the short hop reaches only the long one."""
+    head = (_prefix_bytes(insn) + bytes([insn.form.opcode])
+            + b"\x02\xeb\x05\xe9")
+    return head + _rel32(insn, insn.target, new_vaddr + len(head) + 4)
+
+
+def _push_return(insn, size_behind):
+    """(instruction, data): push the original return address, in one go.
+
+    push imm32 where that sign-extends to it, else push [rip + size_behind]:
+    the address then lies behind the size_behind bytes that follow the push.
+    No instruction's end shows a half-written stack.
+    """
+    value = _signed(insn.vaddr + insn.size)
+    if _fits(value, 4):
+        return b"\x68" + struct.pack("<i", value), b""
+    return (b"\xff\x35" + struct.pack("<i", size_behind),
+            struct.pack("<q", value))
+
+
+def _move_call(insn, new_vaddr):
+    """push the original return address; jmp rel32."""
+    push, data = _push_return(insn, 5)
+    end = new_vaddr + len(push) + 5
+    return push + b"\xe9" + _rel32(insn, insn.target, end) + data
+
+
+def _move_call_ind(insn, new_vaddr):
+    """push the original return address; jmp to what the call names.
+
+    The push moves rsp before the jump reads its operand, so an rsp-based
+    one is taken 8 bytes higher.
+    """
+    form, code = insn.form, bytearray(insn.code)
+    at = form.opcode_offset + 1
+    code[at] = form.modrm & 0xc7 | 4 << 3                     # /2 -> /4
+    if form.modrm & 0xc7 == 0xc4 and not form.rex & 1:
+        raise RelocationError("%s reads rsp itself" % insn.code.hex(),
+                              insn.vaddr, "call rsp")
+    if form.modrm < 0xc0 and form.modrm & 7 == 4 and (
+            form.sib & 7 == 4 and not form.rex & 1):
+        disp = int.from_bytes(insn.code[at + 2:], "little", signed=True)
+        if form.sib >> 3 & 7 == 4 and not form.rex & 2 and -16 < disp < 0:
+            raise RelocationError("%s reads where it pushes"
+                                  % insn.code.hex(), insn.vaddr, "call rsp")
+        code[at] = 0x80 | 4 << 3 | 4                          # disp32
+        code[at + 2:] = struct.pack("<i", disp + 8)
+    push, data = _push_return(insn, len(code))
+    if insn.rip_relative is not None:
+        end = new_vaddr + len(push) + len(code)
+        code[-4:] = _rel32(insn, insn.rip_relative, end)
+    return push + bytes(code) + data
+
+
+def _move_syscall(insn, new_vaddr):
+    """syscall; mov rcx, vaddr behind it: syscall itself leaves that there."""
+    return insn.code + b"\x48\xb9" + struct.pack(
+        "<Q", insn.vaddr + insn.size & 0xffffffffffffffff)
+
+
+def _stay(insn, new_vaddr):
+    raise RelocationError("%s %s" % (insn.code.hex(), _STAYS[insn.flow]),
+                          insn.vaddr, insn.flow)
+
+
+_STAYS = {TRAP: "tells a signal handler where it is",
+          HALT: "tells a signal handler where it is",
+          FAR: "leaves for another segment, privilege or mode, or saves its "
+               "own address"}
+
+# How each flow moves.
+RELOCATIONS = {
+    NEXT: _move_same,          # same bytes, rip-relative operand re-aimed
+    RET: _move_same,
+    JMP_IND: _move_same,
+    JCC: _move_jcc,            # 70-7f, 0f 80-8f  ->  0f 8x rel32
+    JMP: _move_jmp,            # eb, e9           ->  e9 rel32
+    LOOP: _move_loop,          # e0-e3            ->  a short hop to e9 rel32
+    XBEGIN: _move_xbegin,      # c7 f8            ->  c7 f8 rel32
+    CALL: _move_call,          # e8       ->  push original return; e9 rel32
+    CALL_IND: _move_call_ind,  # ff /2    ->  push original return; ff /4
+    SYSCALL: _move_syscall,    # 0f 05    ->  0f 05; rcx as it was
+    TRAP: _stay,
+    HALT: _stay,
+    FAR: _stay,
+}
+
+
+def relocate(insn, new_vaddr):
+    """Return bytes that do at new_vaddr what insn does where it is.
+
+    A copy of a call never comes back: the callee returns to the original
+    address behind the call. It therefore must be the last one of a window.
+    Raises RelocationError for what cannot be moved exactly.
+    """
+    if insn.form.bits != 64:
+        raise RelocationError("32-bit code", insn.vaddr, "32-bit code")
+    return RELOCATIONS[insn.flow](insn, new_vaddr)
+# ---- 5  Windows -----------------------------------------------------------
+#
+# A jump takes five bytes, an instruction may have one. So a patch overwrites
+# a *window*: whole instructions, which from then on run elsewhere. Nothing
+# may ever arrive behind the first byte of a window, where it would find half
+# a displacement. That is a statement about all other code, so the one idea
+# here is to assume every branch that the bytes of a module could be, at any
+# offset, and to drop one only by proof that it is no instruction. Invariant:
+# plan_window returns a Window or raises RefusalError, and it never weighs
+# how likely something is.
+#
+#     site                     site + 5           site + size
+#      | e9 | rel32 to trampoline | left as it was |      five-byte window
+#      | eb | rel8 | left as it was |                     two-byte window ...
+#      | e9 | rel32 to trampoline |                       ... and its slot
+
+import array                # to be moved to the head of the file
+
+PAGE_SIZE = 4096
+JUMP_SIZE, SHORT_JUMP_SIZE = 5, 2            # e9 rel32, eb rel8
+ENDBR64 = b"\xf3\x0f\x1e\xfa"                # SDM 2B, ENDBR64
+RSEQ_SIGNATURE = b"\x53\x30\x05\x53"         # <sys/rseq.h>, RSEQ_SIG
+ALL_REGS, ALL_FLAGS = 0xffff, 0x8d5
+_SP = 4                                      # register number of rsp
+
+# The nops that assemblers pad with (SDM 2B, NOP, table 4-12), and int3.
+_PADDING = re.compile(
+    rb"(?:\xcc|[\x66\x2e]*(?:\x90|\x0f\x1f(?:\x00|\x40.|\x44..|\x80....|"
+    rb"\x84.....)))*", re.DOTALL)
+_NOP = re.compile(
+    rb"[\x66\x2e]*(?:\x90|\x0f\x1f(?:\x00|\x40.|\x44..|\x80....|\x84.....))"
+    rb"\Z", re.DOTALL)
+
+
+class Function(NamedTuple):
+    """What is known of the code round a site. Every vaddr in one space."""
+    vaddr: int
+    size: int                       # bytes, without trailing padding
+    code: bytes                     # the function and its trailing padding
+    entries: Tuple[int, ...] = ()   # vaddrs inside that others may go to
+    has_lsda: bool = False          # exceptions are caught in it
+
+
+class Window(NamedTuple):
+    """Bytes that a patch may overwrite, and what they hold."""
+    site: int               # where the jump goes; behind an endbr64
+    size: int               # bytes displaced or overwritten at site
+    insns: tuple            # the displaced Insns, in order
+    slot: int = 0           # vaddr of the five-byte jump in padding, or 0
+    dead_regs: int = 0      # general registers nobody reads, bit = number
+    flags_dead: bool = False
+    is_loop: bool = False   # a branch of the function leads back to site:
+    #                         hits count passes, not only calls
+
+    @property
+    def ranges(self):
+        """Return the ((low, high), ...) that no other patch may touch."""
+        own = (self.site, self.site + self.size)
+        if not self.slot:
+            return (own,)
+        return own, (self.slot, self.slot + JUMP_SIZE)
+
+
+class ByteRanges:
+    """A set of bytes, kept as sorted disjoint [low, high)."""
+
+    def __init__(self, ranges=()):
+        self._lows, self._highs = [], []
+        for low, high in ranges:
+            self.add(low, high)
+
+    def __iter__(self):
+        return zip(self._lows, self._highs)
+
+    def add(self, low, high):
+        """Add the bytes of [low, high)."""
+        first = bisect.bisect_right(self._highs, low)
+        last = bisect.bisect_left(self._lows, high)
+        if first < last:
+            low = min(low, self._lows[first])
+            high = max(high, self._highs[last - 1])
+        self._lows[first:last] = [low]
+        self._highs[first:last] = [high]
+
+    def overlap(self, low, high):
+        """Return the kept (low, high) that shares a byte, or None."""
+        index = bisect.bisect_left(self._lows, high) - 1
+        if index >= 0 and self._highs[index] > low:
+            return self._lows[index], self._highs[index]
+        return None
+
+
+# -- Branches: every rel32 and rel8 that the bytes of a module could be.
+
+_REL32 = ((rb"\xe8", 1), (rb"\xe9", 1), (rb"\x0f[\x80-\x8f]", 2),
+          (rb"\xc7\xf8", 2))
+_REL8 = re.compile(rb"[\xeb\x70-\x7f\xe0-\xe3]")
+_INT32 = struct.Struct("<i").unpack_from
+_BLOCK = 0x10000
+_N_STREAMS = 6      # passes that cost less than the sorted table
+_N_RECENT = 256     # functions whose Insns are kept
+
+
+def _byte_class(low, high, shift):
+    """Return a regex class of the byte at shift of any int in [low, high]."""
+    first, last = low >> shift, high >> shift
+    if last - first >= 255:
+        return b"."
+    return b"[%s]" % b"".join(b"\\x%02x" % (value & 255)
+                              for value in range(first, last + 1))
+
+
+class BranchScan:
+    """All direct branches that a module's executable bytes could hold.
+
+    segments     [(vaddr, bytes)] of everything executable in the module
+    function_at  vaddr -> Function that holds it (padding included), or None;
+                 lets a branch be refuted: it lies inside a function that
+                 decodes, and is no instruction of it
+    read         vaddr, size -> bytes or None; for jump tables
+
+    Call, jmp, jcc (rel32) and xbegin are found in the whole module; the
+    first few questions are answered by a pass over the bytes, later ones
+    from a sorted table. Short branches are looked for around the window.
+    """
+
+    def __init__(self, segments, function_at=None, read=None):
+        self.segments = sorted(segments, key=lambda segment: segment[0])
+        self.function_at = function_at or (lambda vaddr: None)
+        self.read = read or (lambda vaddr, size: None)
+        self._base = self.segments[0][0] if self.segments else 0
+        self._table, self._streamed = None, []
+        self._analyses, self._recent = {}, collections.deque()
+        self._proofs = {}
+        self.has_rseq = any(_has_rseq(code) for _, code in self.segments)
+
+    def is_executable(self, vaddr):
+        """Tell whether vaddr is in one of the segments."""
+        return any(base <= vaddr < base + len(code)
+                   for base, code in self.segments)
+
+    def into(self, low, high):
+        """Return [(source, target)] of all that may branch to [low, high)."""
+        return self._short(low, high) + self.far(low, high)
+
+    def entering(self, low, high):
+        """Return into(low, high) without what is proven no instruction."""
+        return [(source, target) for source, target in self.into(low, high)
+                if not self.is_refuted(source)]
+
+    def far(self, low, high):
+        """Return [(source, target)] of the rel32 branches only."""
+        if self._table is None:
+            for first, last, found in self._streamed:
+                if first <= low and high <= last:
+                    return [branch for branch in found
+                            if low <= branch[1] < high]
+            if len(self._streamed) < _N_STREAMS:
+                self._streamed.append((low, high, self._stream(low, high)))
+                return self._streamed[-1][2]
+            self._table = self._build()
+        base, table = self._base, self._table
+        first = bisect.bisect_left(table, (low - base) << 32)
+        last = bisect.bisect_left(table, (high - base) << 32)
+        return [((key & 0xffffffff) + base, (key >> 32) + base)
+                for key in table[first:last]]
+
+    def _build(self):
+        """Return the sorted array of target << 32 | source."""
+        base = self._base
+        last, code = self.segments[-1]
+        span = last + len(code) - base
+        if span >= 1 << 31:
+            raise UbpError("scan", "0x%x" % base, "2 GiB of code")
+        tail = b"(?=..%s%s)" % (_byte_class(-span, span, 16),
+                                _byte_class(-span, span, 24))
+        keys = []
+        for vaddr, code in self.segments:
+            here = vaddr - base
+            for opcode, size in _REL32:
+                pattern = re.compile(opcode + tail, re.DOTALL)
+                starts = [m.start() for m in pattern.finditer(code)]
+                after = here + size + 4
+                keys += [(_INT32(code, start + size)[0] + start + after << 32)
+                         + start + here for start in starts]
+        keys.sort()
+        first = bisect.bisect_left(keys, 0)
+        return array.array("q", keys[first:bisect.bisect_left(
+            keys, span << 32)])
+
+    def _stream(self, low, high):
+        """Answer far() by a pass over the bytes, without a table.
+
+        Within 64 KiB of sources the upper half of a displacement that
+        leads to the range takes a few values: bytes.find looks for those.
+        """
+        found = []
+        for base, code in self.segments:
+            for start in range(0, len(code), _BLOCK):
+                stop = min(len(code), start + _BLOCK)
+                first = low - base - stop - 2 >> 16
+                last = high - base - start >> 16
+                for half in range(max(first, -0x8000),
+                                  min(last, 0x7fff) + 1):
+                    word = struct.pack("<H", half & 0xffff)
+                    _find_rel32(found, base, code, word, start, stop)
+        return [branch for branch in found if low <= branch[1] < high]
+
+    def _short(self, low, high):
+        """Return [(source, target)] of the rel8 branches."""
+        found = []
+        for base, code in self.segments:
+            start = max(low - 129 - base, 0)
+            for match in _REL8.finditer(code, start,
+                                        max(high + 127 - base, 0)):
+                end = match.end() + 1
+                if end > len(code):
+                    break
+                target = base + end + ((code[end - 1] ^ 128) - 128)
+                if low <= target < high:
+                    found.append((base + end - 2, target))
+        return found
+
+    def is_conditional(self, source):
+        """Tell whether the rel32 branch at source begins with 0f, a jcc."""
+        return any(base <= source < base + len(code)
+                   and code[source - base] == 0x0f
+                   for base, code in self.segments)
+
+    # -- Proofs: what the functions round a candidate say of it.
+
+    def analysis(self, function):
+        """Return analyse(function), made once. Raises RefusalError."""
+        known = self._analyses.get(function.vaddr)
+        if known is None or known.function != function:
+            known = analyse(function)
+            self._analyses[function.vaddr] = known
+            self._recent.append(known)
+            if len(self._recent) > _N_RECENT:
+                self._recent.popleft().forget()
+        return known
+
+    def is_refuted(self, source):
+        """Tell whether the bytes at source are proven to be no branch.
+
+        They are if a known function covers them, decodes, and has no direct
+        branch there, on any way that control could take in it.
+        """
+        function = self.function_at(source)
+        if function is None:
+            return False
+        proof = self._proofs.get(function.vaddr)
+        if proof is None:
+            proof = self._proofs[function.vaddr] = self._proof(function)
+        sources, covered = proof
+        return source < covered and not _has(sources, source)
+
+    def _proof(self, function):
+        """Return (sorted sources of branches, end of what they cover)."""
+        low, end = function.vaddr, function.vaddr + function.size
+        try:
+            analysis = self.analysis(function)
+            insns = analysis.follow([
+                target for source, target in self.far(low, end)
+                if analysis.is_middle(target)
+                and self._is_branch_of_another(function, source)])
+        except RefusalError:
+            return array.array("q"), 0
+        if not insns:
+            return analysis.sources, analysis.padding_end
+        return array.array("q", sorted(analysis.sources.tolist() + [
+            insn.vaddr + insn.opcode_offset for insn in insns
+            if insn.target is not None])), analysis.padding_end
+
+    def _is_branch_of_another(self, function, source):
+        """Tell whether code outside function has this branch.
+
+        Asked of branches into the middle of an instruction, which would
+        show that function is entered out of step with its decoding.
+        """
+        other = self.function_at(source)
+        if other is None:
+            return True
+        if other.vaddr == function.vaddr:
+            return False
+        try:
+            return _has(self.analysis(other).sources, source)
+        except RefusalError:
+            return True
+
+
+def _has(vaddrs, vaddr):
+    """Tell whether the sorted array holds vaddr."""
+    index = bisect.bisect_left(vaddrs, vaddr)
+    return index < len(vaddrs) and vaddrs[index] == vaddr
+
+
+def _find_rel32(found, base, code, word, start, stop):
+    """Append the branches whose displacement's upper half is word.
+
+    The two bytes are looked for in code[start:stop + 1], the opcode before
+    them: e8, e9, 0f 80-8f, c7 f8.
+    """
+    at = code.find(word, max(start, 3), stop + 1)
+    while at >= 0:
+        byte, target = code[at - 3], base + at + 2 + _INT32(code, at - 2)[0]
+        if byte in b"\xe8\xe9":
+            found.append((base + at - 3, target))
+        elif (byte & 0xf0 == 0x80 and code[at - 4] == 0x0f
+              or byte == 0xf8 and code[at - 4] == 0xc7) and at > 3:
+            found.append((base + at - 4, target))
+        at = code.find(word, at + 1, stop + 1)
+
+
+def _has_rseq(code):
+    """Tell whether RSEQ_SIG stands in code other than as mov r32, imm32.
+
+    The immediate is the registration with the kernel (B8+rd id).
+    """
+    at = code.find(RSEQ_SIGNATURE)
+    while at >= 0:
+        if at < 1 or code[at - 1] & 0xf8 != 0xb8:
+            return True
+        at = code.find(RSEQ_SIGNATURE, at + 1)
+    return False
+
+
+# -- Analysis: one function, decoded once for all its sites.
+
+_ENDS = frozenset((RET, JMP, JMP_IND))       # control does not go on
+_LEADS = frozenset((JCC, LOOP, JMP, CALL, XBEGIN, JMP_IND))
+
+
+class Analysis:
+    """A function, decoded. Made by analyse().
+
+    starts       sorted vaddrs of its instructions
+    indirect     vaddrs of its indirect jumps
+    strays       Insns on ways that enter one of them behind its first byte
+                 (glibc jumps over a lock prefix)
+    targets      vaddrs inside that its own direct branches lead to
+    sources      sorted vaddrs of the opcodes of all its direct branches,
+                 strays included
+    padding_end  end of the function and of the padding behind it
+    """
+
+    def __init__(self, function, forms):
+        low, end = function.vaddr, function.vaddr + function.size
+        self.function, self.end, self._insns = function, end, {}
+        self.starts = array.array("q", [low + pos for pos, _ in forms])
+        self.padding_end = low + _PADDING.match(
+            function.code, function.size).end()
+        self.entries = sorted(vaddr for vaddr in function.entries
+                              if low < vaddr < self.padding_end)
+        leads = [(low + pos, form) + aim(form, function.code, pos, low + pos)
+                 for pos, form in forms if form.flow in _LEADS]
+        self.indirect = [vaddr for vaddr, form, _, _ in leads
+                         if form.flow == JMP_IND]
+        self.strays = self.follow(
+            [target for _, form, target, _ in leads
+             if form.flow != JMP_IND] + self.entries)
+        leads += [(insn.vaddr, insn.form, insn.target, None)
+                  for insn in self.strays if insn.flow in _LEADS]
+        self.targets = frozenset(
+            target for _, form, target, _ in leads
+            if form.flow not in (CALL, JMP_IND) and low <= target < end)
+        self.sources = array.array("q", sorted(
+            vaddr + form.opcode_offset for vaddr, form, _, _ in leads
+            if form.flow != JMP_IND))
+        self.last_flow = forms[-1][1].flow if forms else NEXT
+        self.jumps = self.family = self.rseq = None     # when asked for
+        self.references = None
+
+    def forget(self):
+        """Drop the Insns: at() decodes again when asked."""
+        self._insns = {}
+
+    def at(self, vaddr):
+        """Return the Insn that starts at vaddr, None if none does."""
+        insn = self._insns.get(vaddr)
+        if insn is None and _has(self.starts, vaddr):
+            at = vaddr - self.function.vaddr
+            insn = decode(self.function.code[at:at + 15], vaddr)
+            self._insns[vaddr] = insn
+        return insn
+
+    def names(self):
+        """Return the vaddrs that instructions of the function name, as a
+        rip-relative operand or a 32-bit constant."""
+        found = set()
+        for pos, form in sweep(self.function.code[:self.function.size],
+                               self.function.vaddr):
+            if form.disp_size == 4 or form.imm_size == 4:
+                insn = self.at(self.function.vaddr + pos)
+                found.update((insn.rip_relative,
+                              _value(insn, form.disp_offset, form.disp_size),
+                              _value(insn, form.imm_offset, form.imm_size)))
+        return found - {None}
+
+    def before(self, vaddr):
+        """Return the Insn in front of the one at vaddr, or None."""
+        place = bisect.bisect_left(self.starts, vaddr)
+        return self.at(self.starts[place - 1]) if place else None
+
+    def is_middle(self, vaddr):
+        """Tell whether vaddr is inside the function but no instruction."""
+        return (self.function.vaddr < vaddr < self.end
+                and not _has(self.starts, vaddr))
+
+    def follow(self, targets):
+        """Return the Insns from targets until they fall in with the others.
+
+        Only targets in the middle of an instruction have any. Raises
+        RefusalError where bytes on the way do not decode.
+        """
+        low, strays, seen = self.function.vaddr, [], set()
+        pending = [vaddr for vaddr in targets if self.is_middle(vaddr)]
+        while pending:
+            vaddr = pending.pop()
+            while self.is_middle(vaddr) and vaddr not in seen:
+                seen.add(vaddr)
+                at = vaddr - low
+                try:
+                    insn = decode(self.function.code[at:at + 15], vaddr)
+                except DecodeError as error:
+                    raise _unknown(self.function, error) from error
+                strays.append(insn)
+                vaddr += insn.size
+                if insn.target is not None and self.is_middle(insn.target):
+                    pending.append(insn.target)
+        return strays
+
+def analyse(function):
+    """Return the Analysis of a Function.
+
+    Raises RefusalError ("unknown instruction") unless all of it decodes.
+    """
+    try:
+        forms = list(sweep(function.code[:function.size], function.vaddr))
+    except DecodeError as error:
+        raise _unknown(function, error) from error
+    return Analysis(function, forms)
+
+
+def _unknown(function, error):
+    at = error.vaddr - function.vaddr
+    return RefusalError(
+        "unknown instruction",
+        "the function at 0x%x does not decode: %s at 0x%x" % (
+            function.vaddr, function.code[at:at + 8].hex() or "end",
+            error.vaddr), error.vaddr)
+
+
+def _value(insn, offset, size):
+    """Return the 4-byte constant at offset in insn, None if it has none."""
+    if size != 4:
+        return None
+    return int.from_bytes(insn.code[offset:offset + 4], "little")
+
+
+def _shown(insn):
+    """Return an instruction as refusals print it."""
+    return "%s at 0x%x" % (insn.code.hex(), insn.vaddr)
+
+
+# -- Operands of the legacy forms that compilers use for jump tables.
+
+class _Operands(NamedTuple):
+    reg: int                    # modrm.reg
+    rm: int                     # register of mod 3, or -1: memory
+    base: int = -1              # or -1: none, or rip
+    index: int = -1
+    scale: int = 1
+    disp: int = 0
+
+
+def _operands(insn):
+    """Return the _Operands that modrm and sib encode (SDM 2.1.5).
+
+    None for an instruction without modrm.
+    """
+    form = insn.form
+    modrm, sib, rex = form.modrm, form.sib, form.rex
+    if modrm < 0:
+        return None
+    mod, low = modrm >> 6, modrm & 7
+    reg = modrm >> 3 & 7 | rex << 1 & 8
+    if mod == 3:
+        return _Operands(reg, low | rex << 3 & 8)
+    base, index, scale = low | rex << 3 & 8, -1, 1
+    if sib >= 0:
+        index, scale = sib >> 3 & 7 | rex << 2 & 8, 1 << (sib >> 6)
+        index = -1 if index == 4 else index
+        base, low = sib & 7 | rex << 3 & 8, sib & 7
+    if mod == 0 and low == 5:
+        base = -1
+    disp = int.from_bytes(
+        insn.code[form.disp_offset:form.disp_offset + form.disp_size],
+        "little", signed=True)
+    return _Operands(reg, -1, base, index, scale, disp)
+
+
+# -- Indirect jumps: which of them go through a table, and where to.
+
+class IndirectJumps(NamedTuple):
+    """Where the indirect jumps of a function may lead inside it."""
+    targets: tuple          # sorted entries of the tables
+    unresolved: tuple       # vaddrs of jumps that no idiom explains
+
+
+class _Table(NamedTuple):
+    vaddr: int
+    entry_size: int         # 8: absolute words, 4: relative to vaddr
+    place: int              # vaddr of the load
+    index: int              # register that counts entries, or -1
+
+
+_N_BACK = 16        # instructions between the parts of an idiom
+_N_ENTRIES = 4096   # of a table without a known bound
+_COPIES = {                 # opcode -> the register it copies or extends
+    0x63: lambda operands: operands.rm, 0x8b: lambda operands: operands.rm,
+    0x1b6: lambda operands: operands.rm, 0x1b7: lambda operands: operands.rm,
+    0x89: lambda operands: operands.reg}
+
+
+def resolve_jumps(analysis, read, is_executable):
+    """Return the IndirectJumps of a function, resolved once.
+
+    The idioms of gcc and clang, notrack or not (N bounds the index):
+        jmp [table + index*8]             mov r, [table + index*8]; jmp r
+        lea b, [rip + table]; movsxd r, [b + index*4]; add r, b; jmp r
+    A table whose bound is not seen is read as far as its words lead to
+    code: more entries than it has can only refuse more windows.
+    """
+    if analysis.jumps is not None:
+        return analysis.jumps
+    tables, unresolved = [], []
+    for vaddr in analysis.indirect:
+        insn = analysis.at(vaddr)
+        table = _table_of(analysis, insn)
+        if table is not None:
+            tables.append(table)
+        elif insn.rip_relative is None:
+            unresolved.append(vaddr)    # a rip-relative one is a PLT's or a
+            #                             tail call through a named pointer
+    targets = set()
+    bases = sorted(table.vaddr for table in tables)
+    for table in tables:
+        place = bisect.bisect_right(bases, table.vaddr)
+        limit = bases[place] if place < len(bases) else table.vaddr + (1 << 32)
+        found = _table_targets(analysis, table, limit, read, is_executable)
+        if found is None:
+            unresolved.append(table.place)
+        else:
+            targets.update(found)
+    analysis.jumps = IndirectJumps(tuple(sorted(targets)), tuple(unresolved))
+    return analysis.jumps
+
+
+def _writer(analysis, vaddr, reg):
+    """Return the Insn that set reg before vaddr on a straight way, or None.
+
+    A branch that leads in between, and whatever is not understood, end it.
+    """
+    for _ in range(_N_BACK):
+        if vaddr in analysis.targets:
+            return None
+        insn = analysis.before(vaddr)
+        if insn is None or insn.flow not in (NEXT, JCC):
+            return None
+        if _effects_of(insn)[1] >> reg & 1:
+            return insn
+        vaddr = insn.vaddr
+    return None
+
+
+def _table_of(analysis, jump):
+    """Return the _Table that an indirect jump goes through, or None."""
+    operands = _operands(jump)
+    if operands.rm < 0:
+        return _word_table(analysis, jump, operands)
+    writer = _writer(analysis, jump.vaddr, operands.rm)
+    source = _operands(writer) if writer is not None else None
+    if source is None:
+        return None
+    if writer.opcode == 0x8b and source.rm < 0 and writer.rex & 8:
+        return _word_table(analysis, writer, source)
+    if writer.opcode in (0x01, 0x03) and source.rm >= 0:
+        for base, load in ((source.reg, source.rm), (source.rm, source.reg)):
+            table = _relative_table(analysis, writer, base, load)
+            if table is not None:
+                return table
+    return None
+
+
+def _word_table(analysis, insn, operands):
+    """Return the _Table of an operand [table + index*8], or None."""
+    if operands.index < 0 or operands.scale != 8:
+        return None
+    vaddr = operands.disp
+    if operands.base >= 0:
+        lea = _writer(analysis, insn.vaddr, operands.base)
+        if not _is_lea_rip(lea):
+            return None
+        vaddr += lea.rip_relative
+    return _Table(vaddr, 8, insn.vaddr, operands.index)
+
+
+def _relative_table(analysis, add, base, load):
+    """Return the _Table of `add`, whose operands are the registers base
+    (the table's address) and load (an entry of it), or None."""
+    lea = _writer(analysis, add.vaddr, base)
+    entry = _writer(analysis, add.vaddr, load)
+    if not _is_lea_rip(lea) or entry is None:
+        return None
+    if entry.code == b"\x48\x98":                   # cdqe, gcc -O0
+        entry = _writer(analysis, entry.vaddr, 0)
+        if entry is None or entry.opcode != 0x8b:
+            return None
+    elif entry.opcode != 0x63:                       # movsxd
+        return None
+    memory = _operands(entry)
+    if memory.rm >= 0 or memory.index < 0 or memory.disp:
+        return None
+    for reg in (memory.base, memory.index):
+        source = _writer(analysis, entry.vaddr, reg)
+        if _is_lea_rip(source) and source.rip_relative == lea.rip_relative:
+            index = memory.index if memory.scale == 4 else -1
+            return _Table(lea.rip_relative, 4, entry.vaddr, index)
+    return None
+
+
+def _is_lea_rip(insn):
+    return (insn is not None and insn.rip_relative is not None
+            and insn.opcode == 0x8d)
+
+
+def _bound(analysis, table):
+    """Return how many entries a check in front of the load allows, or 0.
+
+    cmp index, N; ja: N + 1. The index may be copied or extended between.
+    """
+    reg, vaddr, following = table.index, table.place, None
+    for _ in range(_N_BACK):
+        insn = analysis.before(vaddr) if reg >= 0 else None
+        if insn is None or insn.flow not in (NEXT, JCC):
+            return 0
+        operands, opcode = _operands(insn), insn.opcode
+        if (opcode in (0x80, 0x81, 0x83) and operands.rm == reg
+                and insn.modrm >> 3 & 7 == 7
+                or opcode in (0x3c, 0x3d) and reg == 0):         # cmp
+            value = insn.code[insn.imm_offset:]
+            return (int.from_bytes(value, "little") + 1
+                    if following is not None and value[-1] < 128
+                    and following.opcode in (0x77, 0x187) else 0)    # ja
+        if _effects_of(insn)[1] >> reg & 1:
+            reg = (_COPIES[opcode](operands) if opcode in _COPIES
+                   and operands.rm >= 0 else -1)
+        vaddr, following = insn.vaddr, insn
+    return 0
+
+
+def _table_targets(analysis, table, limit, read, is_executable):
+    """Return the vaddrs in a table, or None if it is not understood."""
+    known = _bound(analysis, table)
+    room = max(limit - table.vaddr, 0) // table.entry_size
+    if known > min(room, _N_ENTRIES):
+        return None
+    found = _run_of_code(table.vaddr, table.entry_size,
+                         known or min(room, _N_ENTRIES), read, is_executable)
+    if known and (len(found) < known
+                  or any(analysis.is_middle(target) for target in found)):
+        return None
+    return found or None
+
+
+def _run_of_code(vaddr, entry_size, count, read, is_executable):
+    """Return the targets of the words at vaddr, up to count of them, as
+    far as they are vaddrs of code: 8-byte words, or 4 relative to vaddr."""
+    found = []
+    while len(found) < count:
+        n_more = min(count - len(found), 64)
+        data = read(vaddr + len(found) * entry_size, n_more * entry_size)
+        n_read = len(data or b"") // entry_size
+        for word in struct.unpack_from(
+                "<%d%s" % (n_read, "q" if entry_size == 8 else "i"),
+                data or b""):
+            target = word if entry_size == 8 else vaddr + word
+            if not is_executable(target):
+                return found
+            found.append(target)
+        if n_read < n_more:
+            break
+    return found
+
+
+def _refers_into(analysis, low, high, read, is_executable):
+    """Return whether a table that the function names leads to [low, high).
+
+    A table is a run of words that are vaddrs of code, or 4-byte ones that
+    are relative to its start.
+    """
+    if analysis.references is None:
+        analysis.references = frozenset(
+            target for name in analysis.names() for size in (8, 4)
+            for target in _run_of_code(name, size, _N_ENTRIES, read,
+                                       is_executable))
+    return any(vaddr in analysis.references for vaddr in range(low, high))
+
+
+# -- Liveness: what a body at a site need not save.
+
+_FLAGS_AT = 16                  # flags share a mask with the registers
+_ALL = ALL_FLAGS << _FLAGS_AT | ALL_REGS
+_N_LIVENESS = 128               # instructions looked at per site
+_masks = {}                     # code -> (reads, kills), one mask each
+_known_effects = {}             # code -> Effects
+
+
+def _effects_of(insn):
+    """Return effects(insn). They depend on its bytes alone, and functions
+    begin alike, so they are kept."""
+    known = _known_effects.get(insn.code)
+    if known is None:
+        if len(_known_effects) > 50000:
+            _known_effects.clear()
+        known = _known_effects[insn.code] = effects(insn)
+    return known
+
+
+def _reads_and_kills(insn):
+    known = _masks.get(insn.code)
+    if known is None:
+        if len(_masks) > 50000:
+            _masks.clear()
+        reads, writes, flags_read, flags_written = _effects_of(insn)
+        known = (reads | flags_read << _FLAGS_AT,
+                 writes | flags_written << _FLAGS_AT)
+        if insn.flow not in (NEXT, JCC, JMP):
+            known = _ALL, 0
+        _masks[insn.code] = known
+    return known
+
+
+def liveness(analysis, site):
+    """Return (mask of dead registers, are all flags dead) at site.
+
+    Dead is what every way from site writes in full before it reads it.
+    Where a way leaves what is known (ret, call, indirect jump, another
+    function, too far) everything is live there. rsp is never dead.
+    """
+    live, n_left, seen = 1 << _SP, _N_LIVENESS, {}
+    pending = [(site, _ALL)]
+    while pending:
+        vaddr, open_ = pending.pop()
+        while True:
+            open_ &= ~live & ~seen.get(vaddr, 0)
+            if not open_:
+                break
+            insn, n_left = analysis.at(vaddr), n_left - 1
+            if insn is None or n_left < 0:
+                live |= open_
+                break
+            seen[vaddr] = seen.get(vaddr, 0) | open_
+            reads, kills = _reads_and_kills(insn)
+            live |= open_ & reads
+            open_ &= ~kills
+            vaddr += insn.size
+            if insn.flow == JCC:
+                pending.append((insn.target, open_))
+            elif insn.flow == JMP:
+                vaddr = insn.target
+    dead = _ALL & ~live
+    return dead & ALL_REGS, dead >> _FLAGS_AT == ALL_FLAGS
+
+
+# -- Addresses that somebody looks at.
+
+_CRITICAL_SECTION = struct.Struct("<IIQQQ")     # struct rseq_cs, <sys/rseq.h>
+# Opcodes that never fault without a memory operand; f6 and f7 divide too.
+CALM = """
+00-05 08-0d 10-15 18-1d 20-25 28-2d 30-35 38-3d 50-5f 63 68-6b 70-7f
+80 81 83-8b 8d 90-99 a8 a9 b0-bf c0-c3 c6 c7 d0-d3 e8 e9 eb f6 f7 fe ff
+110 111 11e 11f 128 129 140-14f 157 16f 17f 180-18f 190-19f 1a3 1ab 1af
+1b3 1b6 1b7 1ba-1bf 1c8-1cf 1ef
+"""
+
+
+def _opcodes(text):
+    """Return the set of opcodes in rows like CALM's."""
+    found = set()
+    for word in text.split():
+        first, _, last = word.partition("-")
+        found.update(range(int(first, 16), int(last or first, 16) + 1))
+    return frozenset(found)
+
+
+_CALM = _opcodes(CALM)
+
+
+def _cannot_fault(insn):
+    """Tell whether insn surely raises no #PF, #GP, #DE or #MF of its own.
+
+    Memory at rsp is taken to be there.
+    """
+    if insn.opcode not in _CALM:
+        return False
+    if insn.opcode in (0xf6, 0xf7) and insn.modrm >> 3 & 7 > 5:
+        return False                    # div, idiv
+    if insn.modrm < 0 or insn.opcode in (0x8d, 0x11e, 0x11f):
+        return True                     # lea, nop
+    operands = _operands(insn)
+    return operands.rm >= 0 or operands.base == _SP and operands.index < 0
+
+
+def _rseq_ranges(analysis, limits):
+    """Return ((low, high, reason), ...) that rseq looks at in a function.
+
+    The kernel sends a thread that it preempts in [start, start + size) of
+    a struct rseq_cs to its abort vaddr, behind four bytes of signature
+    (rseq(2)). A signature without its rseq_cs refuses the function.
+    """
+    if analysis.rseq is not None or not limits.branches.has_rseq:
+        return analysis.rseq or ()
+    reason, ranges = "rseq section", []
+    for name in analysis.names():
+        data = limits.read(name, _CRITICAL_SECTION.size) or b""
+        if len(data) < _CRITICAL_SECTION.size:
+            continue
+        version, _, start, size, abort = _CRITICAL_SECTION.unpack(data)
+        if (not version and 0 < size < 1 << 20 and abort >= 4
+                and limits.read(abort - 4, 4) == RSEQ_SIGNATURE):
+            ranges += [(start, start + size, reason),
+                       (abort - 4, abort, reason)]
+    function = analysis.function
+    at = function.code.find(RSEQ_SIGNATURE)
+    while at >= 0:
+        vaddr = function.vaddr + at
+        place = bisect.bisect_right(analysis.starts, vaddr) - 1
+        insn = analysis.at(analysis.starts[place])
+        if (not any(low == vaddr for low, _, _ in ranges)
+                and (insn.imm_size != 4
+                     or insn.vaddr + insn.imm_offset != vaddr)):
+            ranges.append((function.vaddr, analysis.padding_end, reason))
+        at = function.code.find(RSEQ_SIGNATURE, at + 1)
+    analysis.rseq = tuple(ranges)
+    return analysis.rseq
+
+
+# -- Planning: the rules, each with its refusal.
+
+class _Limits(NamedTuple):
+    """What plan_window was told of the process."""
+    branches: BranchScan
+    read: object
+    is_executable: object
+    forbidden: tuple
+    seccomp: bool
+    catches_faults: bool
+    taken: ByteRanges
+
+
+def plan_window(function, site, branches, read=None, is_executable=None,
+                forbidden=(), seccomp=False, catches_faults=False,
+                taken=None):
+    """Return the Window for a jump at site, an instruction of function.
+
+    branches        BranchScan of the module, best with function_at
+    read            vaddr, size -> bytes or None: the module's memory
+    is_executable   vaddr -> bool; default: a segment of branches holds it
+    forbidden       ((low, high, reason), ...) where nothing may be displaced
+    seccomp         a filter may look at the address of a syscall
+    catches_faults  a handler may look at the address of a fault
+    taken           ByteRanges of other patches; Window.ranges is to be added
+    Raises RefusalError. Whether rip-relative operands reach is not known
+    here: relocate() tells at the real address.
+    """
+    limits = _Limits(branches, read or branches.read,
+                     is_executable or branches.is_executable,
+                     tuple(forbidden), seccomp, catches_faults,
+                     ByteRanges() if taken is None else taken)
+    analysis = branches.analysis(function)
+    insn = analysis.at(site)
+    if insn is None:
+        raise RefusalError("no instruction", "0x%x is not the start of an "
+                           "instruction of its function" % site, site)
+    if insn.code == ENDBR64:
+        site = _behind_endbr64(analysis, site, branches)
+    limits = limits._replace(
+        forbidden=limits.forbidden + _rseq_ranges(analysis, limits))
+    try:
+        window = _window(analysis, site, JUMP_SIZE, limits)
+    except RefusalError as refusal:
+        window = _ladder(analysis, site, limits, refusal)
+    dead_regs, flags_dead = liveness(analysis, site)
+    return window._replace(dead_regs=dead_regs, flags_dead=flags_dead,
+                           is_loop=site in analysis.targets)
+
+
+def _behind_endbr64(analysis, endbr64, branches):
+    """Return where the jump goes if an endbr64 stays where it is.
+
+    A branch to there alone would be counted too, though it is no call.
+    """
+    site = endbr64 + len(ENDBR64)
+    for source, _ in branches.entering(site, site + 1):
+        raise RefusalError("branch behind endbr64", "the branch at 0x%x "
+                           "leads behind the endbr64" % source, endbr64)
+    if site in analysis.entries or analysis.at(site) is None:
+        raise RefusalError("branch behind endbr64", "an entry of the "
+                           "function is behind the endbr64", endbr64)
+    return site
+
+
+def _ladder(analysis, site, limits, refusal):
+    """Return a Window of a two-byte jump to a slot in padding.
+
+    refusal says why a five-byte jump does not fit; it is raised if this
+    does not fit either.
+    """
+    try:
+        window = _window(analysis, site, SHORT_JUMP_SIZE, limits)
+    except RefusalError:
+        raise refusal
+    slot = _slot(analysis, site, window.size, limits)
+    if not slot:
+        raise refusal
+    return window._replace(slot=slot)
+
+
+def _slot(analysis, site, size, limits):
+    """Return the vaddr of five dead bytes that `eb` at site reaches, or 0.
+
+    On the site's page, so that one write never tears the two jumps apart.
+    """
+    page = site & -PAGE_SIZE
+    low = max(site + SHORT_JUMP_SIZE - 128, page)
+    high = min(site + SHORT_JUMP_SIZE + 127 + JUMP_SIZE, page + PAGE_SIZE)
+    for first, last in _dead_padding(analysis, low, high, limits.branches):
+        arrivals = [target for _, target in
+                    limits.branches.entering(first, last)]
+        slot = max(first, low)
+        while slot + JUMP_SIZE <= min(last, high):
+            end = slot + JUMP_SIZE
+            blocks = [target + 1 for target in arrivals
+                      if slot <= target < end]
+            blocks += [other for start, other, _ in limits.forbidden
+                       if start < end and slot < other]
+            blocks += (limits.taken.overlap(slot, end) or ())[1:]
+            if slot < site + size and site < end:
+                blocks.append(site + size)
+            if not blocks:
+                return slot
+            slot = max(blocks)
+    return 0
+
+
+def _dead_padding(analysis, low, high, branches):
+    """Yield the (first, last) of paddings that touch [low, high) and that
+    no function falls into; nearest to the site's function first."""
+    functions = [analysis.function]
+    vaddr = analysis.function.vaddr - 1
+    while vaddr >= low:
+        function = branches.function_at(vaddr)
+        if function is None or function.vaddr > vaddr:
+            break
+        functions.append(function)
+        vaddr = function.vaddr - 1
+    vaddr = analysis.function.vaddr + len(analysis.function.code)
+    while vaddr < high:
+        function = branches.function_at(vaddr)
+        if function is None or function.vaddr != vaddr or not function.code:
+            break
+        functions.append(function)
+        vaddr += len(function.code)
+    for function in functions:
+        try:
+            known = branches.analysis(function)
+        except RefusalError:
+            continue
+        last = min([vaddr for vaddr in known.entries if vaddr >= known.end]
+                   + [known.padding_end])
+        if known.last_flow in _ENDS and last - known.end >= JUMP_SIZE:
+            yield known.end, last
+
+
+def _window(analysis, site, jump_size, limits):
+    """Return the Window for a jump of jump_size bytes at site, no slot."""
+    insns, end = [], site
+    while end < site + jump_size:
+        insn = analysis.at(end)
+        if insn is None:
+            end = _into_padding(analysis, insns, site, jump_size)
+            break
+        insns.append(insn)
+        end += insn.size
+        if insn.flow in _ENDS and end == analysis.end:
+            end = _into_padding(analysis, insns, site, jump_size)
+            break
+    end = max(end, site + jump_size)
+    _refuse_place(site, jump_size, end, limits)
+    _refuse_insns(analysis, insns, limits)
+    _refuse_arrivals(analysis, site, end, len(insns), limits)
+    return Window(site, end - site, tuple(insns))
+
+
+def _into_padding(analysis, insns, site, jump_size):
+    """Return the end of a window that takes in trailing padding.
+
+    Where control falls into the padding, its nops are displaced too and
+    appended to insns; else it is dead and only overwritten.
+    """
+    function = analysis.function
+    if analysis.padding_end < site + jump_size:
+        raise RefusalError(
+            "too short", "%d bytes to the end of the function and %d of "
+            "padding; a jump takes %d" % (
+                analysis.end - site, analysis.padding_end - analysis.end,
+                jump_size), site)
+    end = insns[-1].vaddr + insns[-1].size if insns else site
+    if insns and insns[-1].flow in _ENDS:
+        return max(end, site + jump_size)
+    while end < site + jump_size:
+        at = end - function.vaddr
+        insn = decode(function.code[at:at + 15], end)
+        if not _NOP.match(insn.code):
+            raise RefusalError("too short", "control would fall into %s"
+                               % _shown(insn), site)
+        insns.append(insn)
+        end += insn.size
+    return end
+
+
+def _refuse_place(site, jump_size, end, limits):
+    """Refuse bytes that are another's or that one write may tear."""
+    if site // PAGE_SIZE != (site + jump_size - 1) // PAGE_SIZE:
+        raise RefusalError("crosses a page", "the jump would cross the page "
+                           "border at 0x%x" % (site + jump_size
+                                               & -PAGE_SIZE), site)
+    other = limits.taken.overlap(site, end)
+    if other:
+        raise RefusalError("overlaps a patch", "bytes 0x%x..0x%x are patched "
+                           "already" % other, site)
+    for low, high, reason in limits.forbidden:
+        if low < end and site < high:
+            raise RefusalError(reason, "0x%x..0x%x is within %s, 0x%x..0x%x"
+                               % (site, end, reason, low, high), site)
+
+
+def _refuse_insns(analysis, insns, limits):
+    """Refuse instructions that must run where they are."""
+    is_watched = limits.catches_faults or analysis.function.has_lsda
+    for place, insn in enumerate(insns):
+        if insn.flow in (CALL, CALL_IND) and insn is not insns[-1]:
+            raise RefusalError("call not last", "%s would return into the "
+                               "window" % _shown(insn), insn.vaddr)
+        if insn.flow in (TRAP, HALT):
+            raise RefusalError("trap", "%s reports its own address"
+                               % _shown(insn), insn.vaddr)
+        if insn.flow == SYSCALL and limits.seccomp:
+            raise RefusalError("syscall under seccomp", "%s: the filter may "
+                               "look at its address" % _shown(insn),
+                               insn.vaddr)
+        if is_watched and not _cannot_fault(insn):
+            raise RefusalError("may fault", "%s may fault, and a handler "
+                               "look at its address" % _shown(insn),
+                               insn.vaddr)
+        try:
+            relocate(insn, insn.vaddr)
+        except RelocationError as error:
+            raise RefusalError(error.rule, "%s: %s" % (
+                _shown(insn), error), insn.vaddr) from error
+
+
+def _refuse_arrivals(analysis, site, end, n_insns, limits):
+    """Refuse a window behind whose first byte control could arrive."""
+    for vaddr in analysis.entries:
+        if site < vaddr < end:
+            raise RefusalError("entry in window", "0x%x, an entry of the "
+                               "function, is in the window" % vaddr, site)
+    for insn in analysis.strays:
+        if insn.vaddr < end and site < insn.vaddr + insn.size:
+            raise RefusalError("branch into window", "a branch of the "
+                               "function leads to 0x%x, in the middle of an "
+                               "instruction" % insn.vaddr, site)
+    for source, target in limits.branches.entering(site + 1, end):
+        raise RefusalError("branch into window", "the branch at 0x%x leads "
+                           "to 0x%x in the window" % (source, target), site)
+    for owner in _family(analysis, limits.branches):
+        jumps = resolve_jumps(owner, limits.read, limits.is_executable)
+        for target in jumps.targets:
+            if site < target < end:
+                raise RefusalError("jump table entry in window",
+                                   "a jump table leads to 0x%x in the window"
+                                   % target, site)
+        if jumps.unresolved and n_insns > 1:
+            _refuse_unresolved(analysis, owner, site, end, limits)
+
+
+_INDIRECT = re.compile(rb"\xff[\xe0-\xe7\x20-\x27\x60-\x67\xa0-\xa7]")
+
+
+def _family(analysis, branches):
+    """Return the Analyses of all functions whose jump tables may lead into
+    this one: itself, and what it was split from or into (gcc's .cold).
+
+    Parts are told by a branch behind the function's first byte, or by a
+    conditional one to it, that is not refuted. Calls of it are neither.
+    """
+    if analysis.family is not None:
+        return analysis.family
+    family, seen = [analysis], {analysis.function.vaddr}
+    low = analysis.function.vaddr
+    for source, target in branches.far(low, analysis.padding_end):
+        if target == low and not branches.is_conditional(source):
+            continue
+        other = branches.function_at(source)
+        if (other is None or other.vaddr in seen
+                or not _INDIRECT.search(other.code)
+                or branches.is_refuted(source)):
+            continue
+        seen.add(other.vaddr)
+        try:
+            family.append(branches.analysis(other))
+        except RefusalError:
+            continue                    # then its branch was not refuted
+    analysis.family = family
+    return family
+
+
+def _refuse_unresolved(analysis, owner, site, end, limits):
+    """Refuse a window of several instructions unless it is at the entry
+    and no table that the jump's function names leads into it."""
+    vaddr = resolve_jumps(owner, limits.read, limits.is_executable).unresolved[0]
+    low = analysis.function.vaddr
+    if site not in (low, low + len(ENDBR64)) or site != low and \
+            analysis.at(low).code != ENDBR64:
+        raise RefusalError("unresolved jump table", "where the jump at 0x%x "
+                           "leads is not known" % vaddr, site)
+    if _refers_into(owner, site + 1, end, limits.read,
+                    limits.is_executable):
+        raise RefusalError("unresolved jump table", "a word of a table of "
+                           "the jump at 0x%x points into the window" % vaddr,
+                           site)
+# ---- 6  Assembler ---------------------------------------------------------
+#
+# What bodies are made of: one function per instruction form, named by
+# mnemonic and operands, each returning bytes; its docstring is the SDM's
+# encoding. Registers are numbers as in modrm and REX: rax is 0, r15 is 15.
+# Invariant: a form has one length, whatever its operands' values, so that
+# a trampoline has its final size before it has an address.
+
+RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
+_S32 = struct.Struct("<i")
+_U64 = struct.Struct("<Q")
+
+
+def rel32(value, vaddr):
+    """Four bytes of displacement. RelocationError beyond +-2 GiB."""
+    if not -1 << 31 <= value < 1 << 31:
+        raise RelocationError("more than 2 GiB to its target", vaddr,
+                              "out of reach")
+    return _S32.pack(value)
+
+
+def jmp_rel32(vaddr, target):
+    """E9 cd"""
+    return b"\xe9" + rel32(target - (vaddr + 5), vaddr)
+
+
+def jmp_rel8(vaddr, target):
+    """EB cb"""
+    distance = target - (vaddr + 2)
+    if not -128 <= distance < 128:
+        raise RelocationError("no slot within 127 bytes", vaddr,
+                              "out of reach")
+    return b"\xeb" + struct.pack("<b", distance)
+
+
+def push_r64(reg):
+    """50+rd, REX.B for r8-r15"""
+    return (b"\x41" if reg > 7 else b"") + bytes([0x50 | reg & 7])
+
+
+def pop_r64(reg):
+    """58+rd, REX.B for r8-r15"""
+    return (b"\x41" if reg > 7 else b"") + bytes([0x58 | reg & 7])
+
+
+def lea_rsp_disp(disp):
+    """REX.W 8D /r, [rsp + disp8 or disp32]: leaves the flags alone"""
+    if -128 <= disp < 128:
+        return b"\x48\x8d\x64\x24" + struct.pack("<b", disp)
+    return b"\x48\x8d\xa4\x24" + _S32.pack(disp)
+
+
+def mov_r32_imm32(reg, imm):
+    """B8+rd id, REX.B for r8-r15"""
+    return ((b"\x41" if reg > 7 else b"") + bytes([0xb8 | reg & 7])
+            + struct.pack("<I", imm))
+
+
+def mov_r32_fs_disp32(reg, disp):
+    """64 8B /r, absolute disp32"""
+    rex = b"\x44" if reg > 7 else b""
+    return b"\x64" + rex + bytes([0x8b, 4 | (reg & 7) << 3, 0x25]) \
+        + _S32.pack(disp)
+
+
+def rdpid_r64(reg):
+    """F3 0F C7 /7"""
+    return b"\xf3" + (b"\x41" if reg > 7 else b"") + bytes(
+        [0x0f, 0xc7, 0xf8 | reg & 7])
+
+
+def lsl_r32_r32(reg, selector):
+    """0F 03 /r: the segment limit of selector, flags clobbered"""
+    rex = 0x40 | (reg > 7) << 2 | (selector > 7)
+    return (bytes([rex]) if rex != 0x40 else b"") + bytes(
+        [0x0f, 0x03, 0xc0 | (reg & 7) << 3 | selector & 7])
+
+
+def and_r32_imm(reg, imm):
+    """83 /4 ib, or 81 /4 id where imm does not fit seven bits"""
+    rex = b"\x41" if reg > 7 else b""
+    if imm < 128:
+        return rex + bytes([0x83, 0xe0 | reg & 7, imm])
+    return rex + bytes([0x81, 0xe0 | reg & 7]) + struct.pack("<I", imm)
+
+
+def shl_r32_imm8(reg, imm):
+    """C1 /4 ib"""
+    return (b"\x41" if reg > 7 else b"") + bytes(
+        [0xc1, 0xe0 | reg & 7, imm])
+
+
+def add_r64_m64_rip(reg, vaddr, pointer):
+    """REX.W 03 /r, rip-relative"""
+    return bytes([0x48 | (reg > 7) << 2, 0x03, 5 | (reg & 7) << 3]) \
+        + rel32(pointer - (vaddr + 7), vaddr)
+
+
+def lock_inc_m64(reg, disp):
+    """F0 REX.W FF /0, [reg + disp32]"""
+    sib = b"\x24" if reg & 7 == RSP else b""
+    return bytes([0xf0, 0x48 | (reg > 7), 0xff, 0x80 | reg & 7]) \
+        + sib + _S32.pack(disp)
+
+
+def add_rsp_128():
+    """REX.W 83 /5 ib: sub rsp, -128, shorter than lea; clobbers the flags"""
+    return b"\x48\x83\xec\x80"
+
+
+# ---- 7  Trampolines -------------------------------------------------------
+#
+# What a jump leads to: a body, the displaced instructions moved, a jump
+# back. The body of a count is one locked increment of a counter that
+# belongs to the processor it runs on, so two cores never share a line.
+# Invariant: behind the body every register and flag is as it was before,
+# or was proven dead at the site by the window's liveness.
+#
+#     +0   body             only what the probe asks for
+#     +b   copies           the displaced instructions, each at a new address
+#     +c   jmp rel32        to the first instruction behind the window
+#
+# Measured on Zen 3: two taken jumps are the whole cost (2 cycles) and hide
+# the body, as long as all of it lies in one cache line: crossing one costs
+# a cycle, and a trampoline of two lines three. So line_start packs them
+# densely and skips to the next line only where one would straddle.
+
+CPU_FROM_RSEQ, CPU_FROM_RDPID, CPU_FROM_LSL = "rseq", "rdpid", "lsl"
+_CPU_SELECTOR = 0x7b            # __CPUNODE_SEG, <asm/segment.h>
+_CPU_BITS = 0xfff               # VDSO_CPUNODE_MASK, <asm/segment.h>
+_SCRATCH_ORDER = (RAX, RCX, RDX, RSI, RDI, 8, 9, 10, 11, RBX, 12, 13, 14, 15,
+                  RBP)
+_SAVE_FLAGS = b"\x9f\x0f\x90\xc0"       # lahf; seto al
+_LOAD_FLAGS = b"\x04\x7f\x9e"           # add al,0x7f; sahf
+
+
+class Shards(NamedTuple):
+    """Where the counter of each processor is, and how a body learns it."""
+    source: str         # CPU_FROM_RSEQ, CPU_FROM_RDPID or CPU_FROM_LSL
+    rseq_offset: int    # of rseq.cpu_id from the fs base, for CPU_FROM_RSEQ
+    mask: int           # number of shards - 1; a power of two, less one
+    shift: int          # a shard is 1 << shift bytes
+    base: int           # vaddr of a word that holds the vaddr of shard 0
+
+
+class Copy(NamedTuple):
+    """One displaced instruction: where it was, and where its copy runs."""
+    offset: int         # from the site
+    size: int
+    moved: int          # from the trampoline's start
+    moved_size: int
+
+
+class Trampoline(NamedTuple):
+    vaddr: int
+    code: bytes
+    copies: Tuple[Copy, ...]
+
+
+def shard_index(reg, shards):
+    """Code that loads reg with this processor's number, at most mask.
+
+    Whatever the source holds, a thread without rseq included (-1, -2), the
+    mask keeps the index inside; the locked increment keeps the sum exact.
+    """
+    if shards.source == CPU_FROM_RSEQ:
+        code = mov_r32_fs_disp32(reg, shards.rseq_offset)
+    elif shards.source == CPU_FROM_RDPID:
+        code = rdpid_r64(reg)
+    else:
+        code = mov_r32_imm32(reg, _CPU_SELECTOR) + lsl_r32_r32(reg, reg)
+    return (code + and_r32_imm(reg, shards.mask & _CPU_BITS)
+            + shl_r32_imm8(reg, shards.shift))
+
+
+def scratch_registers(n, dead_regs):
+    """n registers for a body -> ([numbers], [those that must be saved]).
+
+    dead_regs   mask of registers that liveness proved dead at the site
+    """
+    chosen = sorted(_SCRATCH_ORDER, key=lambda reg: not dead_regs >> reg & 1)
+    chosen = chosen[:n]
+    return chosen, [reg for reg in chosen if not dead_regs >> reg & 1]
+
+
+def count_body(window, vaddr, index, shards):
+    """Code that adds one to this processor's counter. -> bytes
+
+    vaddr  where the body runs;   index  of the counter within a shard
+    The red zone below rsp is stepped over before anything is pushed (System
+    V ABI, 3.2.2). Flags travel in ax: lahf takes all but OF, seto takes OF,
+    and adding 0x7f to al overflows exactly where OF was set.
+    """
+    flags_live = not window.flags_dead
+    # With live flags rax holds them, and is no register to count with.
+    usable = window.dead_regs & ~(1 << RSP | flags_live << RAX)
+    (reg,), saved = scratch_registers(1, usable)
+    if flags_live and reg == RAX:
+        reg, saved = RCX, [RCX]
+    if flags_live and not window.dead_regs >> RAX & 1:
+        saved = [RAX] + saved
+    code = lea_rsp_disp(-128) if saved else b""
+    code += b"".join(push_r64(each) for each in saved)
+    code += _SAVE_FLAGS if flags_live else b""
+    code += shard_index(reg, shards)
+    code += add_r64_m64_rip(reg, vaddr + len(code), shards.base)
+    code += lock_inc_m64(reg, 8 * index)
+    code += _LOAD_FLAGS if flags_live else b""
+    code += b"".join(pop_r64(each) for each in reversed(saved))
+    if saved:
+        code += lea_rsp_disp(128) if flags_live else add_rsp_128()
+    return code
+
+
+def count_trampoline(window, vaddr, index, shards):
+    """The whole trampoline of a count. -> Trampoline
+
+    window  Window: the displaced instructions and what is dead there
+    vaddr   where the trampoline will be
+    index   of this site's counter within a shard
+    Its size does not depend on vaddr or index. Raises RelocationError.
+    """
+    code = count_body(window, vaddr, index, shards)
+    copies = []
+    for insn in window.insns:
+        moved = relocate(insn, vaddr + len(code))
+        copies.append(Copy(insn.vaddr - window.site, insn.size, len(code),
+                           len(moved)))
+        code += moved
+    code += jmp_rel32(vaddr + len(code), window.site + window.size)
+    return Trampoline(vaddr, code, tuple(copies))
+
+
+CACHE_LINE = 64
+
+
+def line_start(vaddr, size):
+    """Where a trampoline of size bytes may start, at or behind vaddr."""
+    into_line = vaddr % CACHE_LINE
+    if into_line and into_line + size > CACHE_LINE:
+        return vaddr - into_line + CACHE_LINE
+    return vaddr
+
+
+def window_patches(window, trampoline_vaddr):
+    """What must be written to arm a window. -> ((vaddr, bytes), …)
+
+    In the order of arming: the slot, which nothing executes yet, precedes
+    the two-byte jump that leads to it. Removal is the reverse.
+    """
+    if not window.slot:
+        return ((window.site, jmp_rel32(window.site, trampoline_vaddr)),)
+    return ((window.slot, jmp_rel32(window.slot, trampoline_vaddr)),
+            (window.site, jmp_rel8(window.site, window.slot)))
+
+
+BREAKPOINT = b"\xcc"            # CC: int3
+
+
+def is_jump(code):
+    """Does code begin with the jump that arms a site?"""
+    return code[:1] in (b"\xe9", b"\xeb")
+
+
+def reach(low, high):
+    """Where an arena may lie that code in [low, high) can jump to and from.
+
+    -> (lowest, highest) vaddr of any byte of the arena. Jumps and operands
+    reach +-2 GiB; a MiB is kept for what displaced instructions add.
+    """
+    span = (1 << 31) - (1 << 20)
+    return max(0, high - span), low + span
+
+
+# ---- 8  Register images ---------------------------------------------------
+#
+# To ubp.py a regset is opaque bytes; here are its meaning and the signal
+# frame that restores it. The one idea: a thread that runs an injected
+# syscall finds, when it returns, a frame that makes the kernel put every
+# register back (rt_sigreturn), so it survives the death of its tracer at
+# any instant. Sources: <sys/user.h>, <asm/sigcontext.h>, <asm/ucontext.h>,
+# arch/x86/kernel/fpu/signal.c; the measured order is in the README.
+#
+#     frame +0    pretcode: the restorer            8 bytes
+#           +8    uc_flags, uc_link                16
+#           +24   uc_stack: flags no kernel takes  24
+#           +48   sigcontext                      256   fpstate at +232
+#           +304  uc_sigmask                        8
+#           fpstate: 64-byte aligned, above the frame, magic2 behind it
+
+_REGS = struct.Struct("<27Q")    # struct user_regs_struct
+(_R15, _R14, _R13, _R12, _RBP, _RBX, _R11, _R10, _R9, _R8, _RAX, _RCX, _RDX,
+ _RSI, _RDI, _ORIG_RAX, _RIP, _CS, _EFLAGS, _RSP, _SS, _FS_BASE,
+ _GS_BASE) = range(23)
+REGS_SIZE = _REGS.size
+_SIGCONTEXT_ORDER = (_R8, _R9, _R10, _R11, _R12, _R13, _R14, _R15, _RDI,
+                     _RSI, _RBP, _RBX, _RDX, _RAX, _RCX, _RSP, _RIP, _EFLAGS)
+_SYSCALL_ARGS = (_RDI, _RSI, _RDX, _R10, _R8, _R9)
+_U64_MAX = (1 << 64) - 1
+_RED_ZONE = 128
+_SIGCONTEXT_RIP = 48 + 8 * 16    # from the frame's start: 0xb0
+_SIGCONTEXT_RSP = 48 + 8 * 15
+FRAME_HEAD = 312                 # bytes before fpstate
+FP_XSTATE_MAGIC1, FP_XSTATE_MAGIC2 = 0x46505853, 0x46505845
+_UC_FLAGS = 7                    # UC_FP_XSTATE, SIGCONTEXT_SS, STRICT_RESTORE
+_SS_REJECTED = 0x7ffffff0        # sigaltstack(2) refuses it: nothing changes
+_XFEATURE_TILE_DATA = 1 << 18    # AMX; SDM 13.1
+_XSTATE_WITHOUT_TILES = 2816     # what sigreturn takes without permission
+_USER_CS_32 = 0x23               # <asm/segment.h>
+
+SYSCALL_RET = b"\x0f\x05\xc3"                       # syscall; ret
+RESTORERS = (b"\x48\xc7\xc0\x0f\0\0\0\x0f\x05",     # mov $15,%rax; syscall
+             b"\xb8\x0f\0\0\0\x0f\x05")             # mov $15,%eax; syscall
+
+# The kernel's restart codes, <linux/errno.h>; never seen by a program.
+ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = (
+    512, 513, 514, 516)
+_RESTARTS = tuple(-code & _U64_MAX for code in (512, 513, 514, 516))
+_EINTR = -4 & _U64_MAX
+# man 7 signal: these fail with EINTR after a mere stop, even where no
+# handler ran. By number, <asm/unistd_64.h>.
+_EINTR_ON_STOP = {
+    232: "epoll_wait", 281: "epoll_pwait", 441: "epoll_pwait2",
+    128: "rt_sigtimedwait", 65: "semop", 220: "semtimedop",
+    208: "io_getevents", 333: "io_pgetevents", 426: "io_uring_enter",
+    45: "recvfrom", 47: "recvmsg", 299: "recvmmsg", 44: "sendto",
+    46: "sendmsg", 307: "sendmmsg", 43: "accept", 288: "accept4",
+    0: "read", 1: "write", 19: "readv", 20: "writev"}
+# Syscalls whose transfer an interrupt cuts short: number -> the arguments
+# that hold buffer (None: the kernel keeps count) and length; None where the
+# rest is not re-issued by changing two registers: most of those are waited
+# for before the stop, not repaired after it.
+_TRANSFERS = {1: (1, 2), 18: (1, 2), 44: (1, 2), 45: (1, 2), 40: (None, 3),
+              275: (None, 4), 326: (None, 4), 20: None, 46: None, 47: None,
+              276: None, 278: None, 296: None, 307: None}
+_MSG_WAITALL = 0x100             # <linux/socket.h>
+_NR_RECVFROM, _NR_RECVMSG, _NR_PWRITE64, _NR_WRITEV = 45, 47, 18, 20
+# What moves one struct iovec of a vector: writev by write, sendmsg by
+# sendto, recvmsg by recvfrom.
+_VECTORED = {20: 1, 46: 44, 47: 45}
+# A frame cannot resume these exactly: they hold a temporary signal mask or
+# the rest of a time-out. Threads in them are the last choice.
+_INEXACT = {34, 130, 270, 271, 23, 7, 35, 230, 202, 219}
+
+
+def program_counter(regs):
+    """rip of a regset."""
+    return _U64.unpack_from(regs, 8 * _RIP)[0]
+
+
+def stack_pointer(regs):
+    """rsp of a regset."""
+    return _U64.unpack_from(regs, 8 * _RSP)[0]
+
+
+def thread_pointer(regs):
+    """The fs base of a regset: the thread's control block."""
+    return _U64.unpack_from(regs, 8 * _FS_BASE)[0]
+
+
+def is_32bit(regs):
+    """Does the thread run 32-bit code at the moment?"""
+    return _U64.unpack_from(regs, 8 * _CS)[0] & 0xffff == _USER_CS_32
+
+
+def _replaced(regs, changes):
+    """A regset with {index: value} put in."""
+    image = bytearray(regs)
+    for index, value in changes.items():
+        _U64.pack_into(image, 8 * index, value & _U64_MAX)
+    return bytes(image)
+
+
+def with_program_counter(regs, vaddr):
+    """The regset with another rip."""
+    return _replaced(regs, {_RIP: vaddr})
+
+
+def at_entry(regs, vaddr):
+    """The regset of a thread that starts at vaddr, in no syscall."""
+    return _replaced(regs, {_RIP: vaddr, _ORIG_RAX: -1})
+
+
+def is_in_syscall(regs):
+    """Was the thread stopped on its way out of a syscall?"""
+    return _U64.unpack_from(regs, 8 * _ORIG_RAX)[0] < 1 << 63
+
+
+def will_restart(regs):
+    """Will the kernel go back two bytes to run the syscall again?"""
+    return (is_in_syscall(regs)
+            and _U64.unpack_from(regs, 8 * _RAX)[0] in _RESTARTS)
+
+
+def injection_rank(regs):
+    """How well a thread suits an injection; the lowest is the best."""
+    if not is_in_syscall(regs):
+        return 0
+    if not will_restart(regs):
+        return 1
+    number = _U64.unpack_from(regs, 8 * _ORIG_RAX)[0]
+    restart = -_U64.unpack_from(regs, 8 * _RAX)[0] & _U64_MAX
+    return 2 + (restart == ERESTARTSYS) + 2 * (
+        number in _INEXACT or restart == ERESTART_RESTARTBLOCK)
+
+
+def without_spurious_eintr(regs, read):
+    """The regset that cures an EINTR which the program must not see.
+
+    read(vaddr, size) -> bytes of the thread's memory
+    Returns None where there is nothing to cure. The kernel then decides:
+    EINTR if a handler runs, a restart otherwise (arch/x86/kernel/signal.c).
+    """
+    values = _REGS.unpack(regs)
+    if (values[_RAX] != _EINTR or values[_ORIG_RAX] not in _EINTR_ON_STOP
+            or read(values[_RIP] - 2, 2) != SYSCALL_RET[:2]):
+        return None
+    return _replaced(regs, {_RAX: -ERESTARTNOHAND})
+
+
+def is_transfer(number, args):
+    """Would an interrupt cut this syscall short? args: its six arguments."""
+    if number == _NR_RECVFROM:
+        return bool(args[3] & _MSG_WAITALL)
+    if number == _NR_RECVMSG:
+        return bool(args[2] & _MSG_WAITALL)
+    return number in _TRANSFERS
+
+
+def rest_of_transfer(regs, read):
+    """The regset that re-issues the next part of an interrupted transfer.
+
+    regs   at the exit of the syscall; rax is what has been done so far
+    read(vaddr, size) -> bytes of the thread's memory
+    Returns None where nothing was cut short.
+    """
+    values = _REGS.unpack(regs)
+    number, done = values[_ORIG_RAX], values[_RAX]
+    args = [values[index] for index in _SYSCALL_ARGS]
+    if (number not in _TRANSFERS or not 0 < done < 1 << 47
+            or not is_transfer(number, args)
+            or read(values[_RIP] - 2, 2) != SYSCALL_RET[:2]):
+        return None
+    changes = _rest_arguments(number, args, done, read)
+    if changes is None:
+        return None
+    changes.setdefault(_RAX, number)
+    changes.update({_ORIG_RAX: -1, _RIP: values[_RIP] - 2})
+    return _replaced(regs, changes)
+
+
+def _rest_arguments(number, args, done, read):
+    """Registers that make a syscall do what done bytes left undone."""
+    if number in _VECTORED:
+        return _rest_of_vector(number, args, done, read)
+    places = _TRANSFERS[number]
+    if places is None or done >= args[places[1]]:
+        return None
+    changes = {_SYSCALL_ARGS[places[1]]: args[places[1]] - done}
+    if places[0] is not None:
+        changes[_SYSCALL_ARGS[places[0]]] = args[places[0]] + done
+    if number == _NR_PWRITE64:
+        changes[_R10] = args[3] + done
+    return changes
+
+
+def _rest_of_vector(number, args, done, read):
+    """As _rest_arguments: the rest of the struct iovec that done ends in."""
+    vector, count = args[1], args[2]
+    if number != _NR_WRITEV:                # struct msghdr, recvmsg(2)
+        vector, count = struct.unpack("<QQ", read(args[1] + 16, 16))
+    pairs = struct.iter_unpack("<QQ", read(vector, 16 * min(count, 1024)))
+    for base, size in pairs:
+        if done < size:
+            changes = {_RAX: _VECTORED[number], _RSI: base + done,
+                       _RDX: size - done}
+            if number != _NR_WRITEV:
+                changes.update({_R10: args[2], _R8: 0, _R9: 0})
+            return changes
+        done -= size
+    return None
+
+
+def finished_transfer(before, after):
+    """The regset of a transfer whose rest was re-issued.
+
+    before   the regset at the stop that cut it short, rax: bytes done
+    after    the regset at the exit of the re-issued part
+    """
+    result = max(0, syscall_result(after))
+    done, = _U64.unpack_from(before, 8 * _RAX)
+    return _replaced(before, {_RAX: done + result})
+
+
+def syscall_result(regs):
+    """The signed result of a finished syscall."""
+    value = _U64.unpack_from(regs, 8 * _RAX)[0]
+    return value - (1 << 64) if value >> 63 else value
+
+
+def syscall_regs(regs, gadget, frame, number, args):
+    """The regset that runs one syscall at gadget with its frame below.
+
+    gadget   vaddr of SYSCALL_RET;  frame   vaddr of a signal_frame
+    """
+    changes = {_RIP: gadget, _RSP: frame, _RAX: number, _ORIG_RAX: -1}
+    changes.update(zip(_SYSCALL_ARGS, tuple(args) + (0,) * (6 - len(args))))
+    return _replaced(regs, changes)
+
+
+def frame_size(xstate):
+    """Bytes that a signal frame takes, its alignment included."""
+    return FRAME_HEAD + 64 + len(xstate) + 4 + 64
+
+
+def own_stack_top(regs):
+    """The highest vaddr that a frame on the thread's own stack may touch."""
+    return stack_pointer(regs) - _RED_ZONE
+
+
+def usable_xstate(xstate):
+    """The part of an NT_X86_XSTATE image that rt_sigreturn will accept.
+
+    None if the thread's AMX tiles are in use: their image is longer than
+    an ordinary frame. Source: arch/x86/kernel/fpu/signal.c,
+    check_xstate_in_sigframe; XCR0 is in the software bytes at 464.
+    """
+    if len(xstate) < 576:
+        return xstate[:512]
+    features = _U64.unpack_from(xstate, 464)[0]
+    in_use = _U64.unpack_from(xstate, 512)[0]
+    if in_use & _XFEATURE_TILE_DATA:
+        return None
+    if features & _XFEATURE_TILE_DATA:
+        return xstate[:_XSTATE_WITHOUT_TILES]
+    return xstate
+
+
+def signal_frame(regs, xstate, sigmask, restorer, top):
+    """A frame whose rt_sigreturn restores a thread. -> (vaddr, bytes)
+
+    regs      the regset to restore; a syscall that was to be restarted is
+              re-issued by the frame itself, since sigreturn cancels restarts
+    xstate    from usable_xstate;   sigmask   8 bytes, PTRACE_GETSIGMASK
+    restorer  vaddr of one of RESTORERS
+    top       the highest vaddr that may be written, exclusive
+    """
+    image = bytearray(xstate)
+    magic2 = b""
+    if len(image) > 512:
+        features = _U64.unpack_from(image, 464)[0] & ~_XFEATURE_TILE_DATA
+        struct.pack_into("<IIQI", image, 464, FP_XSTATE_MAGIC1,
+                         len(image) + 4, features, len(image))
+        image[484:512] = bytes(28)
+        magic2 = struct.pack("<I", FP_XSTATE_MAGIC2)
+    else:
+        image[464:512] = bytes(48)
+    fpstate = (top - len(image) - len(magic2)) & ~63
+    vaddr = ((fpstate - FRAME_HEAD) & ~15) - 8
+    values = list(_REGS.unpack(regs))
+    if will_restart(regs):
+        values[_RIP] -= 2
+        values[_RAX] = values[_ORIG_RAX]
+    frame = struct.pack("<QQQQII Q", restorer, _UC_FLAGS, 0, 0,
+                        _SS_REJECTED, 0, 0)
+    frame += struct.pack("<18Q", *(values[i] for i in _SIGCONTEXT_ORDER))
+    frame += struct.pack("<HHHH", values[_CS] & 0xffff, 0, 0,
+                         values[_SS] & 0xffff)
+    frame += struct.pack("<4QQ8Q", 0, 0, 0, 0, fpstate, *(0,) * 8) + sigmask
+    frame += bytes(fpstate - vaddr - len(frame))
+    return vaddr, frame + bytes(image) + magic2
+
+
+def frames_on_stack(memory, vaddr, restorers):
+    """Signal frames in a piece of stack.
+
+    memory      bytes read at vaddr;   restorers   8-byte words to look for
+    -> [(vaddr of the saved rip, saved rip, saved rsp)]
+    """
+    found = []
+    for word in restorers:
+        at = memory.find(word)
+        while at >= 0:
+            if at + _SIGCONTEXT_RIP + 8 <= len(memory):
+                rip, = _U64.unpack_from(memory, at + _SIGCONTEXT_RIP)
+                rsp, = _U64.unpack_from(memory, at + _SIGCONTEXT_RSP)
+                found.append((vaddr + at + _SIGCONTEXT_RIP, rip, rsp))
+            at = memory.find(word, at + 1)
+    return found
+
+
+def entry_stub(entry):
+    """Code for a launched program: one harmless syscall, then its entry.
+
+    The tracer stops it at that syscall, when the loader is done. Without a
+    tracer it goes on to the entry by itself.   mov $39,%eax (getpid);
+    syscall; jmp *[rip+0]
+    """
+    return (mov_r32_imm32(RAX, 39) + SYSCALL_RET[:2]
+            + b"\xff\x25\0\0\0\0" + _U64.pack(entry))
