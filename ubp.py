@@ -210,6 +210,7 @@ _readv = _declare("process_vm_readv", ctypes.c_ssize_t, _int, _ptr, _ulong,
                   _ptr, _ulong, _ulong)
 _writev = _declare("process_vm_writev", ctypes.c_ssize_t, _int, _ptr, _ulong,
                    _ptr, _ulong, _ulong)
+_sigtimedwait = _declare("sigtimedwait", _int, _ptr, _ptr, _ptr)
 _open = _declare("open", _int, ctypes.c_char_p, _int)
 _close = _declare("close", _int, _int)
 _read = _declare("read", ctypes.c_ssize_t, _int, _ptr, _size)
@@ -256,14 +257,46 @@ def nap(nanoseconds):
     _nanosleep(ctypes.addressof(span), None)
 
 
-def nap_longer(nanoseconds):
-    """A nap in a wait for a tracee. -> how long the next one should be
+class StopWaiter:
+    """Sleeps until a tracee stops, never past a deadline.
 
-    Ever longer: a SCHED_FIFO thread that naps for a few microseconds at a
+    The kernel sends SIGCHLD to the tracer at each stop, and sigtimedwait(2)
+    takes it in this thread, without a handler. Where it does not come (the
+    host ignores SIGCHLD, or another thread took it), naps do: ever longer
+    ones, since a SCHED_FIFO thread that naps for a few microseconds at a
     time never lets a tracee on its own processor get anything done.
     """
-    nap(nanoseconds)
-    return min(nanoseconds * 2, 1000000)
+
+    def __init__(self):
+        self._set = ctypes.create_string_buffer(128)    # sigset_t
+        self._set[(signal.SIGCHLD - 1) // 8] = bytes(
+            [1 << (signal.SIGCHLD - 1) % 8])
+        self._taken = False         # a SIGCHLD that the host may want
+        self.restart()
+
+    def restart(self):
+        """A new wait begins."""
+        self._rest, self._misses = 20000, 0
+
+    def sleep(self):
+        """Until some tracee may have stopped."""
+        if self._misses < 2 and _sigtimedwait is not None:
+            span = Timespec(0, max(200000, self._rest))
+            if _sigtimedwait(ctypes.addressof(self._set), None,
+                             ctypes.addressof(span)) == signal.SIGCHLD:
+                self._taken = True
+                return
+            self._misses += 1
+        else:
+            nap(self._rest)
+        self._rest = min(self._rest * 2, 1000000)
+
+    def give_back(self):
+        """Send on the SIGCHLD that was taken: a child of the host may have
+        ended meanwhile, and signals of one kind are merged."""
+        if self._taken:
+            self._taken = False
+            os.kill(os.getpid(), signal.SIGCHLD)
 
 
 def syscall(number, *args):
@@ -2508,6 +2541,8 @@ class Tracer:
         self.threads = {}           # tid -> Thread
         self.siblings = ()          # other processes of the same mm
         self.pause_us = 0.0
+        self.pauses = {}            # {purpose: microseconds of the longest}
+        self.waiter = StopWaiter()
         self.maps = []
         self.seccomp = {}           # tid -> mode, as last prepared
         self.held = False           # launched, and kept at its entry point
@@ -2587,7 +2622,7 @@ class Tracer:
 
     # -- stopping -----------------------------------------------------------
 
-    def pause(self, action, timeout):
+    def pause(self, action, timeout, purpose):
         """Call action() with every thread stopped. -> what it returns
 
         Repeats the attempt when threads do not stop in time, or the action
@@ -2597,7 +2632,7 @@ class Tracer:
         wait = 0.001
         while True:
             try:
-                return self._one_pause(action, limit)
+                return self._one_pause(action, limit, purpose)
             except Again as again:
                 if time.monotonic() + wait > limit:
                     raise UbpTimeout(
@@ -2611,7 +2646,7 @@ class Tracer:
         """pid 4242 (redis-server)"""
         return "pid %d (%s)" % (self.tgid, comm(self.tgid))
 
-    def _one_pause(self, action, limit):
+    def _one_pause(self, action, limit, purpose):
         try:
             self._prepare(limit)
             before = _raise_priority()
@@ -2625,9 +2660,12 @@ class Tracer:
             finally:
                 self._release()
                 took = (time.monotonic() - begin) * 1e6
-                self.pause_us = max(self.pause_us, took)
                 _restore_priority(before)
-                log.debug("paused %s for %d us", self.tgid, took)
+                self.waiter.give_back()
+                self.pause_us = max(self.pause_us, took)
+                self.pauses[purpose] = max(took, self.pauses.get(purpose, 0))
+                log.debug("stopped pid %d for %d us to %s", self.tgid, took,
+                          purpose)
         finally:
             self._release()
 
@@ -2740,7 +2778,8 @@ class Tracer:
         """Wait until each interrupted thread has stopped. Raises Again."""
         waiting = [thread for thread in self.threads.values()
                    if thread.state in (INTERRUPTED, FINISHING)]
-        rest = 5000
+        waiter = self.waiter
+        waiter.restart()
         while True:
             waiting = [thread for thread in waiting
                        if not self._has_stopped(thread)]
@@ -2751,7 +2790,7 @@ class Tracer:
                     waiting[0].tid,
                     read_proc("/proc/%d/wchan" % waiting[0].tid).decode(
                         errors="replace") or "?"))
-            rest = nap_longer(rest)
+            waiter.sleep()
 
     def _has_stopped(self, thread):
         """Look at one thread. -> True if it needs no more waiting"""
@@ -3193,7 +3232,8 @@ class Injection:
 
     def _wait(self, tid):
         limit = time.monotonic() + _INJECTION_S
-        polls, rest = 0, 4000
+        polls, waiter = 0, self.tracer.waiter
+        waiter.restart()
         while True:
             status = wait_nohang(tid)
             polls += 1
@@ -3208,7 +3248,7 @@ class Injection:
             if time.monotonic() > limit:
                 raise UbpTimeout("run a syscall in", self.tracer.name(),
                                  "it did not return in %g s" % _INJECTION_S)
-            rest = nap_longer(rest)
+            waiter.sleep()
 
     def finish(self):
         """Put the thread back: mask, registers, then the stack's bytes.
@@ -3890,7 +3930,7 @@ def make_arena(tracer, low, high, n_sites, timeout, kind="auto"):
                                  os.strerror(-fd))
         return base, shards, fd
 
-    base, shards, fd = tracer.pause(action, timeout)
+    base, shards, fd = tracer.pause(action, timeout, "map the arena")
     if fd < 0:
         return Arena(tracer, base, layout, shards, None, 0)
     try:
@@ -4015,7 +4055,7 @@ def unmap(tracer, ranges, timeout):
         with Injection(tracer) as injection:
             for start, end in ranges:
                 injection.call(SYS_munmap, start, end - start)
-    tracer.pause(action, timeout)
+    tracer.pause(action, timeout, "unmap")
 
 
 # -- patching and restoring, with all threads stopped -----------------------
@@ -4174,7 +4214,7 @@ def arm(tracer, arena, records, timeout):
         state["patches"].write()
 
     survey()
-    tracer.pause(action, timeout)
+    tracer.pause(action, timeout, "patch")
     return state["changed"]
 
 
@@ -4248,7 +4288,7 @@ def restore(tracer, records, ranges, identity, timeout):
         return True
 
     steps.survey()
-    unmapped = tracer.pause(action, timeout)
+    unmapped = tracer.pause(action, timeout, "restore")
     pages = tuple(sorted({vaddr & -PAGE for vaddr, _, _
                           in steps.patches.writes}))
     return Restored(steps.n_sites, pages, tuple(steps.foreign), unmapped)
@@ -5323,7 +5363,7 @@ def _unmap_headless(tracer, view, limit):
         with Injection(tracer) as injection:
             for low, high in now[0].ranges:
                 injection.call(SYS_munmap, low, high - low)
-    tracer.pause(action, max(0.5, limit - time.monotonic()))
+    tracer.pause(action, max(0.5, limit - time.monotonic()), "unmap")
 
 
 def _descriptors(pid):
@@ -5353,7 +5393,7 @@ def _close_descriptors(tracer, limit):
             for number in numbers:
                 injection.call(SYS_close, number)
         return len(numbers)
-    return tracer.pause(action, max(0.5, limit - time.monotonic()))
+    return tracer.pause(action, max(0.5, limit - time.monotonic()), "unmap")
 
 
 # ---- 8  Command line ------------------------------------------------------
@@ -5498,9 +5538,9 @@ class Output:
     """Where data goes: a descriptor, with no buffer behind it.
 
     write() returns when the bytes are out, or when the reader is gone, or
-    when a signal asked for the end while the reader stood still; what is
-    unwritten then stays in `pending` for the next write. Raises UbpError if
-    the disk is full.
+    when a signal asks for the end while the reader stands still (a second
+    one: has asked before); what is unwritten then stays in `pending` for the
+    next write. Raises UbpError if the disk is full.
     """
 
     def __init__(self, fd, name, encoding, signals):
@@ -5539,10 +5579,11 @@ class Output:
         n_signals = len(self.signals.seen)
         poller = select.poll()
         poller.register(self.fd, select.POLLOUT)
-        while (self.pending and not self.is_gone
-               and len(self.signals.seen) == n_signals):
+        while self.pending and not self.is_gone:
             if poller.poll(50):
                 self._write_some()
+            elif n_signals < len(self.signals.seen) or n_signals > 1:
+                break
 
     def _write_some(self):
         """One write(2) of what is pending, its errors sorted out."""
@@ -5947,9 +5988,9 @@ def table_lines(rows, seconds, is_final, size=None, n_top=None, dots="..."):
     lines = layout([head] + cells[:n_shown], columns, dots)
     if n_shown < len(cells):
         hidden = sum(int(cell[0]) for cell in cells[n_shown:])
-        lines.append("%s not shown, with %s" % (
-            plural(len(cells) - n_shown, "function"),
-            plural(hidden, "call")))
+        words = "%s not shown, with %s" % (
+            plural(len(cells) - n_shown, "function"), plural(hidden, "call"))
+        lines.append(words[:columns or None])
     return lines
 
 

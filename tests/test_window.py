@@ -358,3 +358,327 @@ class LivenessTest(unittest.TestCase):
         for _ in range(50):
             x86.liveness(analysis, BASE)
         self.assertLess(time.process_time() - start, 1)
+
+
+# -- Jump tables: the labels in cc's assembly are the judge.
+
+SWITCHES = """
+extern int g(int);
+int dense(int x, int y)
+{
+    switch (x) {
+    case 0: return g(y + 3);
+    case 1: return g(1) * y;
+    case 2: return y ^ 77;
+    case 3: g(5); return 3;
+    case 4: return g(9) + g(y);
+    case 5: return g(g(y));
+    case 7: return -y;
+    default: return 4;
+    }
+}
+long two(unsigned char *p, long n)
+{
+    long sum = 0;
+    for (; n; n--, p++)
+        switch (*p) {
+        case 10: sum += g(1); break;
+        case 11: sum -= g(2); break;
+        case 12: sum ^= g(3); break;
+        case 13: sum *= g(4); break;
+        case 14: sum |= g(5); break;
+        case 15: sum &= g(6); /* fall through */
+        case 16: sum += g(7); break;
+        }
+    switch (sum) {
+    case 1: return g(8); case 2: return g(10) + 1; case 3: return g(11) + 2;
+    case 4: return g(12) + 3; case 5: return 9; case 6: return g(13) - 1;
+    }
+    return sum;
+}
+int g(int x) { return x * 3; }
+int main(int argc, char **argv)
+{
+    return dense(argc, 2) + two((unsigned char *)argv[0], argc);
+}
+"""
+SWITCH_FLAGS = (
+    ("-O2", "-fPIC", "-pie"), ("-O2", "-fno-pic", "-no-pie"),
+    ("-O0", "-fPIC", "-pie"), ("-O1", "-fno-pic", "-no-pie"),
+    ("-Os", "-fPIC", "-pie"), ("-O3", "-fPIC", "-pie", "-fcf-protection"),
+    ("-O3", "-fno-pic", "-no-pie", "-fcf-protection"))
+
+
+def run(*command):
+    done = subprocess.run(command, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    text = done.stdout.decode("utf-8", "replace")
+    if done.returncode:
+        raise RuntimeError("%s: %s" % (" ".join(command), text))
+    return text
+
+
+def need(*programs):
+    for program in programs:
+        if not shutil.which(program):
+            raise unittest.SkipTest("no %s: apt-get install gcc binutils"
+                                    % program)
+
+
+def table_labels(assembly):
+    """Return the labels of code that tables in cc's assembly name."""
+    return set(re.findall(r"^\t\.(?:long|quad)\t(\.L\w+)(?:-\.L\w+)?$",
+                          assembly.split(".debug")[0], re.MULTILINE))
+
+
+class JumpTableTest(unittest.TestCase):
+
+    def check(self, compiler, flags, folder):
+        """Compile SWITCHES; its tables' targets are those of its labels."""
+        source, listing, program = (os.path.join(folder, name) for name in
+                                    ("t.c", "t.s", "t"))
+        with open(source, "w") as f:
+            f.write(SWITCHES)
+        flags = list(flags) + ["-fno-inline", "-fno-asynchronous-unwind-"
+                               "tables"]
+        run(compiler, "-S", "-o", listing, source, *flags)
+        run(compiler, "-Wa,-L", "-o", program, listing, *flags)
+        labels, names = {}, {}
+        for line in run("nm", program).splitlines():
+            words = line.split()
+            if len(words) == 3:
+                into = labels if words[2].startswith(".L") else names
+                into[words[2]] = int(words[0], 16)
+        with open(listing) as f:
+            expected = {labels[name] for name in table_labels(f.read())}
+        elf = Elf(program)
+        scan = elf.scan()
+        found, unresolved, within = set(), [], set()
+        for name in ("dense", "two"):
+            function = elf.function_at(names[name])
+            analysis = x86.analyse(function)
+            jumps = x86.resolve_jumps(analysis, elf.read, scan.is_executable)
+            found.update(jumps.targets)
+            unresolved += jumps.unresolved
+            within.update(target for target in expected
+                          if 0 <= target - function.vaddr < function.size)
+        self.assertGreater(len(expected), 12)
+        self.assertEqual(found & within, within)
+        self.assertEqual(unresolved, [])
+        # A table whose bound is not seen (-O0 compares memory) is read on.
+        if "-O0" not in flags:
+            self.assertEqual(found, expected)
+
+    def test_targets_are_the_labels_of_the_assembly(self):
+        need("cc", "nm")
+        compilers = ["cc"] + (["clang"] if shutil.which("clang") else [])
+        for compiler in compilers:
+            for flags in SWITCH_FLAGS:
+                with self.subTest(" ".join((compiler,) + flags)), \
+                        tempfile.TemporaryDirectory() as folder:
+                    self.check(compiler, flags, folder)
+
+
+# -- Whole libraries.
+
+class Elf:
+    """The functions of an ELF64 file: symbols and .eh_frame_hdr."""
+
+    def __init__(self, path):
+        with open(path, "rb") as f:
+            self.data = f.read()
+        unpack = struct.unpack_from
+        (phoff, shoff), (n_segments, ) = unpack("<QQ", self.data, 32), \
+            unpack("<H", self.data, 56)
+        n_sections, names = unpack("<HH", self.data, 60)
+        self.loads = []
+        for place in range(n_segments):
+            kind, flags, offset, vaddr, _, size = unpack(
+                "<IIQQQQ", self.data, phoff + 56 * place)
+            if kind == 1:
+                self.loads.append((vaddr, size, offset, flags))
+        self.sections = [unpack("<IIQQQQIIQQ", self.data, shoff + 64 * place)
+                         for place in range(n_sections)]
+        self.by_name = {self.text(self.sections[names][4] + section[0]):
+                        section for section in self.sections}
+        self.sizes = dict(self.fdes())
+        for vaddr, size in self.symbols():
+            self.sizes[vaddr] = size or self.sizes.get(vaddr, 0)
+        self.functions = list(self.split())
+        self.vaddrs = [function.vaddr for function in self.functions]
+
+    def text(self, offset):
+        return self.data[offset:self.data.index(b"\0", offset)].decode()
+
+    def code_sections(self):
+        return [(section[3], section[3] + section[5]) for section
+                in self.sections if section[2] & 4 and section[1] == 1]
+
+    def symbols(self):
+        for name in (".symtab", ".dynsym"):
+            section = self.by_name.get(name)
+            if section is None:
+                continue
+            for fields in struct.iter_unpack(
+                    "<IBBHQQ", self.data[section[4]:section[4]
+                                         + section[5]]):
+                _, info, _, index, vaddr, size = fields
+                if info & 15 in (2, 10) and index:
+                    yield vaddr, size
+
+    def fdes(self):
+        """Yield (vaddr, size) by the table of .eh_frame_hdr."""
+        header, frames = (self.by_name.get(name) for name in
+                          (".eh_frame_hdr", ".eh_frame"))
+        if not header or self.data[header[4] + 3] != 0x3b:
+            return
+        count, = struct.unpack_from("<I", self.data, header[4] + 8)
+        for place in range(count):
+            vaddr, fde = struct.unpack_from("<ii", self.data,
+                                            header[4] + 12 + 8 * place)
+            offset = header[3] + fde - frames[3] + frames[4]
+            yield header[3] + vaddr, struct.unpack_from(
+                "<I", self.data, offset + 12)[0]
+
+    def pointers(self):
+        """Yield the targets of relative and IRELATIVE relocations."""
+        section = self.by_name.get(".rela.dyn")
+        if section:
+            for _, info, addend in struct.iter_unpack(
+                    "<QQq", self.data[section[4]:section[4] + section[5]]):
+                if info & 0xffffffff in (8, 37):
+                    yield addend
+
+    def split(self):
+        """Yield the Functions; one inside another is an entry of that."""
+        sections, reach, tops, inner = self.code_sections(), 0, [], set()
+        for vaddr in sorted(self.sizes):
+            if not any(low <= vaddr < high for low, high in sections):
+                continue
+            if vaddr < reach:
+                inner.add(vaddr)
+            else:
+                tops.append(vaddr)
+                reach = vaddr + self.sizes[vaddr]
+        inner = sorted(inner.union(self.pointers()))
+        for vaddr, following in zip(tops, tops[1:] + [1 << 63]):
+            end = min([following] + [high for low, high in sections
+                                     if low <= vaddr < high])
+            size = min(self.sizes[vaddr] or end - vaddr, end - vaddr)
+            yield x86.Function(
+                vaddr, size, self.read(vaddr, end - vaddr), tuple(
+                    inner[bisect.bisect_right(inner, vaddr):
+                          bisect.bisect_left(inner, end)]))
+
+    def read(self, vaddr, size):
+        for low, length, offset, _ in self.loads:
+            if low <= vaddr < low + length:
+                return self.data[offset + vaddr - low:
+                                 offset + min(vaddr - low + size, length)]
+        return None
+
+    def function_at(self, vaddr):
+        place = bisect.bisect_right(self.vaddrs, vaddr) - 1
+        function = self.functions[place] if place >= 0 else None
+        if function and vaddr < function.vaddr + len(function.code):
+            return function
+        return None
+
+    def scan(self):
+        segments = [(vaddr, self.data[offset:offset + size])
+                    for vaddr, size, offset, flags in self.loads if flags & 1]
+        return x86.BranchScan(segments, self.function_at, self.read)
+
+
+def libraries():
+    """Return {name: path} of what coverage is wanted for, where found."""
+    folder = sysconfig.get_config_var("LIBDIR") or ""
+    name = sysconfig.get_config_var("INSTSONAME") or ""
+    python = os.path.join(folder, name)
+    if not name.count(".so") or not os.path.exists(python):
+        python = os.path.realpath(sys.executable)
+    found = {"python": python}
+    for name in ("libc.so.6", "libstdc++.so.6"):
+        for path in glob.glob("/lib*/**/" + name, recursive=True)[:1]:
+            found[name] = path
+    return found
+
+
+def plan_all(elf):
+    """Return (Windows, {rule: n}, n functions of five bytes or more)."""
+    scan, windows, rules, count = elf.scan(), [], collections.Counter(), 0
+    for function in elf.functions:
+        if not function.size:
+            continue
+        count += function.size >= 5
+        try:
+            windows.append(x86.plan_window(function, function.vaddr, scan))
+        except x86.RefusalError as refusal:
+            if function.size >= 5:
+                rules[refusal.rule] += 1
+    return windows, rules, count
+
+
+class LibrariesTest(unittest.TestCase):
+
+    @classmethod
+    def setUpClass(cls):
+        cls.planned = {}
+        for name, path in sorted(libraries().items()):
+            elf = Elf(path)
+            start = time.process_time()
+            cls.planned[name] = (path, elf) + plan_all(elf) + (
+                time.process_time() - start,)
+
+    def test_nearly_every_entry_takes_a_jump(self):
+        print("\n%-16s %9s %8s %7s %6s  refused" % (
+            "library", "functions", "jump", "slots", "s"))
+        for name, (_, elf, windows, rules, count, seconds) in sorted(
+                self.planned.items()):
+            share = 1 - sum(rules.values()) / max(count, 1)
+            print("%-16s %9d %7.3f%% %7d %6.2f  %s" % (
+                name, count, 100 * share, sum(1 for window in windows
+                                              if window.slot), seconds,
+                ", ".join("%s %d" % item for item in rules.items()) or "-"))
+            with self.subTest(name):
+                self.assertGreater(count, 100)
+                self.assertGreaterEqual(share, GOAL)
+
+    def test_no_branch_that_objdump_sees_enters_a_window(self):
+        need("objdump")
+        branch = re.compile(r"^ +([0-9a-f]+):\t(?:[a-z]+ )*"
+                            r"(?:j[a-z]+|call|loop[a-z]*|xbegin)[lq]?"
+                            r"(?:,p[nt])? +([0-9a-f]+)\b")
+        for name, (path, _, windows, _, _, _) in sorted(
+                self.planned.items()):
+            with self.subTest(name):
+                interior, slots = {}, set()
+                for window in windows:
+                    for vaddr in range(window.site + 1,
+                                       window.site + window.size):
+                        interior[vaddr] = window
+                    if window.slot:
+                        slots.update(range(window.slot, window.slot + 5))
+                process = subprocess.Popen(
+                    ["objdump", "-d", "-w", "--no-show-raw-insn", path],
+                    stdout=subprocess.PIPE)
+                n_branches = 0
+                for line in process.stdout:
+                    match = branch.match(line.decode("ascii", "replace"))
+                    if match:
+                        n_branches += 1
+                        target = int(match.group(2), 16)
+                        self.assertNotIn(target, interior, line)
+                        self.assertNotIn(target, slots, line)
+                process.stdout.close()
+                self.assertEqual(process.wait(), 0)
+                self.assertGreater(n_branches, 1000)
+
+    def test_scans_are_quick(self):
+        for name, (_, elf, _, _, _, _) in sorted(self.planned.items()):
+            scan = elf.scan()
+            size = sum(len(code) for _, code in scan.segments)
+            start = time.process_time()
+            scan._build()
+            seconds = time.process_time() - start
+            self.assertLess(seconds, 0.05 + size / 8e6, name)
