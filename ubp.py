@@ -479,8 +479,8 @@ PF_X = 1
 SHT_SYMTAB, SHT_RELA, SHT_NOBITS, SHT_DYNSYM = 2, 4, 8, 11
 SHF_ALLOC, SHF_EXECINSTR = 2, 4
 DT_PLTRELSZ, DT_HASH, DT_STRTAB, DT_SYMTAB, DT_RELA = 2, 4, 5, 6, 7
-DT_RELASZ, DT_STRSZ, DT_INIT, DT_FINI, DT_SONAME, DT_JMPREL = 8, 10, 12, 13, 14, 23
-DT_RELRSZ, DT_RELR, DT_GNU_HASH = 35, 36, 0x6ffffef5
+DT_RELASZ, DT_STRSZ, DT_INIT, DT_FINI, DT_SONAME = 8, 10, 12, 13, 14
+DT_JMPREL, DT_RELRSZ, DT_RELR, DT_GNU_HASH = 23, 35, 36, 0x6ffffef5
 STT_NOTYPE, STT_OBJECT, STT_FUNC, STT_GNU_IFUNC = 0, 1, 2, 10
 STB_LOCAL = 0
 R_X86_64_64, R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT = 1, 6, 7     # psABI 4.4
@@ -919,8 +919,10 @@ class SymbolTable:
 
     def name(self, index):
         """The name as bytes, without a version (`malloc@@GLIBC_2.2.5`)."""
-        return _c_string(self.strings,
-                         self.name_offsets[index]).partition(b"@")[0]
+        offset, strings = self.name_offsets[index], self.strings
+        end = strings.find(b"\0", offset, offset + MAX_NAME)
+        name = strings[offset:end if end >= 0 else offset + MAX_NAME]
+        return name.partition(b"@")[0] if b"@" in name else name
 
     def type(self, index):
         return self.infos[index] & 0xf
@@ -929,17 +931,21 @@ class SymbolTable:
         return self.infos[index] >> 4 & 0xf == STB_LOCAL
 
     def in_code(self, ranges):
-        """Indices of what is defined in or between the ranges, by value."""
+        """(values, indices) of what is defined in or between the ranges.
+
+        Sorted by value.
+        """
         if not ranges:
-            return []
+            return [], []
         low, high = ranges[0][0], ranges[-1][1]
         kinds = (STT_NOTYPE, STT_OBJECT, STT_FUNC, STT_GNU_IFUNC)
+        values = list(self.values)
         found = [index for index, (info, value)
-                 in enumerate(zip(self.infos, self.values))
+                 in enumerate(zip(self.infos, values))
                  if low <= value < high and info & 0xf in kinds
                  and 0 < info >> 16 < 0xff00]        # SHN_LORESERVE
-        found.sort(key=self.values.__getitem__)
-        return found
+        found.sort(key=values.__getitem__)
+        return [values[index] for index in found], found
 
     def named(self, name):
         """Indices of the symbols of that name, whatever their version.
@@ -1147,9 +1153,8 @@ class Functions:
         self.ranges = elf.code_ranges
         self.columns = []               # (table, indices, values), by value
         for table in tables:
-            order = table.in_code(self.ranges)
-            self.columns.append(
-                (table, order, [table.values[index] for index in order]))
+            values, order = table.in_code(self.ranges)
+            self.columns.append((table, order, values))
 
     def is_function(self, table, index):
         """Is it a function? Of untyped symbols those with their own FDE."""
@@ -1168,22 +1173,22 @@ class Functions:
                                 bisect.bisect_right(values, start))
                 if self.is_function(table, order[at])]
 
-    def size(self, start):
+    def size(self, start, aliases=None):
         """Bytes of the function at start: by symbol, FDE, or next mark."""
-        room = self.next_mark(start + 1) - start
-        sizes = [table.sizes[index] for table, index in self.aliases(start)]
         code = _range_at(self.ranges, start)
         if not code:
             return 0
-        if any(sizes):
-            return min(max(sizes), code[1] - start)
+        size = max((table.sizes[index] for table, index
+                    in aliases or self.aliases(start)), default=0)
+        if size:
+            return min(size, code[1] - start)
         fde = self.unwind.at(start)
         if fde:
             return min(fde.vaddr + fde.size, code[1]) - start
-        return room
+        return self.next_mark(start + 1) - start
 
     def next_mark(self, vaddr):
-        """Where the next symbol, FDE, or end of code is, at or behind vaddr."""
+        """The next symbol, FDE or end of code, at or behind a vaddr."""
         code = _range_at(self.ranges, vaddr)
         marks = [code[1] if code else vaddr]
         for values in [c[2] for c in self.columns] + [self.unwind.starts]:
@@ -1223,14 +1228,14 @@ class Functions:
     def matching(self, is_match):
         """Starts of the functions one of whose names is_match(bytes)."""
         starts = set()
-        for table, order, _ in self.columns:
-            name, infos, values = table.name, table.infos, table.values
-            for index in order:
-                if (infos[index] & 0xf != STT_OBJECT
-                        and is_match(name(index))
-                        and self.is_function(table, index)
-                        and _range_at(self.ranges, values[index])):
-                    starts.add(values[index])
+        for table, order, values in self.columns:
+            infos, name = table.infos, table.name
+            found = [at for at, index in enumerate(order)
+                     if infos[index] & 0xf != STT_OBJECT
+                     and is_match(name(index))]
+            starts.update(values[at] for at in found
+                          if self.is_function(table, order[at])
+                          and _range_at(self.ranges, values[at]))
         return starts
 
     def nameless(self):
@@ -1327,6 +1332,12 @@ ABBREVIATIONS = {        # 5.1.10
     "t": "std", "a": "std::allocator", "b": "std::basic_string",
     "s": "std::string", "i": "std::istream", "o": "std::ostream",
     "d": "std::iostream"}
+CLASSES = {
+    "std::string": "std::basic_string<char, std::char_traits<char>, "
+    "std::allocator<char> >",
+    "std::istream": "std::basic_istream<char, std::char_traits<char> >",
+    "std::ostream": "std::basic_ostream<char, std::char_traits<char> >",
+    "std::iostream": "std::basic_iostream<char, std::char_traits<char> >"}
 LITERAL_SUFFIXES = {"int": "", "unsigned int": "u", "long": "l",
                     "unsigned long": "ul", "long long": "ll",
                     "unsigned long long": "ull"}
@@ -1334,6 +1345,10 @@ LITERAL_SUFFIXES = {"int": "", "unsigned int": "u", "long": "l",
 
 class _Unsure(Exception):
     """A mangled name with something that the demangler does not know."""
+
+
+class _Pack(str):
+    """The text of a template parameter pack of none or several."""
 
 
 class _Demangler:
@@ -1347,6 +1362,7 @@ class _Demangler:
     def __init__(self, text):
         self.text, self.at, self.n_steps = text, 2, 0
         self.subs, self.args = [], []
+        self.is_special = False         # the last name returns no type
 
     def eat(self, prefix):
         found = self.text.startswith(prefix, self.at)
@@ -1375,15 +1391,19 @@ class _Demangler:
     def encoding(self):
         """A function. -> (name, name with parameters)."""
         name, qualifiers, has_return = self.name(False)
+        return name, name + self.parameters(has_return) + qualifiers
+
+    def parameters(self, has_return):
+        """The parameters of an encoding, "" if it is no function's."""
         if self.peek() in ("", "E", "."):
-            return name, name
+            return ""
         if has_return:
             self.type()
         types = []
         while self.peek() not in ("", "E", "."):
             types.append(_plain(self.type()))
         types = [] if types == ["void"] else types
-        return name, "%s(%s)%s" % (name, ", ".join(types), qualifiers)
+        return "(%s)" % ", ".join(text for text in types if text)
 
     def name(self, is_type):
         """-> (name, " const" and the like, is a return type encoded)."""
@@ -1419,37 +1439,36 @@ class _Demangler:
     def nested_name(self, is_type):
         self.at += 1
         letters = self.match("([rVK]*[RO]?)")
-        words = {"r": " restrict", "V": " volatile", "K": " const",
-                 "R": " &", "O": " &&"}
-        name, added, last = "", False, ""
+        name, last, added, is_special = "", "", False, False
         while not self.eat("E"):
             last, added = self.peek(), True
             if self.eat("St"):
                 name, added = "std", False
             elif last == "S":
                 name, added = self.substitution(), False
+                if self.peek() in ("C", "D"):        # its constructor
+                    name = CLASSES.get(name, name)
             elif last == "T":
                 name = self.template_param()
             elif last == "I":
                 name += self.template_args(is_type)
             elif not self.eat("M"):
                 part = self.unqualified(name)
+                is_special = self.is_special
                 name = name + "::" + part if name else part
-                if part.startswith("operator ") and "[" not in part:
-                    last = part
             if added:
                 self.add(name)
             self.n_steps += 1
         if added:
             self.subs.pop()
-        is_special = re.search(r"(?:^|::)~?([^:<>]+)(?:<.*>)?::~?\1$", name)
-        return (name, "".join(words[letter] for letter in letters[::-1]),
+        return (name, _qualifiers(letters),
                 last == "I" and not is_special)
 
     def unqualified(self, scope):
         """A source name, operator, constructor, lambda; its ABI tags."""
         self.eat("L")                   # internal linkage
         two = self.peek(2)
+        self.is_special = two[:1] in ("C", "D") or two == "cv"
         if two[:1].isdigit():
             name = self.source_name()
         elif re.match("C[1-5]|D[0-5]", two):
@@ -1500,10 +1519,13 @@ class _Demangler:
         return self.subs[index]
 
     def template_param(self):
+        is_expanded = self.text.startswith("Dp", self.at - 2)
         digits = self.match(r"T(\d{0,4})_")
         index = int(digits) + 1 if digits else 0
         if index >= len(self.args):
             raise _Unsure()
+        if isinstance(self.args[index], _Pack) and not is_expanded:
+            raise _Unsure()             # each member would need a copy
         return self.args[index]
 
     def template_args(self, is_type):
@@ -1521,14 +1543,16 @@ class _Demangler:
             if self.eat("L"):
                 args.append(self.literal())
             elif self.eat("J"):
-                args.append(", ".join(_plain(a) for a in self.arguments()))
+                members = [_plain(arg) for arg in self.arguments()]
+                args.append(members[0] if len(members) == 1
+                            else _Pack(", ".join(members)))
             else:
                 args.append(self.type())
         return args
 
     def literal(self):
         if self.eat("_Z"):
-            text = "&" * 0 + self.encoding()[1]
+            text = self.encoding()[1]
             if not self.eat("E"):
                 raise _Unsure()
             return text
@@ -1548,9 +1572,8 @@ class _Demangler:
                 self.at += len(code)
                 return BUILTIN_TYPES[code]
         if one in "rVK" and one:
-            words = [{"r": " restrict", "V": " volatile", "K": " const"}[c]
-                     for c in self.match("([rVK]+)")]
-            return self.add(_declare_in(self.type(), "".join(words[::-1])))
+            letters = self.match("([rVK]+)")
+            return self.add(_declare_in(self.type(), _qualifiers(letters)))
         if one in "PRO" and one:
             self.at += 1
             return self.add(_point(self.type(), {"P": "*", "R": "&",
@@ -1590,6 +1613,13 @@ class _Demangler:
         return _declare_in(result, " (\0)(%s)" % ", ".join(types))
 
 
+def _qualifiers(letters):
+    """` const &` for `KR`."""
+    return "".join(text for letter, text in (
+        ("K", " const"), ("V", " volatile"), ("r", " restrict"),
+        ("R", " &"), ("O", " &&")) if letter in letters)
+
+
 def _plain(text):
     """A type without the mark for its declarator."""
     return text.replace("(\0) ", "").replace("(\0)", "").replace("\0", "")
@@ -1618,7 +1648,7 @@ def _class_name(scope):
             depth += {">": 1, "<": -1}.get(scope[end], 0)
             if depth == 0:
                 break
-    name = scope[:end].rpartition("::")[2]
+    name = scope[:end].rpartition("::")[2].partition("[abi:")[0]
     if not name:
         raise _Unsure()
     return name
@@ -1627,19 +1657,24 @@ def _class_name(scope):
 def demangle(name):
     """(name, name with parameters) of a C++ function, or None if unsure.
 
-    name   text such as `_ZN1a1fEi`, which gives ("a::f", "a::f(int)")
+    name   text such as `_ZN1a1fEi`, which gives ("a::f", "a::f(int)");
+           if only the parameters are not understood: ("a::f", "a::f")
     """
     if not name.startswith("_Z") or len(name) >= MAX_NAME:
         return None
-    demangler = _Demangler(name)
+    body, dot, suffix = name.partition(".")
+    demangler = _Demangler(body)
     try:
-        short, full = demangler.encoding()
+        short, qualifiers, has_return = demangler.name(False)
     except (_Unsure, RecursionError):
         return None
-    rest = name[demangler.at:]
-    if rest and rest[0] != ".":
+    try:
+        full = short + demangler.parameters(has_return) + qualifiers
+    except (_Unsure, RecursionError):
+        full = short
+    if full != short and demangler.at < len(body):
         return None
-    return short + rest, full + rest
+    return short + dot + suffix, full + dot + suffix
 
 
 def short_name(name):
@@ -1657,6 +1692,26 @@ _ABBREVIATED = re.compile(
         word for text in list(BUILTIN_TYPES.values())
         + list(ABBREVIATIONS.values())
         for word in re.findall(r"\w+", text))))
+
+
+def is_pattern(text):
+    """Has a probe's name wildcards?"""
+    return "*" in text or "?" in text
+
+
+def _glob(pattern):
+    """A compiled pattern with * and ?, in time linear in the name.
+
+    Each piece is found once, at its first place behind the one before: a
+    look-ahead never backtracks, so `a*a*a*b` cannot explode.
+    """
+    pieces = [re.escape(piece).replace(r"\?", ".")
+              for piece in re.sub(r"\*+", "*", pattern).split("*")]
+    if len(pieces) == 1:
+        return re.compile(pieces[0] + r"\Z", re.S)
+    middle = "".join("(?=(.*?%s))\\%d" % (piece, n)
+                     for n, piece in enumerate(pieces[1:-1], 1))
+    return re.compile("%s%s.*%s\\Z" % (pieces[0], middle, pieces[-1]), re.S)
 
 
 def _squeeze(text):
@@ -1693,6 +1748,7 @@ def demangled_match(text, columns):
 def name_matcher(pattern):
     """A predicate on names (bytes) for a pattern with * and ?.
 
+    The longest word that a mangled name spells out sifts before the work.
     The `.cold` part of a function is no function: only a pattern that says
     `.cold` means it.
     """
@@ -1703,12 +1759,12 @@ def name_matcher(pattern):
     mark = max(words, key=len, default="").encode("utf-8", "surrogateescape")
 
     def is_match(name):
-        if b".cold" in name and not wants_cold:
+        if mark not in name or b".cold" in name and not wants_cold:
             return False
         text = _decode(name)
         if regex.match(text):
             return True
-        if not name.startswith(b"_Z") or mark not in name:
+        if not name.startswith(b"_Z"):
             return False
         return any(regex.match(form) for form in demangle(text) or ())
     return is_match
@@ -1921,9 +1977,9 @@ class Module:
         table = self._functions
         for start in sorted(table.matching(lambda name: True)
                             | set(table.nameless())):
-            yield self._symbol(start)
+            yield self.symbol(start)
 
-    def _symbol(self, start):
+    def symbol(self, start):
         """The Symbol of the function that begins at the file's vaddr."""
         aliases = self._functions.aliases(start)
         names, kind = {}, "func"
@@ -1938,17 +1994,18 @@ class Module:
         if not order:
             kind, order = "fde", [b"0x%x" % start]
         texts = tuple(_decode(name) for name in order)
-        return Symbol(start + self.bias, self._functions.size(start),
-                      short_name(texts[0]), texts, self, kind, "")
+        size = self._functions.size(start, aliases)
+        return Symbol(start + self.bias, size, short_name(texts[0]),
+                      texts, self, kind, "")
 
     def named(self, text):
         """The Symbols of exactly that name, mangled or not."""
         table = self._functions
         starts = table.named(text.encode("utf-8", "surrogateescape"))
         match = demangled_match(text, table.columns)
-        if match:
+        if match and ("operator" in text or not is_pattern(text)):
             starts |= table.matching(match)
-        return [self._symbol(start) for start in sorted(starts)]
+        return [self.symbol(start) for start in sorted(starts)]
 
     def names(self):
         """Every name of a function, with repetitions (bytes)."""
@@ -1960,24 +2017,25 @@ class Module:
     def parts(self, text):
         """Names of parts that a compiler split from a function (bytes)."""
         name = re.escape(text.encode("utf-8", "surrogateescape"))
-        regex = re.compile(b"(?<=\0)" + name + PART_SUFFIX + b"(?=\0)")
+        regex = re.compile(name + PART_SUFFIX + b"(?=\0)")
         return sorted({match.group()
                        for table, _, _ in self._functions.columns
-                       for match in regex.finditer(table.strings)})
+                       for match in regex.finditer(table.strings)
+                       if table.strings[match.start() - 1] == 0})
 
     def matching(self, pattern):
-        """The Symbols one of whose names a pattern with * and ? matches."""
+        """Sorted vaddrs, the file's, of functions that a pattern matches."""
         table = self._functions
         starts = table.matching(name_matcher(pattern))
         regex = _glob(pattern)
         starts.update(start for start in table.nameless()
                       if regex.match("0x%x" % start))
-        return [self._symbol(start) for start in sorted(starts)]
+        return sorted(starts)
 
     def function_at(self, vaddr):
         """The Symbol of the function that holds a vaddr, or None."""
         start = self._functions.start_of(vaddr - self.bias)
-        return None if start is None else self._symbol(start)
+        return None if start is None else self.symbol(start)
 
     def bounds(self, vaddr):
         """(start, size, end of padding) of the function round a vaddr.
@@ -2237,36 +2295,17 @@ def parse_probe(text):
         raise _malformed(probe, column, "no function behind the colon")
     if _ADDRESS.match(function):
         return Spec(probe, module, "", 0, False, int(function, 16))
-    if function[0].isdigit():
-        raise _malformed(probe, column, "a number: an address begins with "
-                         "0x, and no function with a digit")
     tail = _OFFSET.match(function)
     if tail and _ADDRESS.match(tail.group(1)):
         raise _malformed(probe, column + tail.end(1),
                          "an address takes no offset")
+    if function[0].isdigit():
+        raise _malformed(probe, column, "a number: an address begins with "
+                         "0x, and no function with a digit")
     if tail and not tail.group(1).endswith("operator"):
         return Spec(probe, module, tail.group(1), int(tail.group(2), 0),
                     False, None)
     return Spec(probe, module, function, 0, False, None)
-
-
-def is_pattern(text):
-    return "*" in text or "?" in text
-
-
-def _glob(pattern):
-    """A compiled pattern with * and ?, in time linear in the name.
-
-    Each piece is found once, at its first place behind the one before: a
-    look-ahead never backtracks, so `a*a*a*b` cannot explode.
-    """
-    pieces = [re.escape(piece).replace(r"\?", ".")
-              for piece in re.sub(r"\*+", "*", pattern).split("*")]
-    if len(pieces) == 1:
-        return re.compile(pieces[0] + r"\Z", re.S)
-    middle = "".join("(?=(.*?%s))\\%d" % (piece, n)
-                     for n, piece in enumerate(pieces[1:-1], 1))
-    return re.compile("%s%s.*%s\\Z" % (pieces[0], middle, pieces[-1]), re.S)
 
 
 def is_module_named(module, text):
@@ -2298,12 +2337,12 @@ def _is_same_file(module, path):
         return False
 
 
-def find(modules, spec, read_memory=None, notes=None):
+def find(modules, spec, read_memory=None, notes=None, max_sites=None):
     """The Sites that a Spec means, in the order of the modules.
 
     read_memory   (vaddr, size) -> bytes of the process; by default its own
     notes         a list that gets what the user should know besides
-    Raises SymbolError if nothing matches.
+    Raises SymbolError if nothing matches, or more than max_sites.
     """
     notes = [] if notes is None else notes
     chosen = [module for module in modules
@@ -2314,13 +2353,7 @@ def find(modules, spec, read_memory=None, notes=None):
                               spec.module, (m.name for m in modules)))
     if spec.vaddr is not None:
         return [_address_site(chosen, spec)]
-    symbols = [symbol for module in chosen
-               for symbol in module.named(spec.function)]
-    if not symbols and is_pattern(spec.function):
-        symbols = [symbol for module in chosen
-                   for symbol in module.matching(spec.function)]
-    if not symbols:
-        raise _no_function(chosen, spec)
+    symbols = _matching_symbols(chosen, spec, max_sites)
     if not is_pattern(spec.function):
         notes += _parts(symbols, spec)
     read = read_memory or _memory_reader(chosen[0].pid)
@@ -2341,15 +2374,34 @@ def find(modules, spec, read_memory=None, notes=None):
     return list(sites.values())
 
 
+def _matching_symbols(chosen, spec, max_sites):
+    """The Symbols of a name, or of a pattern that is no name."""
+    symbols = [symbol for module in chosen
+               for symbol in module.named(spec.function)]
+    if symbols or not is_pattern(spec.function):
+        found = symbols
+    else:
+        starts = [(module, module.matching(spec.function))
+                  for module in chosen]
+        n = sum(len(some) for _, some in starts)
+        if max_sites is not None and n > max_sites:
+            raise SymbolError("find", _quote(spec.text), "%d functions match,"
+                              " more than %d" % (n, max_sites),
+                              "narrow the pattern, or raise --max-sites")
+        found = [module.symbol(start) for module, some in starts
+                 for start in some]
+    if not found:
+        raise _no_function(chosen, spec)
+    return found
+
+
 def _memory_reader(pid):
     return lambda vaddr, size: _peek(pid, vaddr, size)
 
 
 def _add_site(sites, function, symbol, spec):
     """Add a Site to {vaddr: Site}; the same place keeps all its names."""
-    if spec.offset >= max(function.size, 1):
-        raise SymbolError("find", _quote(spec.text), "%s has only %d bytes"
-                          % (function.name, function.size))
+    _check_offset(function, spec.offset, spec.text)
     vaddr = function.vaddr + spec.offset
     names = (symbol.name,) + symbol.names
     if symbol is not function:
@@ -2360,6 +2412,32 @@ def _add_site(sites, function, symbol, spec):
         names = sites[vaddr].names + names
     names = tuple(collections.OrderedDict.fromkeys(names))
     sites[vaddr] = Site(vaddr, function, spec.offset, names, function.module)
+
+
+def _check_offset(function, offset, text):
+    """Raise SymbolError unless an instruction begins there.
+
+    Bytes that cannot be decoded decide nothing here: the plan refuses them.
+    """
+    if offset == 0 or function is None:
+        return
+    if offset >= function.size:
+        raise SymbolError("find", _quote(text), "%s has only %d bytes"
+                          % (function.name, function.size))
+    code = function.module.read_file(function.vaddr, function.size)
+    at = 0
+    while at < offset:
+        try:
+            size = ubp_x86.decode(code[at:at + 15], function.vaddr + at).size
+        except DecodeError:
+            return
+        if at + size > offset:
+            raise SymbolError(
+                "find", _quote(text), "offset 0x%x of %s is inside an "
+                "instruction" % (offset, function.name),
+                "instructions begin at %s+0x%x and +0x%x"
+                % (function.name, at, at + size))
+        at += size
 
 
 def _address_site(chosen, spec):
@@ -2377,6 +2455,7 @@ def _address_site(chosen, spec):
         if any(low <= vaddr < low + size for low, size, _ in module.text):
             function = module.function_at(vaddr)
             offset = vaddr - function.vaddr if function else 0
+            _check_offset(function, offset, spec.text)
             text = function.name if function else ""
             name = "%s+0x%x" % (text, offset) if offset else text
             return Site(vaddr, function, offset,
@@ -2536,7 +2615,7 @@ class Tracer:
     """
 
     def __init__(self, tgid):
-        self.tgid = tgid
+        self.tgid = self._vm_tid = tgid
         self.birth = start_time(tgid)
         self.threads = {}           # tid -> Thread
         self.siblings = ()          # other processes of the same mm
@@ -2563,19 +2642,21 @@ class Tracer:
 
     def read(self, vaddr, size):
         """Memory of the target. Raises OSError."""
-        return read_memory(self.vm_tid(), vaddr, size)
+        try:
+            return read_memory(self._vm_tid, vaddr, size)
+        except ProcessLookupError:
+            return read_memory(self.vm_tid(), vaddr, size)
 
     def vm_tid(self):
         """A tid whose memory can be reached: the leader may be a zombie."""
-        for tid, thread in self.threads.items():
-            if thread.state == STOPPED:
-                return tid
-        if read_proc("/proc/%d/maps" % self.tgid):
-            return self.tgid
-        for tid in thread_ids(self.tgid):
-            if read_proc("/proc/%d/maps" % tid):
-                return tid
-        return self.tgid
+        stopped = [tid for tid, thread in self.threads.items()
+                   if thread.state == STOPPED]
+        self._vm_tid = self.tgid
+        for tid in stopped or [self.tgid] + thread_ids(self.tgid):
+            if stopped or read_proc("/proc/%d/maps" % tid):
+                self._vm_tid = tid
+                break
+        return self._vm_tid
 
     def get_regs(self, tid):
         """PTRACE_GETREGSET, NT_PRSTATUS. -> regset"""
@@ -2803,23 +2884,31 @@ class Tracer:
             thread.polls += 1
             if thread.polls % 8:
                 return False
-            status = self._stop_seen_by_others(thread.tid)
+            status = self.stop_seen_by_others(thread.tid)
             if status is None:
                 return False
         return self._take_status(thread, status)
 
-    def _stop_seen_by_others(self, tid):
-        """The stop that a waitpid(-1) of the host took from us, or None."""
+    def stop_seen_by_others(self, tid):
+        """The stop that a waitpid(-1) of the host took from us, or None.
+
+        If the thread stopped only just now, its status is still to be
+        reaped: left there, it would be taken for the next stop.
+        """
         info = ctypes.create_string_buffer(128)
         try:
             ptrace(PTRACE_GETSIGINFO, tid, 0, ctypes.addressof(info))
+            signo, _, code = struct.unpack_from("<iii", info)
         except OSError as error:
-            if error.errno == errno.EINVAL:     # group stop, ptrace(2)
-                return PTRACE_EVENT_STOP << 16 | signal.SIGSTOP << 8 | 0x7f
-            return None
-        signo, _, code = struct.unpack_from("<iii", info)
+            if error.errno != errno.EINVAL:     # EINVAL: group stop
+                return None
+            signo, code = 0, PTRACE_EVENT_STOP << 8 | signal.SIGSTOP
         event = code >> 8 if code > 0 else 0
-        return event << 16 | (code & 0xff if event else signo) << 8 | 0x7f
+        if event or code == SYSCALL_EVENT_SIGNAL:
+            signo = code & 0xff
+        seen = event << 16 | signo << 8 | 0x7f
+        reaped = wait_nohang(tid)
+        return seen if reaped is None else reaped
 
     def _take_status(self, thread, status):
         if status & 0xff != 0x7f:               # exited or killed
@@ -3238,7 +3327,7 @@ class Injection:
             status = wait_nohang(tid)
             polls += 1
             if status is None and polls % 8 == 0:
-                status = self.tracer._stop_seen_by_others(tid)
+                status = self.tracer.stop_seen_by_others(tid)
             if status is not None:
                 if status & 0xff != 0x7f:
                     self.tracer.threads.pop(tid, None)
@@ -3497,18 +3586,18 @@ def check_target(pid):
 
 def _check_access(pid, tids):
     """May we trace it, and is it a 64-bit program? Raises AttachError."""
-    try:
-        fd = os.open("/proc/%d/mem" % tids[-1], os.O_RDWR)
-        os.close(fd)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESRCH):
+    for tid in [pid] + tids:        # the leader may be a zombie
+        try:
+            os.close(os.open("/proc/%d/mem" % tid, os.O_RDWR))
+            with open("/proc/%d/exe" % tid, "rb") as file:
+                head = file.read(20)
+            break
+        except OSError as error:
+            failure = error
+    else:
+        if failure.errno in (errno.ENOENT, errno.ESRCH):
             raise AttachError("attach to", "pid %d" % pid, "no such process")
-        raise _refusal_to_attach(pid, "open of /proc/%d/mem" % pid, error)
-    try:
-        with open("/proc/%d/exe" % tids[-1], "rb") as file:
-            head = file.read(20)
-    except OSError:
-        return
+        raise _refusal_to_attach(pid, "open of /proc/%d/mem" % pid, failure)
     if head[:5] == b"\x7fELF\x01" or head[18:20] not in (b"\x3e\0", b""):
         raise AttachError(
             "attach to", "pid %d (%s)" % (pid, comm(pid)),
@@ -4264,10 +4353,12 @@ class _Restoring:
         self.is_done = True
 
 
-def restore(tracer, records, ranges, identity, timeout):
+def restore(tracer, records, ranges, identity, timeout,
+            last_look=lambda: None):
     """Put text back, and unmap ranges once no thread is in them.
 
     identity   (base, nonce) of the arena
+    last_look  called when nothing counts any more, before the unmapping
     Text that is neither what was there nor what ubp wrote is somebody
     else's: it is reported, never overwritten, and keeps its trampolines
     mapped. -> Restored
@@ -4282,6 +4373,7 @@ def restore(tracer, records, ranges, identity, timeout):
             return False
         if any(low <= rip < high for rip in rips for low, high in ranges):
             raise Again("a thread is inside a trampoline")
+        last_look()
         with Injection(tracer) as injection:
             for low, high in ranges:
                 injection.call(SYS_munmap, low, high - low)
@@ -4346,6 +4438,7 @@ class Planner:
         self.pid, self.read = pid, read
         self.taken = {}             # module -> ByteRanges
         self._scans = {}
+        self._known = {}            # module -> (starts, Functions), sorted
         self._forbidden = {}
         status = read_status(pid)
         caught = int(status.get("SigCgt", "0"), 16)
@@ -4372,18 +4465,14 @@ class Planner:
             taken.add(low, high)
         return SitePlan(site, "jump", window, size, "", "", old)
 
-    def release(self, window, module):
-        """Give back the bytes that a plan had taken."""
-        kept = [(low, high) for low, high in self.taken[module]]
-        ranges = ubp_x86.ByteRanges()
-        for low, high in kept:
-            for first, last in window.ranges:
-                if low <= first and last <= high:
-                    ranges.add(low, first) if low < first else None
-                    low = last
-            if low < high:
-                ranges.add(low, high)
-        self.taken[module] = ranges
+    def keep_only(self, armed):
+        """Give back the bytes of every window but these: [(module, window)].
+        """
+        self.taken = {}
+        for module, window in armed:
+            taken = self.taken.setdefault(module, ubp_x86.ByteRanges())
+            for low, high in window.ranges:
+                taken.add(low, high)
 
     def _window(self, site):
         module = site.module
@@ -4403,6 +4492,10 @@ class Planner:
 
     def function(self, module, vaddr):
         """The ubp_x86.Function round a vaddr, or None."""
+        starts, known = self._known.setdefault(module, ([], []))
+        at = bisect.bisect_right(starts, vaddr) - 1
+        if at >= 0 and vaddr < starts[at] + known[at].size:
+            return known[at]
         bounds = module.bounds(vaddr)
         if bounds is None:
             return None
@@ -4411,9 +4504,14 @@ class Planner:
         code = module.read_file(start, end - start)
         if len(code) < size:
             return None
-        return ubp_x86.Function(
+        function = ubp_x86.Function(
             start, size, code, tuple(module.entries_in(start + 1, end)),
             module.has_lsda(start))
+        at = bisect.bisect_left(starts, start)
+        if starts[at:at + 1] != [start]:
+            starts.insert(at, start)
+            known.insert(at, function)
+        return function
 
     def scan(self, module):
         """The BranchScan of a module, made once."""
@@ -4789,7 +4887,6 @@ class Target:
                                          plan.site.module, plan.window))
 
     def _refuse(self, probe, plan, rule, why):
-        self._planner.release(plan.window, plan.site.module)
         probe.refused.append(plan._replace(
             strategy="", window=None, trampoline_size=0, rule=rule, why=why))
 
@@ -4851,17 +4948,17 @@ class Target:
                 self._tracer, arena.base, arena.nonce, arena.inode,
                 arena.records if not others else records,
                 () if others else ((arena.base, arena.base + arena.size),),
-                limit)
+                limit, arena.totals)
             total += part
             if not others:
                 arena.close()
                 self._arenas.remove(arena)
         for probe in probes:
             probe._is_removed = True
-            for _, _, _, module, window in probe._armed:
-                self._planner.release(window, module)
             if probe in self._probes:
                 self._probes.remove(probe)
+        self._planner.keep_only([armed[3:] for probe in self._probes
+                                 for armed in probe._armed])
         return total
 
     def run(self):
@@ -4945,7 +5042,8 @@ def _starts_raw_threads(all_modules):
                    ("libc.", "ld-", "libpthread", "libc-", "[")))
 
 
-def _restore_everywhere(tracer, base, nonce, inode, records, ranges, limit):
+def _restore_everywhere(tracer, base, nonce, inode, records, ranges, limit,
+                        last_look=lambda: None):
     """Restore a process and all that inherited its arena. -> Removal
 
     Children are found by the memfd's inode, to a fixpoint: one may fork
@@ -4957,7 +5055,8 @@ def _restore_everywhere(tracer, base, nonce, inode, records, ranges, limit):
         for pid in pending:
             seen.add(pid)
             each = tracer if pid == tracer.tgid else Tracer(pid)
-            part = _restore_one(each, base, nonce, records, ranges, limit)
+            part = _restore_one(each, base, nonce, records, ranges, limit,
+                                last_look)
             total += part
             if each is not tracer:
                 tracer.pause_us = max(tracer.pause_us, each.pause_us)
@@ -4965,11 +5064,12 @@ def _restore_everywhere(tracer, base, nonce, inode, records, ranges, limit):
     return total
 
 
-def _restore_one(tracer, base, nonce, records, ranges, limit):
+def _restore_one(tracer, base, nonce, records, ranges, limit, last_look):
     """-> Removal of one process; what stands in the way is a note."""
     timeout = max(0.5, limit - time.monotonic())
     try:
-        done = restore(tracer, records, ranges, (base, nonce), timeout)
+        done = restore(tracer, records, ranges, (base, nonce), timeout,
+                       last_look)
     except TraceeGone:
         return Removal(0, 0, 0, 0, (), ())
     except UbpError as error:

@@ -65,9 +65,14 @@ def make_venv(python, folder):
         steps = [[python, "-m", "venv", "--clear", "--without-pip",
                   "--system-site-packages", folder]]
     else:
+        pip = [os.path.join(folder, "bin", "python"), "-m", "pip", "install",
+               "-q", "--disable-pip-version-check"]
+        # The pip that comes with Python 3.6 takes packages that are too new
+        # for it; 21 is the last that runs there, and knows better.
         steps = [[python, "-m", "venv", "--clear", folder],
-                 [os.path.join(folder, "bin", "python"), "-m", "pip",
-                  "install", "-q", "--disable-pip-version-check", "pytest"]]
+                 pip + ["pip>=21"], pip + ["pytest"]]
+        if is_version(python, "3.6"):
+            steps[1][-1] = "pip>=21,<22"
     for step in steps:
         done = subprocess.run(step, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT,

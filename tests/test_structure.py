@@ -4,9 +4,12 @@ A file's docstring is its map, and its banners are the streets; what is
 public is what __all__ says; the pure file stays pure.
 """
 import ast
+import functools
+import io
 import os
 import re
 import sys
+import tokenize
 import unittest
 
 import ubp
@@ -16,7 +19,6 @@ TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FILES = ("ubp.py", "ubp_x86.py")
 PURE_MODULES = {"array", "bisect", "collections", "re", "struct", "typing",
                 "functools", "itertools", "operator"}
-OURS = re.compile(r"(tests/.*|\.ci/.*|ubp.*)\.py$")
 
 
 def read(name):
@@ -25,11 +27,19 @@ def read(name):
         return file.read()
 
 
+@functools.lru_cache()
 def trees():
-    """Yield (name, text, syntax tree) of both files."""
-    for name in FILES:
-        text = read(name)
-        yield name, text, ast.parse(text)
+    """Return (name, text, syntax tree) of both files."""
+    return [(name, read(name), ast.parse(read(name))) for name in FILES]
+
+
+def table_lines(text):
+    """Return the numbers of lines inside strings of several lines."""
+    numbers = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.STRING:
+            numbers.update(range(token.start[0] + 1, token.end[0] + 1))
+    return numbers
 
 
 def last_line(node):
@@ -75,8 +85,12 @@ class Structure(unittest.TestCase):
 
     def test_lines_fit_79_columns(self):
         for name in python_files():
-            for n, line in enumerate(read(name).splitlines(), 1):
-                self.assertLessEqual(len(line), 79, "%s:%d" % (name, n))
+            text = read(name)
+            # A row of a test's table is as long as its case.
+            tables = table_lines(text) if name.startswith("tests") else ()
+            for n, line in enumerate(text.splitlines(), 1):
+                if n not in tables:
+                    self.assertLessEqual(len(line), 79, "%s:%d" % (name, n))
 
     def test_functions_fit_one_screen(self):
         for name, text, tree in trees():

@@ -138,6 +138,7 @@ static void *partner_futex(void *argument)
         nap_us(op->ms * 1000);
         __atomic_store_n(&op->word, 1, __ATOMIC_SEQ_CST);
         syscall(SYS_futex, &op->word, FUTEX_WAKE, 1, 0, 0, 0);
+        sem_post(&op->sem);
     }
     return NULL;
 }
@@ -153,6 +154,7 @@ static void round_futex_wake(struct op *op)
     if (n == 0 && !__atomic_load_n(&op->word, __ATOMIC_SEQ_CST))
         op->early++, wrong("futex_wake: woken by nobody");
     check(op, n, 0, 0);
+    sem_wait(&op->sem);         /* a late wake would meet the next round */
 }
 
 static void round_sem(struct op *op)
