@@ -491,6 +491,8 @@ AT_PHDR = 3                                          # <linux/auxvec.h>
 MAX_TABLE = 1 << 29      # bytes of one table; a 500 000-symbol one has 2^25
 MAX_SYMBOLS = 1 << 22
 MAX_HEADERS = 1 << 16    # sections, as e_shnum is 16 bits
+MAX_LOADS = 64           # PT_LOAD segments; linkers write four or five
+MAX_ALIASES = 1000       # symbols at one address that are looked at
 MAX_NAME = 4096          # bytes of a name that are looked at
 MAX_LINKS = 40           # symbolic links in a path, as in path_resolution(7)
 VADDR_END = 1 << 47      # user addresses end here, psABI 3.3.2
@@ -658,7 +660,8 @@ class Elf:
         if ident[4:6] != b"\2\1" or machine != EM_X86_64:
             raise SymbolError("read", name, "not an ELF file for x86-64")
         self.segments = self._read_segments()
-        self.loads = [s for s in self.segments if s.type == PT_LOAD]
+        self.loads = [s for s in self.segments
+                      if s.type == PT_LOAD][:MAX_LOADS]
 
     def note(self, text):
         """Remember, once, what of this file had to be left out."""
@@ -874,6 +877,29 @@ class Elf:
                 for table in tables]
 
 
+    @_Lazy
+    def resolver_slots(self):
+        """{vaddr of an IFUNC's resolver: [vaddrs of slots for its choice]}."""
+        slots = {}
+        for offsets, infos, addends in self.relocations:
+            for offset, info, addend in zip(offsets, infos, addends):
+                if info & 0xffffffff == R_X86_64_IRELATIVE:
+                    slots.setdefault(addend, []).append(offset)
+        return slots
+
+    @_Lazy
+    def named_slots(self):
+        """{name of a symbol (bytes): [vaddrs of slots bound to it]}."""
+        slots, n_symbols = {}, len(self.dynsym.values)
+        kinds = (R_X86_64_64, R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT)
+        for offsets, infos, _ in self.relocations:
+            for offset, info in zip(offsets, infos):
+                if info & 0xffffffff in kinds and info >> 32 < n_symbols:
+                    slots.setdefault(self.dynsym.name(info >> 32),
+                                     []).append(offset)
+        return slots
+
+
 def _column(data, form, field, stride):
     """Every stride-th word of a table, from the field-th, as a sequence."""
     size = struct.calcsize(form) * stride
@@ -985,6 +1011,7 @@ class Unwind:
 
     def __init__(self, elf):
         self.elf, self._cies = elf, {}
+        self._budget = MAX_SYMBOLS      # of call sites read, all together
 
     @_Lazy
     def _index(self):
@@ -1109,6 +1136,9 @@ class Unwind:
         starts, fdes = self._index
         first = max(0, bisect.bisect_right(starts, low) - 1)
         last = bisect.bisect_left(starts, high)
+        if last - first > MAX_HEADERS:
+            raise SymbolError("read", self.elf.name, "%d frames overlap "
+                              "0x%x" % (last - first, low))
         found = [self._parse(fde) for fde in fdes[first:last]]
         return [fde for fde in found
                 if fde and fde.vaddr < high and low < fde.vaddr + fde.size]
@@ -1130,6 +1160,10 @@ class Unwind:
             end = cursor.at + size
             cursor.data = self.elf.read_vaddr(fde.lsda, min(end, 1 << 20))
             while cursor.at < end:
+                self._budget -= 1
+                if self._budget < 0:
+                    raise SymbolError("read", self.elf.name, "its exception "
+                                      "tables have no end")
                 cursor.pointer(encoding)
                 cursor.pointer(encoding)
                 pad = cursor.pointer(encoding)
@@ -1168,10 +1202,14 @@ class Functions:
 
     def aliases(self, start):
         """[(table, index)] of the functions that begin at a vaddr."""
-        return [(table, order[at]) for table, order, values in self.columns
-                for at in range(bisect.bisect_left(values, start),
-                                bisect.bisect_right(values, start))
-                if self.is_function(table, order[at])]
+        found = []
+        for table, order, values in self.columns:
+            first = bisect.bisect_left(values, start)
+            last = bisect.bisect_right(values, start)
+            found += [(table, index)
+                      for index in order[first:min(last, first + MAX_ALIASES)]
+                      if self.is_function(table, index)]
+        return found
 
     def size(self, start, aliases=None):
         """Bytes of the function at start: by symbol, FDE, or next mark."""
@@ -1279,7 +1317,7 @@ def code_pointers(elf):
                      if info & 0xffffffff == R_X86_64_64
                      and info >> 32 < len(symbols))
     found.update(_relr_words(elf))
-    if elf.type == ET_EXEC:
+    if elf.type == ET_EXEC and sum(s.size for s in elf.loads) < MAX_TABLE:
         for load in elf.loads:
             words = _column(elf.read_vaddr(load.vaddr, load.size), "Q", 0, 1)
             found.update(word for word in words if low <= word < high)
@@ -1293,9 +1331,11 @@ def _relr_words(elf):
     Source: gABI, "Relative Relocation Table".
     """
     entries = _column(elf.dynamic_table(DT_RELR, DT_RELRSZ), "Q", 0, 1)
+    if len(entries) > 1 << 20:
+        elf.note("%s: DT_RELR is too long" % elf.name)
     bias = getattr(elf.image, "bias", 0)
     words, where = [], 0
-    for entry in entries:
+    for entry in entries[:1 << 20]:
         if entry & 1 == 0:
             data, places = elf.read_vaddr(entry, 8), [0]
             where = entry + 8
@@ -1885,7 +1925,10 @@ def _open_elf(pid, maps):
         for elf, is_same in _file_elves(pid, maps):
             if _is_mapped(elf, pid, maps, is_same):
                 return elf, True
-        return Elf(MemoryImage(pid, maps), name), False
+        elf = Elf(MemoryImage(pid, maps), name)
+        elf.note("%s: its file cannot be opened, so only its exported "
+                 "functions are known by name" % name)
+        return elf, False
     except SymbolError:
         return None, False
 
@@ -2081,7 +2124,13 @@ class Module:
         return self.elf.read_vaddr(vaddr - self.bias, size)
 
     def text_code(self):
-        """[(vaddr, bytes)] of the executable segments, from the file."""
+        """[(vaddr, bytes)] of the executable segments, from the file.
+
+        Raises SymbolError if that is more than MAX_TABLE.
+        """
+        if sum(size for _, size, _ in self.text) > MAX_TABLE:
+            raise SymbolError("read", self.name, "it has more than 512 MiB "
+                              "of code")
         return [(vaddr, self.elf.image.read(offset, size))
                 for vaddr, size, offset in self.text]
 
@@ -2192,6 +2241,8 @@ def _belongs(debug, elf, crc):
         return debug.build_id == elf.build_id
     import binascii
     size, at, value = debug.image.size, 0, 0
+    if size > 2 * MAX_TABLE:
+        return False                    # a checksum that takes seconds
     while at < size:
         chunk = debug.image.read(at, 1 << 20)
         if not chunk:
@@ -2235,7 +2286,7 @@ class Site(NamedTuple):
     vaddr: int
     function: Optional[Symbol]      # None: no symbol or FDE covers it
     offset: int                     # from the function's start
-    names: tuple                    # what it may be called, the usual first
+    names: tuple                    # the function's, the usual one first
     module: Module
 
 
@@ -2349,7 +2400,8 @@ def find(modules, spec, read_memory=None, notes=None, max_sites=None):
               if not spec.module or is_module_named(module, spec.module)]
     if not chosen:
         raise SymbolError("find", _quote(spec.text), "no module %s is mapped"
-                          % _quote(spec.module), _closest(
+                          % (_quote(spec.module) if spec.module
+                             else "of x86-64"), _closest(
                               spec.module, (m.name for m in modules)))
     if spec.vaddr is not None:
         return [_address_site(chosen, spec)]
@@ -2456,10 +2508,11 @@ def _address_site(chosen, spec):
             function = module.function_at(vaddr)
             offset = vaddr - function.vaddr if function else 0
             _check_offset(function, offset, spec.text)
-            text = function.name if function else ""
-            name = "%s+0x%x" % (text, offset) if offset else text
-            return Site(vaddr, function, offset,
-                        (name or "0x%x" % (vaddr - module.bias),), module)
+            names = ("0x%x" % (vaddr - module.bias),)
+            if function:
+                names = tuple(collections.OrderedDict.fromkeys(
+                    (function.name,) + function.names))
+            return Site(vaddr, function, offset, names, module)
     raise SymbolError("find", _quote(spec.text),
                       "no module has code at 0x%x" % vaddr,
                       "MODULE:0xA takes the address that nm prints")
@@ -2492,36 +2545,22 @@ def _implementations(modules, symbol, read):
     """
     owner = symbol.module
     resolver = symbol.vaddr - owner.bias
-    slots = [owner.bias + offset
-             for offsets, infos, addends in owner.elf.relocations
-             for offset, info, addend in zip(offsets, infos, addends)
-             if info & 0xffffffff == R_X86_64_IRELATIVE
-             and addend == resolver]
+    slots = [owner.bias + slot
+             for slot in owner.elf.resolver_slots.get(resolver, ())]
     targets = _slot_targets(modules, owner, slots, read)
     if not targets:
-        names = {name.encode("utf-8", "backslashreplace")
-                 for name in symbol.names}
-        slots = [slot for module in modules
-                 for slot in _slots_naming(module, names)]
+        slots = [module.bias + slot for module in modules
+                 for name in symbol.names
+                 for slot in module.elf.named_slots.get(name.encode(), ())]
         targets = _slot_targets(modules, owner, slots, read)
     return [_implementation(module, vaddr, symbol)
             for module, vaddr in targets]
 
 
-def _slots_naming(module, names):
-    """Vaddrs of a module's slots whose relocation names one of names."""
-    elf, table = module.elf, module.elf.dynsym
-    wanted = {index for name in names for index in table.named(name)}
-    kinds = (R_X86_64_64, R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT)
-    return [module.bias + offset for offsets, infos, _ in elf.relocations
-            for offset, info in zip(offsets, infos)
-            if wanted and info >> 32 in wanted and info & 0xffffffff in kinds]
-
-
 def _slot_targets(modules, owner, slots, read):
     """Sorted [(module, vaddr)] that slots of memory lead to."""
     targets = set()
-    for slot in slots[:10000]:
+    for slot in slots[:MAX_ALIASES]:
         data = read(slot, 8)
         vaddr = int.from_bytes(data, "little")
         for module in modules:
@@ -2551,9 +2590,11 @@ def _no_function(chosen, spec):
                            "name, but a file here", "did the shell expand "
                            "*? quote the probe: '*Command'")
     names = (_decode(name) for module in chosen for name in module.names())
+    hints = [_closest(spec.function, names)]
+    hints += [note for module in chosen for note in module.notes]
     return SymbolError("find", _quote(spec.text),
                        "no such function in " + where,
-                       _closest(spec.function, names))
+                       "; ".join([hint for hint in hints if hint][:4]))
 
 
 def _closest(wanted, names):
@@ -2619,11 +2660,13 @@ class Tracer:
         self.birth = start_time(tgid)
         self.threads = {}           # tid -> Thread
         self.siblings = ()          # other processes of the same mm
+        self._last_pid, self._seen_pids = b"", set()
         self.pause_us = 0.0
         self.pauses = {}            # {purpose: microseconds of the longest}
         self.waiter = StopWaiter()
         self.maps = []
         self.seccomp = {}           # tid -> mode, as last prepared
+        self.scratch = 0            # end of [stack] pages that ubp touched
         self.held = False           # launched, and kept at its entry point
         self._tasks = {}            # tgid -> HeldFile of its task folder
         self._memory = None
@@ -2681,7 +2724,9 @@ class Tracer:
         if self._text is None:
             gadget, restorers = 0, []
             for mapping in self.maps:
-                if "x" in mapping.perms and mapping.start < 1 << 47:
+                # Not in memory that a JIT compiler may write to.
+                if "x" in mapping.perms and (mapping.inode or
+                                             mapping.path == "[vdso]"):
                     code = self._read_text(mapping)
                     at = code.find(ubp_x86.SYSCALL_RET)
                     if at >= 0 and not gadget:
@@ -2755,13 +2800,12 @@ class Tracer:
         if not self.is_same_process():
             raise TraceeGone("trace", "pid %d" % self.tgid,
                              "the process has ended")
-        self.siblings = _same_mm_processes(self.tgid, self.vm_tid())
+        if self._loadavg is None:
+            self._loadavg = HeldFile("/proc/loadavg")
+        self._find_siblings()
         for tgid in (self.tgid,) + self.siblings:
             if tgid not in self._tasks:
                 self._open_tasks(tgid)
-        if self._loadavg is None:
-            self._loadavg = HeldFile("/proc/loadavg")
-        self._last_pid = self._loadavg.read().split()[-1]
         self._seize_new()
         self.maps = read_maps(self.vm_tid())
         self.find_gadgets()
@@ -2832,7 +2876,7 @@ class Tracer:
                     self._interrupt(thread)
             self._collect(deadline)
             fresh = self._seize_new()
-            if not fresh and self._new_sibling():
+            if not fresh and self._find_siblings():
                 raise Again("a process that shares its memory was created")
 
     def _interrupt(self, thread):
@@ -2845,15 +2889,24 @@ class Tracer:
             thread.state = INTERRUPTED
         thread.polls = 0
 
-    def _new_sibling(self):
-        """Was a process created meanwhile that shares the address space?"""
+    def _find_siblings(self):
+        """Look for processes of the same address space among the new ones.
+
+        -> were there any? The last pid of /proc/loadavg tells cheaply
+        whether a process was created since the last look.
+        """
         last = self._loadavg.read().split()[-1]
         if last == self._last_pid:
             return False
         self._last_pid = last
-        known = (self.tgid,) + self.siblings
-        return any(is_same_mm(self.tgid, pid) for pid in _process_ids()
-                   if pid not in known)
+        pids = set(_process_ids())
+        tid = self.vm_tid()
+        found = [pid for pid in pids - self._seen_pids
+                 if pid != self.tgid and _shares_mm(tid, pid)]
+        self._seen_pids = pids
+        self.siblings = tuple(pid for pid in self.siblings
+                              if pid in pids) + tuple(found)
+        return bool(found)
 
     def _collect(self, deadline):
         """Wait until each interrupted thread has stopped. Raises Again."""
@@ -3131,34 +3184,17 @@ def _process_ids():
         return []
 
 
-def _same_mm_processes(tgid, tid):
-    """Other processes of the address space of tid, clone(2) CLONE_VM.
-
-    kcmp decides; only those with an equal size and equal segment addresses
-    in /proc/PID/stat are asked.
-    """
-    mine = read_stat(tid)
-    if len(mine) < 26:
-        return ()
-    found = []
-    for pid in _process_ids():
-        if pid == tgid:
-            continue
-        fields = read_stat(pid)
-        # vsize, startcode, endcode and startstack: proc(5) 23, 26 to 28
-        if (len(fields) > 25 and fields[20] == mine[20]
-                and fields[23:26] == mine[23:26] and fields[0] not in "ZX"
-                and _shares_mm(tid, pid)):
-            found.append(pid)
-    return tuple(found)
-
-
 def _shares_mm(tid, pid):
+    """Do two processes share an address space, by clone(2) CLONE_VM?
+
+    kcmp decides. Without it equal maps must do, and only those with equal
+    segment addresses in /proc/PID/stat are compared: proc(5) 26 to 28.
+    """
     same = is_same_mm(tid, pid)
-    if same is None:                # no kcmp: equal maps must do
+    if same is None and read_stat(tid)[23:26] == read_stat(pid)[23:26]:
         maps = read_proc("/proc/%d/maps" % tid)
         same = bool(maps) and maps == read_proc("/proc/%d/maps" % pid)
-    return same
+    return bool(same)
 
 
 def _raise_priority():
@@ -3202,6 +3238,10 @@ class Injection:
                 "inject a syscall into", tracer.name(),
                 "the program has no `syscall; ret` or no signal restorer")
         self._gadget, self._restorer = gadget, restorers[0]
+        if (tracer.read(gadget, 3) != ubp_x86.SYSCALL_RET or not
+                tracer.read(restorers[0], 9).startswith(ubp_x86.RESTORERS)):
+            tracer._text = None     # unmapped, or under a patch by now
+            raise Again("the code for injections has changed")
         self._choose()
 
     def _choose(self):
@@ -3270,7 +3310,23 @@ class Injection:
                 return top
         for mapping in self.tracer.maps:
             if mapping.path == "[stack]":
-                return _untouched(thread.tid, mapping, size)
+                return self._low_end(thread.tid, mapping, size)
+        return 0
+
+    def _low_end(self, tid, mapping, size):
+        """The end of free pages at the low end of [stack], or 0.
+
+        Never touched; or by ubp alone, as the arena's header remembers,
+        and zero ever since.
+        """
+        span = -(-size // PAGE) * PAGE + PAGE
+        top = mapping.start + span
+        if _is_untouched(tid, mapping.start, span // PAGE):
+            self.tracer.scratch = top
+            return top
+        if top == self.tracer.scratch and not any(
+                read_memory(tid, mapping.start, span)):
+            return top
         return 0
 
     def _has_guard(self, start):
@@ -3407,26 +3463,23 @@ def _in_rseq_section(thread):
     return read_memory(thread.tid, pointer + 8, 8) != bytes(8)
 
 
-def _untouched(tid, mapping, size):
-    """The end of pages at the low end of a vma that were never touched.
+def _is_untouched(tid, vaddr, n_pages):
+    """Were these pages never written to nor read?
 
     Source: Documentation/admin-guide/mm/pagemap.rst, bits 63 and 62.
     """
-    pages = -(-size // PAGE) + 1
     try:
         held = HeldFile("/proc/%d/pagemap" % tid)
     except OSError:
-        return 0
+        return False
     try:
-        _check(_lseek(held.fd, mapping.start // PAGE * 8, os.SEEK_SET))
-        buffer = ctypes.create_string_buffer(8 * (pages + 1))
-        n = _check(_read(held.fd, ctypes.addressof(buffer), len(buffer) - 1))
-        entries = struct.unpack_from("<%dQ" % (n // 8), buffer)
+        _check(_lseek(held.fd, vaddr // PAGE * 8, os.SEEK_SET))
+        buffer = ctypes.create_string_buffer(8 * n_pages)
+        n = _check(_read(held.fd, ctypes.addressof(buffer), 8 * n_pages))
     finally:
         held.close()
-    if len(entries) < pages or any(e >> 62 for e in entries[:pages]):
-        return 0
-    return mapping.start + pages * PAGE
+    entries = struct.unpack_from("<%dQ" % (n // 8), buffer)
+    return len(entries) == n_pages and not any(e >> 62 for e in entries)
 
 
 def seccomp_mode(tid):
@@ -3628,7 +3681,7 @@ def _check_access(pid, tids):
 
 MAGIC = b"ubp\x7fARNA"
 VERSION = 1
-HEADER = struct.Struct("<8sIIQQQQIIQQIIQQIIIIII")
+HEADER = struct.Struct("<8sIIQQQQIIQQIIQQIIIIIIQ")
 _RECORD_HEAD = struct.Struct("<QQQHBBI")
 _PATCH = struct.Struct("<QB7x8s8s")
 _COPY = struct.Struct("<BBHHH")
@@ -3665,9 +3718,10 @@ class Header(NamedTuple):
     shard_mask: int
     shard_shift: int
     is_anonymous: int
+    scratch: int            # end of the [stack] pages that ubp touched, or 0
 
 
-assert HEADER.size <= _LITERAL_AT and len(Header._fields) == 21
+assert HEADER.size <= _LITERAL_AT and len(Header._fields) == 22
 
 
 class Record(NamedTuple):
@@ -3879,7 +3933,7 @@ class Arena:
             self._flags, self.tracer.birth, int(time.time() * 1e9),
             len(self.records), self.max_records,
             _RECORDS_AT + _RECORD_SIZE * self.max_records, self.shards.mask,
-            self.shards.shift, self.memory is None))
+            self.shards.shift, self.memory is None, self.tracer.scratch))
 
     def store(self, offset, data):
         """Write into the arena; the target may be running."""
@@ -4270,6 +4324,7 @@ def check_arena(tracer, base, nonce):
         raise TraceeGone("write to", tracer.name(),
                          "its arena is gone: it became another program "
                          "(exec), or unmapped it")
+    tracer.scratch = tracer.scratch or header.scratch
 
 
 def arm(tracer, arena, records, timeout):
@@ -4439,7 +4494,7 @@ class Planner:
         self.taken = {}             # module -> ByteRanges
         self._scans = {}
         self._known = {}            # module -> (starts, Functions), sorted
-        self._forbidden = {}
+        self._forbidden, self._go = {}, {}
         status = read_status(pid)
         caught = int(status.get("SigCgt", "0"), 16)
         self._catches = any(caught >> signo - 1 & 1
@@ -4484,11 +4539,20 @@ class Planner:
             raise RefusalError("unknown bounds", "no symbol and no unwind "
                                "entry tells where its function ends",
                                site.vaddr)
-        return ubp_x86.plan_window(
+        window = ubp_x86.plan_window(
             function, site.vaddr, self.scan(module),
             forbidden=self._cancellation(module), seccomp=self._seccomp,
             catches_faults=self._catches,
             taken=self.taken.setdefault(module, ubp_x86.ByteRanges()))
+        if self._is_go(module):
+            _refuse_in_go(function, window)
+        _refuse_signal_return(function, window)
+        return window
+
+    def _is_go(self, module):
+        if module not in self._go:
+            self._go[module] = module.elf.section(".gopclntab") is not None
+        return self._go[module]
 
     def function(self, module, vaddr):
         """The ubp_x86.Function round a vaddr, or None."""
@@ -4559,6 +4623,29 @@ class Planner:
         return tuple((vaddr, self.read(vaddr, 5 if vaddr != window.site
                                        or not window.slot else 2))
                      for vaddr in vaddrs)
+
+
+def _refuse_in_go(function, window):
+    """A preempted goroutine's pc lies on a stack that no thread owns, so it
+    cannot be moved: it must not lie in the window, where Go preempts
+    anywhere but in the stack check that a function begins with."""
+    flows = [insn.flow for insn in window.insns]
+    if len(flows) > 1 and not (window.site == function.vaddr
+                               and flows[1:] == [ubp_x86.JCC]):
+        raise RefusalError("Go", "a goroutine may be preempted between the "
+                           "instructions at 0x%x" % window.site, window.site)
+
+
+def _refuse_signal_return(function, window):
+    """Debuggers, unwinders and ubp know a signal frame by these bytes."""
+    for form in ubp_x86.RESTORERS:
+        at = function.code.find(form)
+        vaddr = function.vaddr + at
+        if at >= 0 and any(low < vaddr + len(form) and vaddr < high
+                           for low, high in window.ranges):
+            raise RefusalError("signal return", "0x%x returns from signal "
+                               "handlers, and is known by its bytes" % vaddr,
+                               vaddr)
 
 
 def _who_changed(pid, memory):
@@ -4797,7 +4884,8 @@ class Target:
         notes = []
         sites = find(self._get_modules(), parse_probe(pattern), self._read,
                      notes)
-        self.notes += [note for note in notes if note not in self.notes]
+        for note in notes:
+            self._note(note)
         return sites
 
     def plan(self, pattern):
@@ -4867,6 +4955,7 @@ class Target:
 
     def _arm(self, probe, plans, timeout):
         """In the worker: arenas, trampolines, journal, patch."""
+        self._warn_of_seccomp()
         limit = time.monotonic() + timeout
         self._tracer.starts_raw_threads = _starts_raw_threads(
             self._get_modules())
@@ -4885,6 +4974,15 @@ class Target:
                     probe.sites.append(plan.site)
                     probe._armed.append((plan.site, arena, record,
                                          plan.site.module, plan.window))
+
+    def _warn_of_seccomp(self):
+        if read_status(self.pid).get("Seccomp", "0") != "0":
+            self._note("it has a seccomp filter, which was found to allow "
+                       "what ubp injects; removal injects munmap")
+
+    def _note(self, text):
+        if text not in self.notes:
+            self.notes.append(text)
 
     def _refuse(self, probe, plan, rule, why):
         probe.refused.append(plan._replace(
@@ -4906,6 +5004,9 @@ class Target:
                                    max(0.1, limit - time.monotonic()),
                                    self._kind)
                 self._arenas.append(arena)
+                if arena.memory is None:
+                    self._note("its memory is private: calls in processes "
+                               "that it forks from now on are not counted")
             while todo and arena.reaches(low, high):
                 plan = todo.pop(0)
                 site = plan.site
@@ -5070,8 +5171,10 @@ def _restore_one(tracer, base, nonce, records, ranges, limit, last_look):
     try:
         done = restore(tracer, records, ranges, (base, nonce), timeout,
                        last_look)
-    except TraceeGone:
-        return Removal(0, 0, 0, 0, (), ())
+    except TraceeGone as error:
+        has_ended = (not tracer.is_same_process()
+                     or read_stat(tracer.tgid)[:1] == ["Z"])
+        return Removal(0, 0, 0, 0, (), () if has_ended else (str(error),))
     except UbpError as error:
         if isinstance(error, UbpTimeout):
             raise

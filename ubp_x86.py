@@ -1889,7 +1889,7 @@ class Analysis:
             if form.flow != JMP_IND))
         self.last_flow = forms[-1][1].flow if forms else NEXT
         self.jumps = self.family = self.rseq = None     # when asked for
-        self.references = None
+        self.references = self._ways = None
 
     def forget(self):
         """Drop the Insns: at() decodes again when asked."""
@@ -1921,6 +1921,27 @@ class Analysis:
         """Return the Insn in front of the one at vaddr, or None."""
         place = bisect.bisect_left(self.starts, vaddr)
         return self.at(self.starts[place - 1]) if place else None
+
+    def ways_to(self, vaddr):
+        """Return the vaddrs of the instructions that may lead to vaddr;
+        None among them for a way from outside."""
+        if self._ways is None:
+            function = self.function
+            self._ways = collections.defaultdict(list)
+            for pos, form in sweep(function.code[:function.size],
+                                   function.vaddr):
+                if form.flow in _LEADS:
+                    here = function.vaddr + pos
+                    target, _ = aim(form, function.code, pos, here)
+                    self._ways[target].append(here)
+        ways = list(self._ways.get(vaddr, ()))
+        before = self.before(vaddr)
+        if before is not None and before.flow not in _ENDS:
+            ways.append(before.vaddr)
+        if (vaddr == self.function.vaddr or self.strays
+                or _has(self.entries, vaddr)):
+            ways.append(None)
+        return ways or self.indirect
 
     def is_middle(self, vaddr):
         """Tell whether vaddr is inside the function but no instruction."""
@@ -2035,6 +2056,9 @@ class _Table(NamedTuple):
     index: int              # register that counts entries, or -1
 
 
+_KNOWN_WAYS = frozenset((NEXT, JCC, JMP, LOOP, JMP_IND))
+_CALLEE_SAVED = 0xf028      # rbx, rbp, r12-r15 (System V ABI, figure 3.4)
+_N_SEARCHED = 4096  # instructions between a jump and the lea of its table
 _N_BACK = 16        # instructions between the parts of an idiom
 _N_ENTRIES = 4096   # of a table without a known bound
 _COPIES = {                 # opcode -> the register it copies or extends
@@ -2119,19 +2143,19 @@ def _word_table(analysis, insn, operands):
         return None
     vaddr = operands.disp
     if operands.base >= 0:
-        lea = _writer(analysis, insn.vaddr, operands.base)
-        if not _is_lea_rip(lea):
+        base = _lea_of(analysis, insn.vaddr, operands.base)
+        if base is None:
             return None
-        vaddr += lea.rip_relative
+        vaddr += base
     return _Table(vaddr, 8, insn.vaddr, operands.index)
 
 
 def _relative_table(analysis, add, base, load):
     """Return the _Table of `add`, whose operands are the registers base
     (the table's address) and load (an entry of it), or None."""
-    lea = _writer(analysis, add.vaddr, base)
+    table = _lea_of(analysis, add.vaddr, base)
     entry = _writer(analysis, add.vaddr, load)
-    if not _is_lea_rip(lea) or entry is None:
+    if table is None or entry is None:
         return None
     if entry.code == b"\x48\x98":                   # cdqe, gcc -O0
         entry = _writer(analysis, entry.vaddr, 0)
@@ -2143,16 +2167,35 @@ def _relative_table(analysis, add, base, load):
     if memory.rm >= 0 or memory.index < 0 or memory.disp:
         return None
     for reg in (memory.base, memory.index):
-        source = _writer(analysis, entry.vaddr, reg)
-        if _is_lea_rip(source) and source.rip_relative == lea.rip_relative:
+        if reg >= 0 and _lea_of(analysis, entry.vaddr, reg) == table:
             index = memory.index if memory.scale == 4 else -1
-            return _Table(lea.rip_relative, 4, entry.vaddr, index)
+            return _Table(table, 4, entry.vaddr, index)
     return None
 
 
-def _is_lea_rip(insn):
-    return (insn is not None and insn.rip_relative is not None
-            and insn.opcode == 0x8d)
+def _lea_of(analysis, vaddr, reg):
+    """Return what `lea reg, [rip + x]` has left in reg at vaddr, or None.
+
+    The same one on every way that leads there: compilers hoist it out of
+    loops. Calls keep the registers that the System V ABI says they keep.
+    """
+    seen, pending, found = set(), [vaddr], set()
+    while pending:
+        for before in analysis.ways_to(pending.pop()):
+            insn = None if before is None else analysis.at(before)
+            if insn is None or len(seen) > _N_SEARCHED:
+                return None
+            if _effects_of(insn)[1] >> reg & 1:
+                if insn.opcode != 0x8d or insn.rip_relative is None:
+                    return None
+                found.add(insn.rip_relative)
+            elif (insn.flow not in _KNOWN_WAYS
+                  and not _CALLEE_SAVED >> reg & 1):
+                return None
+            elif before not in seen:
+                seen.add(before)
+                pending.append(before)
+    return found.pop() if len(found) == 1 else None
 
 
 def _bound(analysis, table):

@@ -288,15 +288,12 @@ class Nginx(Server):
         return until(alone, "nginx is idle")
 
     def load(self, seconds=1, connections=16):
-        """Run wrk; return (requests, errors) as it reports them."""
+        """Run wrk; return (requests, [its lines about errors])."""
         text = run([which("wrk"), "-t2", "-c%d" % connections,
-                    "-d%ds" % seconds,
+                    "-d%ds" % seconds, "--timeout", "30s",
                     "http://127.0.0.1:%d/" % self.port])
         requests = int(re.search(r"(\d+) requests in", text).group(1))
-        errors = sum(int(number) for line in re.findall(
-            r"Socket errors:.*|Non-2xx.*", text)
-            for number in re.findall(r"\d+(?!xx)\b", line.split(":", 1)[1]))
-        return requests, errors
+        return requests, re.findall(r"Socket errors:.*|Non-2xx.*", text)
 
 
 # ---- PostgreSQL ------------------------------------------------------------
@@ -387,6 +384,10 @@ class Postgres(Server):
         return self.tool("psql", "-X", "-A", "-t", "-c", statement,
                          self.database).strip()
 
+    def session(self):
+        """Return a connection that stays, as a context manager."""
+        return Session(self)
+
     def statements(self):
         """Return how many statements the server's log shows so far."""
         return len(re.findall(r"LOG:  statement: ", self.log()))
@@ -417,6 +418,37 @@ class Postgres(Server):
         done = int(re.search(r"actually processed: (\d+)", text).group(1))
         failed = re.search(r"failed transactions: (\d+)", text)
         return done, int(failed.group(1)) if failed else 0
+
+
+class Session:
+    """A psql that is fed one statement at a time; `pid` of its backend."""
+
+    def __init__(self, server):
+        self.process = subprocess.Popen(
+            [server.program("psql"), "-X", "-A", "-t", "-q",
+             "-h", server.folder, "-U", "postgres", server.database],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            universal_newlines=True, bufsize=1, cwd=server.folder,
+            **server.options())
+        self.pid = int(self.query("select pg_backend_pid()"))
+
+    def query(self, statement):
+        """Return the one line that a statement answers."""
+        self.process.stdin.write(statement + ";\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
 
 
 # ---- CPython ---------------------------------------------------------------

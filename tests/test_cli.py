@@ -379,7 +379,10 @@ class Live(unittest.TestCase):
     def end(self, process):
         if process.poll() is None:
             process.kill()
-        process.communicate()
+            process.wait()
+        for stream in process.stdout, process.stderr:
+            if stream:
+                stream.close()
 
     def finish(self, process):
         """Wait for the end. -> (exit status, stdout, all of stderr)"""

@@ -758,7 +758,7 @@ class Hostile(unittest.TestCase):
         module.parts("one")
         ubp._debuglink(elf)
         ubp._mini_debug(elf)
-        ubp._slots_naming(module, [b"strlen"])
+        elf.named_slots, elf.resolver_slots
 
     def survive_all(self, cases):
         slowest = 0

@@ -26,8 +26,8 @@ GOAL = 0.999            # of the functions of five bytes or more
 # to the next `<` is its own), `@` is the site, `!` an entry of the function,
 # `L` behind `<` says it has an LSDA, =N goes on at offset N, over int3s.
 # Then the window, as site+size, number of displaced instructions and slot,
-# all offsets in hex, or the rule that refuses it.
-CASES = """
+# all offsets in hex, or the rule that refuses it. \ joins two lines.
+CASES = r"""
 five bytes in one     | <@ b801000000 c3 >                   | 0+5 1
 whole instructions    | <@ 55 4889e5 4157 c3 >               | 0+6 3
 an offset as site     | < 55 @ 4889e5 4157 c3 >              | 1+5 2
@@ -35,10 +35,14 @@ jump back to the site | <@ 85c0 7405 ebfa 90 90 90 90 c3 >   | 0+6 3
 not an instruction    | < 55 48 @ 89e5 4157 c3 >             | no instruction
 endbr64 stays         | <@ f30f1efa 55 4889e5 53 c3 >        | 4+5 3
 endbr64, then a ret   | <@ f30f1efa c3 > 90 90 90 90         | 4+5 1
-loop behind endbr64   | <@ f30f1efa 4883ef01 85ff 75f8 c3 >  | branch behind endbr64
-unknown instruction   | <@ b801000000 06 c3 >                | unknown instruction
-66 jump, hazard 17    | <@ b801000000 66e900000000 c3 >      | unknown instruction
-cut off               | <@ b801000000 e900 >                 | unknown instruction
+loop behind endbr64   | <@ f30f1efa 4883ef01 85ff 75f8 c3 > \
+                      | branch behind endbr64
+unknown instruction   | <@ b801000000 06 c3 > \
+                      | unknown instruction
+66 jump, hazard 17    | <@ b801000000 66e900000000 c3 > \
+                      | unknown instruction
+cut off               | <@ b801000000 e900 > \
+                      | unknown instruction
 
 call as last          | <@ 55 e800000000 5d c3 >             | 0+6 2
 call before the last  | <@ ffd0 4889e5 c3 >                  | call not last
@@ -46,19 +50,29 @@ call *mem not last    | <@ ff10 85c0 85d2 c3 >               | call not last
 int3 reports itself   | <@ cc b801000000 c3 >                | trap
 ud2 reports itself    | <@ 0f0b b801000000 c3 >              | trap
 
-loop into the window  | <@ 55 ffc7 85ff 75fa c3 >            | branch into window
+loop into the window  | <@ 55 ffc7 85ff 75fa c3 > \
+                      | branch into window
 behind it is fine     | <@ 4883ec08 85ff 85ff 75fc c3 >      | 0+6 2
-from a neighbour      | <@ 55 4889e5 53 c3 >    < ebf9 >     | branch into window
-from .cold, hazard 17 | <@ 55 4889e5 53 c3 >=40 < 85c0 74bd e9b8ffffff > | branch into window
-.cold, jcc rel32      | <@ 55 4889e5 53 c3 >=40 < 0f84bbffffff c3 > | branch into window
-.cold, call           | <@ 55 4889e5 53 c3 >=40 < e8bcffffff c3 > | branch into window
-.cold, xbegin         | <@ 55 4889e5 53 c3 >=40 < c7f8bbffffff c3 > | branch into window
-unknown bytes' branch | <@ 55 4889e5 53 c3 >=40  e9bcffffff  | branch into window
+from a neighbour      | <@ 55 4889e5 53 c3 >    < ebf9 > \
+                      | branch into window
+from .cold, hazard 17 | <@ 55 4889e5 53 c3 >=40 < 85c0 74bd e9b8ffffff > \
+                      | branch into window
+.cold, jcc rel32      | <@ 55 4889e5 53 c3 >=40 < 0f84bbffffff c3 > \
+                      | branch into window
+.cold, call           | <@ 55 4889e5 53 c3 >=40 < e8bcffffff c3 > \
+                      | branch into window
+.cold, xbegin         | <@ 55 4889e5 53 c3 >=40 < c7f8bbffffff c3 > \
+                      | branch into window
+unknown bytes' branch | <@ 55 4889e5 53 c3 >=40  e9bcffffff \
+                      | branch into window
 within an immediate   | <@ 55 4889e5 53 c3 >=40 < b8e9bbffff ff c3 > | 0+5 3
                       ; refuted? the bytes e9 bb ff ff ff at 41 lead to 1
-in a function unknown | <@ 55 4889e5 53 c3 >=40 < b8e9bbffff ff06 06 > | branch into window
-into a lock prefix    | <@ 7401 f00fb10f c3 > 90             | branch into window
-site after lock       | < 7401 @ f00fb10f 85c0 c3 > 90       | branch into window
+in a function unknown | <@ 55 4889e5 53 c3 >=40 < b8e9bbffff ff06 06 > \
+                      | branch into window
+into a lock prefix    | <@ 7401 f00fb10f c3 > 90 \
+                      | branch into window
+site after lock       | < 7401 @ f00fb10f 85c0 c3 > 90 \
+                      | branch into window
 a symbol inside       | <@ 55 ! 4889e5 53 c3 >               | entry in window
 a symbol at its end   | <@ 55 4889e5 53 ! c3 >               | 0+5 3
 
@@ -70,7 +84,8 @@ ret and padding       | <@ c3 > 90 90 90 90                  | 0+5 1
 long nop as padding   | <@ 31c0 c3 > 66900f1f00              | 0+5 2
 int3 as padding       | <@ 31c0 c3 > cccc                    | 0+5 2
 too little padding    | <@ 31c0 c3 > 90 < c3 >               | too short
-padding is entered    | <@ 31c0 c3 > 9090 < ebfd c3 >        | branch into window
+padding is entered    | <@ 31c0 c3 > 9090 < ebfd c3 > \
+                      | branch into window
 falls into the nops   | <@ 31c0 31d2 > 0f1f00 < c3 >         | 0+7 3
 falls into int3       | <@ 31c0 31d2 > cc < c3 >             | too short
 other bytes behind    | <@ 31c0 c3 > 0000 < c3 >             | too short
@@ -80,13 +95,18 @@ ladder: one before    | < c3 > 9090909090 <@ 31c0 c3 > <c3>  | 6+2 1 1
 ladder: one after     | <@ 31c0 c3 > < c3 > 9090909090       | 0+2 1 4
 ladder: page border   | =ffd <@ 31c0 c3 > < c3 > 90909090909090 | too short
 ladder: not fallen in | <@ 31c0 c3 > < 85c0 > 9090909090 < c3 > | too short
-ladder: one byte      | <@ 50 85c0 75fc c3 > 9090909090      | branch into window
+ladder: one byte      | <@ 50 85c0 75fc c3 > 9090909090 \
+                      | branch into window
 ladder: slot entered  | <@ 31c0 c3 > < c3 > 9090909090 < ebfc > | too short
 ladder: far           | <@ 31c0 c3 > < c3 >=83 < c3 > 9090909090 <c3> | 0+2 1 4
-ladder: 127 on        | <@ 31c0 c3 > < ffe0 ff20 0f0b >=80 < c3 > 9090909090 <c3> | 0+2 1 81
+ladder: 127 on        | <@ 31c0 c3 > < 0f0b >=80 <c3> 9090909090 <c3> \
+                      | 0+2 1 81
+ladder: 128 on        | <@ 31c0 c3 > < 0f0b >=81 <c3> 9090909090 <c3> \
+                      | too short
 
 unknown jmp, entry    | <@ 55 4889e5 53 ffe0 >               | 0+5 3
-unknown jmp, later    | < 55 @ 4889e5 4157 ffe0 >            | unresolved jump table
+unknown jmp, later    | < 55 @ 4889e5 4157 ffe0 > \
+                      | unresolved jump table
 one instruction       | < 55 @ b801000000 ffe0 >             | 1+5 1
 slot to the GOT       | < 55 @ 4889e5 4157 ff2500000000 >    | 1+5 2
 
@@ -97,6 +117,8 @@ div under an LSDA     | <L@ 4889f8 f7f1 c3 >                 | may fault
 rseq section          | <@ 55 4889e5 53 c3 0fb93d53300553 c3 > | rseq section
 rseq is registered    | <@ 55 4889e5 53 41ba53300553 c3 >    | 0+5 3
 """
+
+
 
 
 class Module:
@@ -165,7 +187,7 @@ def plan_text(module, **limits):
 class RulesTest(unittest.TestCase):
 
     def test_each_case_has_its_window_or_its_rule(self):
-        for line in CASES.splitlines():
+        for line in CASES.replace("\\\n", " ").splitlines():
             line = line.split(";")[0].strip()
             if not line:
                 continue
@@ -599,7 +621,9 @@ def libraries():
         python = os.path.realpath(sys.executable)
     found = {"python": python}
     for name in ("libc.so.6", "libstdc++.so.6"):
-        for path in glob.glob("/lib*/**/" + name, recursive=True)[:1]:
+        for path in (glob.glob("/lib/*-linux-gnu/" + name)
+                     + glob.glob("/*/lib64/" + name)
+                     + glob.glob("/usr/lib/" + name))[:1]:
             found[name] = path
     return found
 

@@ -3,7 +3,8 @@
  * Commands on stdin, an answer line each on stdout:
  *
  *     cycles NAME N       core cycles per call of a loop of N calls of NAME
- *     threads K NAME MS   calls/s of each of K threads, each on its own CPU
+ *     threads K NAME MS   calls per second of CPU time of each of K threads
+ *                         that run for MS ms at once, each on its own CPU
  *
  * The first line printed is "PID METHOD", where METHOD tells what a cycle is:
  *
@@ -153,6 +154,13 @@ static double now_ns(void)
     return t.tv_sec * 1e9 + t.tv_nsec;
 }
 
+static double cpu_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return t.tv_sec * 1e9 + t.tv_nsec;
+}
+
 static double ns_per_cycle(void)
 {
     double best = 1e9, t;
@@ -196,18 +204,19 @@ static void *work(void *arg)
 {
     struct job *job = arg;
     cpu_set_t set;
-    double start, end;
+    double start, cpu;
     long n = 0;
     CPU_ZERO(&set);
     CPU_SET(job->cpu, &set);
     sched_setaffinity(0, sizeof set, &set);
+    job->loop(20000);
     start = now_ns();
+    cpu = cpu_ns();
     do {
         job->loop(20000);
         n += 20000;
-        end = now_ns();
-    } while (end - start < job->ms * 1e6);
-    job->rate = n / (end - start) * 1e9;
+    } while (now_ns() - start < job->ms * 1e6);
+    job->rate = n / (cpu_ns() - cpu) * 1e9;
     return 0;
 }
 
