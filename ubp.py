@@ -488,7 +488,7 @@ R_X86_64_RELATIVE, R_X86_64_IRELATIVE = 8, 37
 NT_GNU_BUILD_ID = 3
 AT_PHDR = 3                                          # <linux/auxvec.h>
 
-MAX_TABLE = 1 << 29      # bytes of one table; a 500 000-symbol one has 2^25
+MAX_TABLE = 1 << 28      # bytes of one table; a 500 000-symbol one has 2^25
 MAX_SYMBOLS = 1 << 22
 MAX_HEADERS = 1 << 16    # sections, as e_shnum is 16 bits
 MAX_LOADS = 64           # PT_LOAD segments; linkers write four or five
@@ -651,6 +651,7 @@ class Elf:
 
     def __init__(self, image, name):
         self.image, self.name, self.notes = image, name, []
+        self.bias = 0                   # what a loader added to its words
         header = image.read(0, ELF_HEADER.size)
         if len(header) < ELF_HEADER.size or header[:4] != b"\x7fELF":
             raise SymbolError("read", name, "not an ELF file")
@@ -715,8 +716,9 @@ class Elf:
         return None
 
     def section_bytes(self, section):
+        """The bytes of a section, or fewer and a note."""
         return self.table(section.offset, section.size,
-                          section.name.decode(errors="backslashreplace"))
+                          _decode(section.name) or "a section")
 
     def offset_of(self, vaddr):
         """File offset of a vaddr and the bytes its segment has from there.
@@ -791,8 +793,7 @@ class Elf:
         glibc's loader adds the bias to those in memory, musl's does not.
         """
         value = self.dynamic.get(tag, 0)
-        bias = getattr(self.image, "bias", 0)
-        return value - bias if bias and value >= bias else value
+        return value - self.bias if value >= self.bias else value
 
     def dynamic_table(self, pointer_tag, size_tag):
         """The bytes that a pointer and a size of PT_DYNAMIC describe."""
@@ -859,9 +860,14 @@ class Elf:
             if section.type == SHT_SYMTAB and section.link < len(
                     self.sections):
                 strings = self.sections[section.link]
+                if section.size > MAX_SYMBOLS * SYMBOL_SIZE:
+                    self.note("%s: more than %d symbols"
+                              % (self.name, MAX_SYMBOLS))
+                    section = section._replace(size=MAX_SYMBOLS * SYMBOL_SIZE)
                 tables.append(SymbolTable(self.section_bytes(section),
                                           self.section_bytes(strings)))
-        return tables[:4]
+                break                   # there is one, gABI 4
+        return tables
 
     @_Lazy
     def relocations(self):
@@ -936,8 +942,9 @@ class SymbolTable:
     """A .symtab or .dynsym as columns; names are cut out when needed."""
 
     def __init__(self, data, strings):
-        data = data[:MAX_SYMBOLS * SYMBOL_SIZE]
-        self.strings = strings + b"\0"
+        if strings[-1:] != b"\0":       # each name ends, then
+            strings += b"\0"
+        self.strings = strings
         self.name_offsets = _column(data, "I", 0, 6)
         self.infos = _column(data, "I", 1, 6)    # type, binding, shndx << 16
         self.values = _column(data, "Q", 1, 3)
@@ -1171,8 +1178,8 @@ class Unwind:
                 if pad:
                     pads.add(base + pad)
         except _Truncated:
-            self.elf.note("%s: the exception table of 0x%x is cut short"
-                          % (self.elf.name, fde.vaddr))
+            self.elf.note("%s: an exception table is cut short"
+                          % self.elf.name)
         return pads
 
 
@@ -1279,7 +1286,7 @@ class Functions:
     def nameless(self):
         """Starts of FDEs that no function symbol covers, and no PLT."""
         plt = [(s.vaddr, s.vaddr + s.size) for s in self.elf.sections
-               if s.name.startswith(b".plt")]
+               if s.name.startswith(b".plt")][:8]
         return [start for start in self.unwind.starts
                 if _range_at(self.ranges, start)
                 and not any(low <= start < high for low, high in plt)
@@ -1333,7 +1340,6 @@ def _relr_words(elf):
     entries = _column(elf.dynamic_table(DT_RELR, DT_RELRSZ), "Q", 0, 1)
     if len(entries) > 1 << 20:
         elf.note("%s: DT_RELR is too long" % elf.name)
-    bias = getattr(elf.image, "bias", 0)
     words, where = [], 0
     for entry in entries[:1 << 20]:
         if entry & 1 == 0:
@@ -1345,7 +1351,7 @@ def _relr_words(elf):
             where += 63 * 8
         column = _column(data, "Q", 0, 1)
         words += [column[place] for place in places if place < len(column)]
-    return [word - bias if word >= bias else word for word in words]
+    return [word - elf.bias if word >= elf.bias else word for word in words]
 
 
 BUILTIN_TYPES = {        # Itanium C++ ABI, 5.1.5.2
@@ -1897,7 +1903,8 @@ def _is_mapped(elf, pid, maps, is_same):
     """Is this file what these Mappings hold? Headers and build-id decide.
 
     Overlay file systems report other device and inode numbers in maps than
-    fstat does, and a file may have been overwritten in place.
+    fstat does, and a file may have been overwritten in place. Without a
+    build-id, another inode has to be equal in all of the first mapping.
     """
     first = min(maps, key=lambda m: m.offset)
     if first.offset:
@@ -1911,7 +1918,11 @@ def _is_mapped(elf, pid, maps, is_same):
     in_memory = elf.build_id_at(lambda segment: _peek(
         pid, first.start + segment.offset, min(
             segment.size, first.end - first.start - segment.offset)))
-    return not in_memory or in_memory == elf.build_id
+    if in_memory or is_same:
+        return not in_memory or in_memory == elf.build_id
+    size = min(first.end - first.start, 1 << 20)
+    data = elf.image.read(0, size)
+    return _peek(pid, first.start, size)[:len(data)] == data
 
 
 def _open_elf(pid, maps):
@@ -1970,7 +1981,8 @@ class Module:
         self.path = _printable(path[:-len(DELETED)] if self.deleted else path)
         self.name = os.path.basename(self.path)
         self.is_exe = False
-        elf.image.bias = bias
+        if isinstance(elf.image, MemoryImage):
+            elf.bias = bias
         spans = [(bias + s.vaddr, bias + s.vaddr + s.size) for s in elf.loads]
         self.low = min(low for low, _ in spans)
         self.high = max(high for _, high in spans)
@@ -1988,7 +2000,8 @@ class Module:
                 offset = low - start + load.offset
                 if low < high and m.start - m.offset == low - offset:
                     self.text.append((low, high - low, offset))
-                    self.shared_text |= "s" in m.perms or _is_huge(m)
+                    self.shared_text |= ("s" in m.perms
+                                         or _is_huge(m, self.elf.image))
 
     def __repr__(self):
         return "<Module %s at 0x%x>" % (self.name, self.low)
@@ -2129,8 +2142,8 @@ class Module:
         Raises SymbolError if that is more than MAX_TABLE.
         """
         if sum(size for _, size, _ in self.text) > MAX_TABLE:
-            raise SymbolError("read", self.name, "it has more than 512 MiB "
-                              "of code")
+            raise SymbolError("read", self.name, "it has more than %d MiB "
+                              "of code" % (MAX_TABLE >> 20))
         return [(vaddr, self.elf.image.read(offset, size))
                 for vaddr, size, offset in self.text]
 
@@ -2140,16 +2153,12 @@ def _printable(path):
         "utf-8", "backslashreplace")
 
 
-def _is_huge(m):
-    """Do huge pages hold this text, by the name or the file system?"""
-    if m.path.startswith("/anon_hugepage"):
-        return True
+def _is_huge(m, image):
+    """Do huge pages of hugetlbfs hold this mapping of a file?"""
     if (m.start | m.end | m.offset) % (1 << 21):
         return False
-    try:
-        return os.statvfs(m.path).f_bsize == 1 << 21     # hugetlbfs
-    except OSError:
-        return False
+    return (isinstance(image, FileImage)
+            and os.fstatvfs(image.fd).f_bsize >= 1 << 21)
 
 
 def modules(pid):
@@ -2241,7 +2250,7 @@ def _belongs(debug, elf, crc):
         return debug.build_id == elf.build_id
     import binascii
     size, at, value = debug.image.size, 0, 0
-    if size > 2 * MAX_TABLE:
+    if size > 4 * MAX_TABLE:
         return False                    # a checksum that takes seconds
     while at < size:
         chunk = debug.image.read(at, 1 << 20)
@@ -2275,7 +2284,7 @@ def _mini_debug(elf):
         return b""
     try:
         unpack = lzma.LZMADecompressor(memlimit=MAX_TABLE)
-        return unpack.decompress(elf.section_bytes(section), MAX_TABLE >> 2)
+        return unpack.decompress(elf.section_bytes(section), MAX_TABLE)
     except (lzma.LZMAError, EOFError, MemoryError):
         elf.note("%s: .gnu_debugdata is damaged" % elf.name)
         return b""
@@ -2623,7 +2632,8 @@ def _closest(wanted, names):
 #     release      busy threads first
 
 RUNNING, INTERRUPTED, STOPPED, FINISHING = "RISF"
-_ATTEMPT_S = 0.03           # to wait for stops, per attempt
+_ATTEMPT_S = 0.03           # to wait for stops in the first attempt; on a
+#                             machine that is overloaded, later ones take more
 _ATTEMPT_PER_THREAD_S = 0.001
 _TRANSFER_WAIT_S = 0.1      # to wait for a transfer to end by itself
 _INJECTION_S = 2.0          # to wait for an injected syscall to return
@@ -2755,10 +2765,10 @@ class Tracer:
         raises Again. Raises UbpTimeout, with all released; TraceeGone.
         """
         limit = time.monotonic() + timeout
-        wait = 0.001
+        wait, patience = 0.001, 1
         while True:
             try:
-                return self._one_pause(action, limit, purpose)
+                return self._one_pause(action, limit, purpose, patience)
             except Again as again:
                 if time.monotonic() + wait > limit:
                     raise UbpTimeout(
@@ -2766,20 +2776,20 @@ class Tracer:
                         "try again; or look for a thread in state D or in "
                         "vfork: ps -L -o tid,stat,wchan -p %d" % self.tgid)
             time.sleep(wait)
-            wait = min(wait * 2, 0.05)
+            wait, patience = min(wait * 2, 0.05), min(patience * 2, 32)
 
     def name(self):
         """pid 4242 (redis-server)"""
         return "pid %d (%s)" % (self.tgid, comm(self.tgid))
 
-    def _one_pause(self, action, limit, purpose):
+    def _one_pause(self, action, limit, purpose, patience):
         try:
             self._prepare(limit)
             before = _raise_priority()
             time.sleep(0)           # a full share of the GIL lies ahead
             begin = time.monotonic()
-            attempt = min(limit, begin + _ATTEMPT_S
-                          + _ATTEMPT_PER_THREAD_S * len(self.threads))
+            attempt = min(limit, begin + patience * (
+                _ATTEMPT_S + _ATTEMPT_PER_THREAD_S * len(self.threads)))
             try:
                 self._interrupt_all(attempt)
                 return action()
@@ -2800,6 +2810,10 @@ class Tracer:
         if not self.is_same_process():
             raise TraceeGone("trace", "pid %d" % self.tgid,
                              "the process has ended")
+        self.maps = read_maps(self.vm_tid())
+        if not self.maps:           # a zombie: it shares no memory either
+            raise TraceeGone("trace", "pid %d" % self.tgid,
+                             "the process has ended")
         if self._loadavg is None:
             self._loadavg = HeldFile("/proc/loadavg")
         self._find_siblings()
@@ -2807,7 +2821,6 @@ class Tracer:
             if tgid not in self._tasks:
                 self._open_tasks(tgid)
         self._seize_new()
-        self.maps = read_maps(self.vm_tid())
         self.find_gadgets()
         self.seccomp = {tid: seccomp_mode(tid) for tid in self.threads}
         self._await_transfers(limit)
@@ -2909,22 +2922,22 @@ class Tracer:
         return bool(found)
 
     def _collect(self, deadline):
-        """Wait until each interrupted thread has stopped. Raises Again."""
-        waiting = [thread for thread in self.threads.values()
-                   if thread.state in (INTERRUPTED, FINISHING)]
+        """Wait until each interrupted thread has stopped. Raises Again.
+
+        One after the other: to look at all of them at each stop would take
+        time that grows with their square.
+        """
         waiter = self.waiter
-        waiter.restart()
-        while True:
-            waiting = [thread for thread in waiting
-                       if not self._has_stopped(thread)]
-            if not waiting:
-                return
-            if time.monotonic() > deadline:
-                raise Again("thread %d does not stop (%s)" % (
-                    waiting[0].tid,
-                    read_proc("/proc/%d/wchan" % waiting[0].tid).decode(
-                        errors="replace") or "?"))
-            waiter.sleep()
+        for thread in [thread for thread in self.threads.values()
+                       if thread.state in (INTERRUPTED, FINISHING)]:
+            waiter.restart()
+            while not self._has_stopped(thread):
+                if time.monotonic() > deadline:
+                    raise Again("thread %d does not stop (%s)" % (
+                        thread.tid,
+                        read_proc("/proc/%d/wchan" % thread.tid).decode(
+                            errors="replace") or "?"))
+                waiter.sleep()
 
     def _has_stopped(self, thread):
         """Look at one thread. -> True if it needs no more waiting"""
@@ -6012,9 +6025,9 @@ OPTIONS = collections.OrderedDict([
         help="leave the probes in place and exit; status reads them"))),
     ("--dry-run", ("count clean", dict(
         action="store_true", help="only print what would be done"))),
-    ("--max-sites", ("count plan", dict(
-        metavar="N", type=parse_number, default=None,
-        help="refuse probes that name more functions (count: 10000)"))),
+    ("--max-sites", ("count", dict(
+        metavar="N", type=parse_number, default=10000,
+        help="refuse probes that name more functions (default 10000)"))),
     ("--strategy", ("count plan", dict(
         metavar="LIST", type=parse_strategy, default="jump",
         help="how to probe; jump is the only one built"))),
@@ -6030,7 +6043,6 @@ USAGE = {
     "status": "status [-p PID[,PID...]] [--json]",
     "clean": "clean -p PID[,PID...] [--all] [--dry-run]",
 }
-MAX_SITES = 10000
 
 
 def verb_parser(verb):
@@ -6152,16 +6164,9 @@ class Row(NamedTuple):
     total: int                         # since it was armed
 
 
-def function_name(site):
-    """Return "malloc+0x4" for a site, or its address if it has no name."""
-    if not site.names:
-        return "0x%x" % site.vaddr
-    return site.names[0] + ("+0x%x" % site.offset if site.offset else "")
-
-
 def site_label(site):
     """Return "libc.so.6:malloc+0x4" for a site, escaped."""
-    return escape("%s:%s" % (site.module.name, function_name(site)))
+    return escape("%s:%s" % (site.module.name, site_name(site)))
 
 
 def table_lines(rows, seconds, is_final, size=None, n_top=None, dots="..."):
@@ -6232,7 +6237,7 @@ def json_line(kind, pid, site=None, **fields):
     if site is not None:
         record["module"] = json_text(site.module.name)
         record["build_id"] = site.module.build_id
-        record["function"] = json_text(function_name(site))
+        record["function"] = json_text(site_name(site))
         record["address"] = "0x%x" % site.vaddr
     record.update(fields)
     return json.dumps(record) + "\n"
@@ -6352,16 +6357,6 @@ def kill_command(target):
     say("the command was not run")
 
 
-def find_sites(target, probe):
-    """Return the sites that a probe names. Raises UbpError for none."""
-    try:
-        return target.find(probe)
-    except SymbolError:
-        if ":" not in probe and os.path.lexists(probe):
-            raise NoSuchFunction(probe)
-        raise
-
-
 class NoSuchFunction(SymbolError):
     """A probe that is the name of a file: the shell expanded a pattern."""
 
@@ -6372,16 +6367,17 @@ class NoSuchFunction(SymbolError):
                      "quote the probe: '*Command'" % probe,)
 
 
-def check_max_sites(target, options):
-    """Raise ProbeError if the probes name more sites than was allowed."""
-    n_sites = len({site.vaddr for probe in options.probes
-                   for site in find_sites(target, probe)})
-    n_max = options.max_sites or MAX_SITES
-    if n_sites > n_max:
-        raise ProbeError("probe", describe(target.pid, target.comm),
-                         "%s match, and --max-sites is %d"
-                         % (plural(n_sites, "function"), n_max),
-                         "name fewer functions, or --max-sites %d" % n_sites)
+@contextlib.contextmanager
+def expansion_told(probes):
+    """If there is no such function, say so when it is a file's name."""
+    try:
+        yield
+    except SymbolError as error:
+        for probe in probes:
+            if (":" not in probe and probe in error.whom
+                    and os.path.lexists(probe)):
+                raise NoSuchFunction(probe)
+        raise
 
 
 def each_target(options, visit):
@@ -6410,9 +6406,10 @@ def verb_list(options, signals):
 
     def visit(target):
         sites = {}
-        for probe in options.probes:
-            for site in find_sites(target, probe):
-                sites[site.vaddr] = site
+        with expansion_told(options.probes):
+            for probe in options.probes:
+                for site in target.find(probe):
+                    sites.setdefault(site.vaddr, site)
         lines = [list_line(sites[vaddr]) for vaddr in sorted(sites)]
         if len(options.pids) > 1:
             lines.insert(0, escape(describe(target.pid, target.comm)))
@@ -6438,15 +6435,16 @@ def verb_plan(options, signals):
     out = open_stdout(signals)
 
     def visit(target):
-        if options.max_sites or options.verb != "plan":
-            check_max_sites(target, options)
-        with Progress("planning %s" % describe(target.pid, target.comm)):
-            for probe in options.probes:
-                find_sites(target, probe)
+        name = describe(target.pid, target.comm)
+        with Progress("planning %s" % name), expansion_told(options.probes):
             plans = sorted(target.plan(options.probes),
                            key=lambda plan: plan.site.vaddr)
+        if options.verb == "count" and len(plans) > options.max_sites:
+            raise ProbeError("probe", name, "%s match, and --max-sites is %d"
+                             % (plural(len(plans), "function"),
+                                options.max_sites))
         if len(options.pids) > 1:
-            out.write(escape(describe(target.pid, target.comm)) + "\n")
+            out.write(escape(name) + "\n")
         for plan in plans:
             out.write(plan_text(plan))
         out.write(plan_summary(plans))
@@ -6701,25 +6699,24 @@ class Counting:
 
     def _arm_one(self, target):
         """Put the probes into one target, and say what was done."""
-        check_max_sites(target, self.options)
-        name = describe(target.pid, target.comm)
-        with self.signals.uninterrupted("arming %s" % name):
-            probe = target.probe(self.options.probes, Count(),
-                                 strategy=self.options.strategy,
-                                 max_sites=self.options.max_sites
-                                 or MAX_SITES)
+        options, name = self.options, describe(target.pid, target.comm)
+        with self.signals.uninterrupted("arming %s" % name), expansion_told(
+                options.probes):
+            probe = target.probe(options.probes, Count(),
+                                 strategy=options.strategy,
+                                 max_sites=options.max_sites)
             self.watched.append(Watched(target, probe))
         n_refused = len(probe.refused)
         say("%s: %s by jump%s; stopped %.2f ms; %s" % (
             name, plural(len(probe.sites), "site"),
             ", %d refused (plan shows why)" % n_refused if n_refused else "",
             target.pause_us / 1e3,
-            "left in place" if self.options.leave else
-            "its end removes" if self.options.command else
+            "left in place" if options.leave else
+            "its end removes" if options.command else
             "Ctrl-C removes"))
         for note in target.notes:
             say(note)
-        if not self.options.command:
+        if not options.command:
             self._hint_children(target.pid)
 
     def _hint_children(self, pid):
@@ -6749,6 +6746,7 @@ class Counting:
         """Show what is counted until something asks for the end."""
         interval = self.options.interval or (1 if self.live else 1e12)
         next_tick = self.began + interval
+        last_tick = self.began + (self.options.duration or 1e12)
         while not self.reason:
             now = time.monotonic()
             if now >= next_tick:
@@ -6757,7 +6755,8 @@ class Counting:
                 next_tick += interval * (1 + (now - next_tick) // interval)
             elif self.live and self.live.is_outdated():
                 self._draw()
-            self.signals.wait(min(0.1, next_tick - now), self.out)
+            self.signals.wait(min(0.1, next_tick - now, last_tick - now),
+                              self.out)
             self._look()
 
     def _look(self):
@@ -6850,7 +6849,7 @@ class Counting:
             self.talk("no hit yet at any of %d sites" % len(silent))
             return
         for row in silent:
-            name = function_name(row.site)
+            name = site_name(row.site)
             target = [watched.target for watched in self.watched
                       if watched.pid == row.pid][0]
             try:

@@ -349,6 +349,7 @@ PREFIXED = """
 0f  60-6b,6e,74-76                    E     E    --   --
 0f  6c-6d                             --    E    --   --
 0f  71-73,c5                          UIb   UIb  --   --
+0f  77                                .     --   --   --
 0f  78                                E     UIbb --   UIbb
 0f  79                                E     U    --   U
 0f  7c-7d,d0                          --    E    --   E
@@ -438,17 +439,21 @@ e2  10-15,20-27,30-35                 --    E    E    --
 e2  28-29,38-3a                       --    E    U    --
 e2  2a                                --    M    U    --
 e2  50-51                             E     E    E    E
+e2  4a                                --    U    U    --
 e2  52                                E     E    E    M
 e2  53,9a-9b,aa-ab                    --    E    --   M
+e2  6d                                U     U    U    U
 e2  68                                --    --   --   E
 e2  72                                --    E    E    E
 e2  74                                E     --   E    E
 e2  d2-d3                             E     E    E    --
 e2  da                                --    --   E    E
 e2  *                                 --    =    --   --
+e3  07                                UIb   UIb  UIb  UIb
 e3  08,26,52,56,66                    EIb   EIb  --   EIb
 e3  0a,27,53,57,67                    EIb   EIb  --   --
 e3  42                                --    EIb  EIb  --
+e3  77                                --    --   UIb  UIb
 e3  c2                                EIb   --   EIb  EIb
 e3  *                                 --    =    --   --
 e5  10-11,2a,2c-2d                    --    --   E    --
@@ -491,6 +496,7 @@ GROUPS = """
 0f  00:f2       E    E    E    E    E    E    E    --
 0f  01          E    E    E    E    E    U    E    E
 0f  01:f3       E    E    E    E    E    E    E    E
+0f  20,22       R    --   R    R    R    --   --   --
 0f  71          --   --   UIb  --   UIb  --   UIb  --
 0f  72          --   --   UIb  --   UIb  --   UIb  --
 0f  73          --   --   UIb  --   --   --   UIb  --
@@ -560,6 +566,106 @@ REGISTER_FORMS = """
 0f  a7 /5            .   --  --  --  --  --  --  --   xcryptofb
 3a  f0 /0            .   --  --  --  --  --  --  --   hreset
 v2  49 /0            .   --  --  --  --  --  --  --   tilerelease
+"""
+
+# What a vector instruction demands of VEX, EVEX and XOP fields: W, L (more
+# digits: one of these), v: vvvv must be unused. A suffix narrows the row to
+# a mandatory prefix. A static rounding mode (EVEX.b, registers) takes L's
+# place.
+LIMITS = """
+; page limits  opcodes
+v1  L0       12:np,16:np,12:66,16:66,c4
+v1  L0,v     13,17,44,6e,7e,90-91,98-99,ae,c5,d6,f7,92-93:f2
+v1  L1       41-42,45-47,4a,4b:np
+v1  W0,L0,v  92-93:np,92-93:66
+v1  W0,L1    4b:66
+v1  v        10-11:np,51-53:np,5a:np,10-11:66,51:66,5a:66,12:f3,16:f3,12:f2
+v1  v        28-29,2b-2f,50,5b,6f-70,77,7f,d7,e6-e7,f0
+v2  L0       6c:np,e0-ef,f2-f3,f5-f7
+v2  L0,v     41,db
+v2  W0       0c-0d,2c-2f,46,50-53,cf,d2-d3,da:f3,da:f2
+v2  W0,L0    48,5c,5e,6c:66,da:66,da:np
+v2  W0,L0,v  49-4b
+v2  W0,L1    16,36,cb
+v2  W0,L1,v  19-1a,5a,cc-cd
+v2  W0,v     0e-0f,13,18,58-59,72,78-79,b0-b1
+v2  W1       b4-b5
+v2  v        17,1c-1e,20-25,2a,30-35
+v3  L0       20-22,41
+v3  L0,v     14-17,30-33,60-63,df,f0
+v3  W0       02,4a-4c
+v3  W0,L0    de
+v3  W0,L1    06,18,38,46
+v3  W0,L1,v  19,39
+v3  W0,v     04-05,1d
+v3  W1       ce-cf
+v3  W1,L1,v  00-01
+v3  v        08-09
+v5  W0,L0    fd
+v7  W0,L0,v  f6,f8
+e1  L0       c4
+e1  L0,v     6e,7e,c5,d6
+e1  W0       10-11:f3,51:f3,58-5a:f3,5c-5f:f3,c2:f3,14-15:np,54-59:np,5c-5f:np
+e1  W0       c2:np,c6:np,62,66,6a-6b,76,d1-d2,e1,f1-f2,fa,fe
+e1  W0,L0    12:np,16:np
+e1  W0,L0,v  13:np,17:np
+e1  W0,v     10-11:np,28-29:np,2b:np,2e-2f:np,51:np,5a:np,12:f3,16:f3,2e-2f:f3
+e1  W0,v     5b:f3,70:66,e7
+e1  W1       10-11:f2,51:f2,58-5a:f2,5c-5f:f2,c2:f2,14-15:66,54-59:66,5c-5f:66
+e1  W1       c2:66,c6:66,6c-6d,d3-d4,f3-f4,fb
+e1  W1,L0    12:66,16:66
+e1  W1,L0,v  13:66,17:66
+e1  W1,v     10-11:66,28-29:66,2b:66,2e-2f:66,51:66,5a:66,e6:66,12:f2,2e-2f:f2
+e1  W1,v     e6:f2
+e1  v        2c-2d,6f,78-7a,7f,5b:np,5b:66,7b:66,70:f3,e6:f3,70:f2
+e2  L12      16,36
+e2  L12,v    19-1a,5a
+e2  L2,v     1b,5b,c6-c8,ca,cc
+e2  W0       0c,2b,50-51,67,8f,cf,d2-d3,da,52:np,74:np,52-53:66,52:f3,72:f2
+e2  W0       74:f2,9b:f2,ab:f2
+e2  W0,L2    4a,6d,52-53:f2,9a:f2,aa:f2
+e2  W0,v     10-12:f3,14-15:f3,20-24:f3,30-34:f3,3a:f3,72:f3,74:f3,13,18,1e,25
+e2  W0,v     35,58,78-7b,2a:66
+e2  W1       0d,37,70,83,b4-b5,10-12:66,28-29:66,72:66
+e2  W1,v     1f,2a:f3
+e2  v        1c-1d,42,44,4c,4e,54-55,59,62-63,7c,88-8b,90-93,a0-a3,c4,20-24:66
+e2  v        30-34:66,28-29:f3,38-39:f3
+e3  L0       20,22
+e3  L0,v     14-17
+e3  L12      18,23,38,43
+e3  L12,v    19,39
+e3  L2       1a,3a
+e3  L2,v     1b,3b
+e3  W0       0a:66,0f,42,c2,27:np,52-53:np,57:np,52:f2
+e3  W0,L0    0a:np,21
+e3  W0,L0,v  67:np
+e3  W0,L2,v  07
+e3  W0,v     04,08,1d,26:np,56:np,66:np,26:f2,56:f2,66:f2
+e3  W1       0b,70,72,ce-cf
+e3  W1,L12,v 00-01
+e3  W1,v     05,09
+e3  v        26:66,56:66,66-67:66
+e5  L0,v     6e:66,7e:66
+e5  W0       10-11,58-59,5c-5f,18:np,1b:np,1d:np,74:np,18:f2,1b:f2,74:f2,51:f3
+e5  W0       5a:f3
+e5  W0,L0,v  2e-2f:f3,6e:f3,7e:f3
+e5  W0,v     18:f3,1b:f3,5b:f3,74:f3,1d:66,2f:66,51:66,78-7b:66,1e,68-6b,7c-7d
+e5  W0,v     2e-2f:np,51:np,5a:np,78-79:np
+e5  W1       5a:f2
+e5  W1,v     5a:66
+e5  v        2c-2d,6c-6d,6f,5b:np,5b:66,78-79:f3,7a:f2
+e6  W0       13:np,2c,4d,4f,56,96-9f,a6-af,b6-bf,d6-d7
+e6  W0,L0    2d,43,57
+e6  W0,v     13:66,42,4c,4e
+x8  L0       a3
+x8  W0,L0    85-87,8e-8f,95-97,9e-9f,a6,b6,cc-cf,ec-ef
+x8  W0,L0,v  c0-c3
+x9  L0       01-02,90-9b
+x9  L0,v     12
+x9  W0,L0,v  82-83,c1-c3,c6-c7,cb,d1-d3,d6-d7,db,e1-e3
+x9  W0,v     80-81
+xa  L0       12
+xa  L0,v     10
 """
 
 # A lock prefix is allowed only here, on a memory operand (SDM 2A, LOCK).
@@ -791,7 +897,7 @@ MAP_NUMBERS = {"1b": 0x00, "0f": 0x01, "38": 0x02, "3a": 0x03,
                "v1": 0x11, "v2": 0x12, "v3": 0x13, "v5": 0x15, "v7": 0x17,
                "e1": 0x21, "e2": 0x22, "e3": 0x23, "e5": 0x25, "e6": 0x26,
                "x8": 0x38, "x9": 0x39, "xa": 0x3a, "3d": 0x0f}
-MANDATORY = {"66": 1, "f3": 2, "f2": 3}       # VEX.pp, SDM 2.3.6.1
+MANDATORY = {"np": 0, "66": 1, "f3": 2, "f2": 3}       # VEX.pp, SDM 2.3.6.1
 
 
 def _lines(text):
@@ -847,11 +953,12 @@ def _parse_groups(text, pages):
     """{opcode, or (opcode, pp): cells by modrm.reg}."""
     table = {}
     for page, opcode, *cells in _lines(text):
-        byte, _, prefix = opcode.partition(":")
-        number = MAP_NUMBERS[page] << 8 | int(byte, 16)
-        if len(cells) != 8 or pages[number >> 8][int(byte, 16)] == "--":
-            raise ValueError("group %s %s" % (page, opcode))
-        table[(number, MANDATORY[prefix]) if prefix else number] = cells
+        opcode, _, prefix = opcode.partition(":")
+        for byte in _numbers(opcode):
+            number = MAP_NUMBERS[page] << 8 | byte
+            if len(cells) != 8 or pages[number >> 8][byte] == "--":
+                raise ValueError("group %s %s" % (page, opcode))
+            table[(number, MANDATORY[prefix]) if prefix else number] = cells
     return table
 
 
@@ -865,6 +972,25 @@ def _parse_register_forms(text):
         for pp in [MANDATORY[prefix]] if prefix else range(4):
             table[MAP_NUMBERS[page] << 8 | int(byte, 16), pp,
                   int(reg[1:])] = tuple(cell == "." for cell in cells[:8])
+    return table
+
+
+def _parse_limits(text, pages):
+    """{(opcode, pp): (W or None, the L allowed, is vvvv unused)}."""
+    table = {}
+    for page, limits, opcodes in _lines(text):
+        fields = limits.split(",")
+        w = {"W0": 0, "W1": 8}.get(fields[0])
+        lengths = [int(digit) for field in fields if field[0] == "L"
+                   for digit in field[1:]]
+        value = w, lengths or (0, 1, 2), "v" in fields
+        for item in opcodes.split(","):
+            numbers, _, prefix = item.partition(":")
+            for byte in _numbers(numbers):
+                if pages[MAP_NUMBERS[page]][byte] == "--":
+                    raise ValueError("limits %s %02x" % (page, byte))
+                for pp in [MANDATORY[prefix]] if prefix else range(4):
+                    table[MAP_NUMBERS[page] << 8 | byte, pp] = value
     return table
 
 
@@ -919,6 +1045,7 @@ _PAGES = {MAP_NUMBERS[name]: opcode_page(text)
 _PREFIXED = _parse_prefixed(PREFIXED, _PAGES)
 _GROUPS = _parse_groups(GROUPS, _PAGES)
 _REGISTER_FORMS = _parse_register_forms(REGISTER_FORMS)
+_LIMITS = _parse_limits(LIMITS, _PAGES)
 _LOCKABLE = _parse_lockable(LOCKABLE)
 _FLOWS = _parse_flows(FLOWS)
 _EFFECTS = _parse_effects(EFFECTS)
@@ -1010,54 +1137,71 @@ def _read_prefixes(code, bits):
         at += 1
 
 
+class _Opcode(NamedTuple):
+    """What stands before modrm."""
+    number: int          # opcode: map number << 8 | byte
+    start: int           # offset behind the legacy and REX prefixes
+    end: int             # offset behind the opcode
+    prefixes: int
+    pp: int
+    rex: int
+    vvvv: int = 0
+    length: int = 0      # VEX.L, EVEX.L'L
+    is_static: bool = False                   # EVEX.b: L'L may be a rounding
+
+
 def _read_vector_prefix(code, at, cell):
-    """VEX, EVEX and XOP: (map, offset of the opcode, pp, WRXB, vvvv).
+    """VEX, EVEX and XOP: (map, size, pp, WRXB, vvvv, L, EVEX.b).
 
     SDM 2.3.5 (VEX), 2.7.1 (EVEX), APM 1.8 (XOP). Fields are stored inverted.
     Returns None where a reserved bit is set, as APX does.
     """
-    if cell == "vx2":
-        byte = code[at + 1]
-        return 0x11, at + 2, byte & 3, ~byte >> 5 & 4, ~byte >> 3 & 15
     first, second = code[at + 1], code[at + 2]
+    if cell == "vx2":
+        return (0x11, 2, first & 3, ~first >> 5 & 4, ~first >> 3 & 15,
+                first >> 2 & 1, 0)
     rex = second >> 4 & 8 | ~first >> 5 & 7
+    vvvv = ~second >> 3 & 15
     if cell == "evx":
-        if first & 8 or not second & 4:
-            return None
-        return (0x20 | first & 7, at + 4, second & 3, rex,
-                ~second >> 3 & 15)
+        third = code[at + 3]
+        if first & 8 or not second & 4 or third & 0x87 == 0x80:
+            return None                       # APX, or zeroing by no mask
+        return (0x20 | first & 7, 4, second & 3, rex, vvvv,
+                third >> 5 & 3, third >> 4 & 1)
     number = {"vx3": 0x10, "xop": 0x30}[cell] + (first & 0x1f)
-    return number, at + 3, second & 3, rex, ~second >> 3 & 15
+    return number, 3, second & 3, rex, vvvv, second >> 2 & 1, 0
+
+
+def _is_vector_prefix(cell, after, bits):
+    """Does a cell of the one-byte page begin VEX, EVEX or XOP here?"""
+    if cell == "xop":
+        return after & 0x1f >= 8
+    return cell in ("evx", "vx2", "vx3") and (bits == 64 or after >= 0xc0)
 
 
 def _read_opcode(code, bits):
-    """From the first byte to the opcode: the fields that a Form keeps of it.
-
-    Returns (map, opcode_offset, offset of the opcode byte, prefixes, pp, rex,
-    vvvv), or None where the prefixes do not go together.
-    """
+    """All up to the opcode. -> _Opcode, or None if prefixes do not agree."""
     start, prefixes, rex, rep = _read_prefixes(code, bits)
-    cell = _PAGES[0][code[start]]
+    cell, at, number = _PAGES[0][code[start]], start, 0
     if cell == "esc":
         at, number = start + 1, 1
         if _PAGES[1][code[at]] == "esc":
             number = 2 if code[at] == 0x38 else 3
             at += 1
-    elif (cell in ("evx", "vx2", "vx3")
-          and (bits == 64 or code[start + 1] >= 0xc0)
-          or cell == "xop" and code[start + 1] & 0x1f >= 8):
-        if rex or prefixes & (O16 | LOCK | REPZ | REPNZ):
-            return None
+    elif cell.islower() and _is_vector_prefix(cell, code[start + 1], bits):
         vector = _read_vector_prefix(code, start, cell)
-        if vector is None or vector[0] not in _PAGES:
+        if (rex or prefixes & (O16 | LOCK | REPZ | REPNZ) or vector is None
+                or vector[0] not in _PAGES):
             return None
-        number, at, pp, rex, vvvv = vector
-        return number, start, at, prefixes, pp, rex & (15 if bits == 64
-                                                       else 8), vvvv
-    else:
-        number, at = 0, start
-    pp = (2 if rep == REPZ else 3 if rep else 1 if prefixes & O16 else 0)
-    return number, start, at, prefixes, pp, rex & 15, 0
+        number, size, pp, rex, vvvv, length, static = vector
+        if bits == 32:
+            rex, vvvv = rex & 8, vvvv & 7
+        at = start + size
+        return _Opcode(number << 8 | code[at], start, at + 1, prefixes, pp,
+                       rex, vvvv, length, static == 1)
+    pp = 2 if rep == REPZ else 3 if rep else 1 if prefixes & O16 else 0
+    return _Opcode(number << 8 | code[at], start, at + 1, prefixes, pp,
+                   rex & 15)
 
 
 def _cell_of(opcode, pp, modrm, bits):
@@ -1070,7 +1214,7 @@ def _cell_of(opcode, pp, modrm, bits):
             cell = "E"
     row = _PREFIXED.get(opcode)
     cell = row[pp] if row else cell
-    if cell[0] not in "EMUS" or modrm < 0:
+    if cell[0] not in "EMUSR" or modrm < 0:
         return cell
     reg = modrm >> 3 & 7
     group = _GROUPS.get((opcode, pp)) or _GROUPS.get(opcode)
@@ -1105,63 +1249,82 @@ def _flow_of(opcode, modrm, pp):
             or NEXT)
 
 
+def _read_operand(code, at, is_16_bit):
+    """modrm at code[at]: (sib or -1, displacement's offset and size)."""
+    modrm = code[at]
+    has_sib, disp_size = (_MODRM_16 if is_16_bit else _MODRM)[modrm]
+    if not has_sib:
+        return -1, at + 1, disp_size
+    sib = code[at + 1]
+    if modrm < 0x40 and sib & 7 == 5:
+        disp_size = 4
+    return sib, at + 2, disp_size
+
+
 def _read_form(code, vaddr, bits):
     """(Form, size of the head) of the instruction that code starts with.
 
     Raises DecodeError, or IndexError where code ends before the head does.
     """
-    fields = _read_opcode(code, bits)
-    if fields is None:
+    head = _read_opcode(code, bits)
+    if head is None:
         raise _undefined(code, 4, vaddr, "prefixes that do not go together")
-    number, opcode_offset, at, prefixes, pp, rex, vvvv = fields
-    opcode = number << 8 | code[at]
+    opcode, start, at, prefixes, pp, rex, vvvv = head[:7]
     cell = _cell_of(opcode, pp, -1, bits)
-    modrm, sib, disp_offset, disp_size, at = -1, -1, 0, 0, at + 1
-    kind = cell
-    if cell[0] in "EMUSR3":
-        modrm = code[at]
-        if cell[0] in "EMUS":
-            cell = _cell_of(opcode, pp, modrm, bits)
-        kind, at = cell if cell == "3dn" else cell[1:], at + 1
+    modrm, sib, disp_size, has_modrm = -1, -1, 0, cell[0] in "EMUSR3"
+    disp_offset = at
+    if has_modrm:
+        modrm, disp_offset = code[at], at + 1
+        cell = _cell_of(opcode, pp, modrm, bits)
         if cell[0] != "R":
-            has_sib, disp_size = (_MODRM_16 if bits == 32 and prefixes & A32
-                                  else _MODRM)[modrm]
-            if has_sib:
-                sib, at = code[at], at + 1
-                if modrm < 0x40 and sib & 7 == 5:
-                    disp_size = 4
-        disp_offset = at
-    if cell == "--" or cell[0] == "-" or kind[:1].islower():
-        raise _undefined(code, at, vaddr)
-    head, size = at, _value_size(kind, opcode, prefixes, rex, bits)
+            sib, disp_offset, disp_size = _read_operand(
+                code, at, bits == 32 and prefixes & A32)
+    kind = cell[1:] if has_modrm and cell != "3dn" else cell
+    if cell == "--" or kind[:1].islower() and kind != "3dn":
+        raise _undefined(code, disp_offset, vaddr)
+    size, head_size = _value_size(kind, opcode, prefixes, rex,
+                                  bits), disp_offset
     if kind == "O":
-        disp_offset, disp_size, size = at, size, 0
+        disp_size, size = size, 0
     flow = _flow_of(opcode, modrm, pp)
-    _check_prefixes(code, at, vaddr, opcode, modrm, prefixes, rex, flow, bits)
-    imm_offset = at + disp_size
+    why = _disagreement(head, modrm, flow, bits)
+    if why:
+        raise _undefined(code, disp_offset, vaddr, why)
+    imm_offset = disp_offset + disp_size
     aim = aim_offset = aim_size = 0
     if kind[:1] == "J":
         aim, aim_offset, aim_size = _TARGET, imm_offset, size
-    elif bits == 64 and modrm & 0xc7 == 5 and cell[0] not in "RS":
+    elif bits == 64 and modrm & 0xc7 == 5 and cell[0] != "R":
         aim, aim_offset, aim_size = _RIP, disp_offset, 4
-    form = Form(imm_offset + size, flow, aim, aim_offset, aim_size, opcode,
-                opcode_offset, prefixes, pp, rex, vvvv, modrm, sib,
+    return Form(imm_offset + size, flow, aim, aim_offset, aim_size, opcode,
+                start, prefixes, pp, rex, vvvv, modrm, sib,
                 disp_offset if disp_size else 0, disp_size,
-                imm_offset if size else 0, size, bits)
-    return form, head
+                imm_offset if size else 0, size, bits), head_size
 
 
-def _check_prefixes(code, size, vaddr, opcode, modrm, prefixes, rex, flow,
-                    bits):
-    """Raise DecodeError for prefixes that this opcode does not stand."""
-    if prefixes & LOCK and (modrm >= 0xc0 or
-                            (opcode, modrm >> 3 & 7) not in _LOCKABLE):
-        raise _undefined(code, size, vaddr, "lock prefix not allowed here")
-    if (bits == 64 and prefixes & O16 and not rex & 8
+def _disagreement(head, modrm, flow, bits):
+    """Why these prefixes cannot stand before this opcode, or None."""
+    if head.prefixes & LOCK and (modrm >= 0xc0 or (
+            head.number, modrm >> 3 & 7) not in _LOCKABLE):
+        return "lock prefix not allowed here"
+    if bits != 64:
+        return None
+    if (head.prefixes & O16 and not head.rex & 8
             and flow in (JCC, LOOP, JMP, CALL, RET, JMP_IND, CALL_IND,
                          XBEGIN)):
-        raise _undefined(code, size, vaddr, "66 before a near branch: Intel "
-                         "ignores it, AMD truncates rip to 16 bits")
+        return ("66 before a near branch: Intel ignores it, AMD truncates "
+                "rip to 16 bits")
+    if head.number >= 0x1000:
+        w, lengths, is_vvvv_unused = _LIMITS.get((head.number, head.pp),
+                                                 (None, (0, 1, 2), False))
+        if w not in (None, head.rex & 8):
+            return "W must be %d" % (w >> 3)
+        if is_vvvv_unused and head.vvvv:
+            return "vvvv must not be used"
+        if head.length not in lengths and not (head.is_static
+                                                 and modrm >= 0xc0):
+            return "no such vector length"
+    return None
 
 
 _TRIES = {64: {}, 32: {}}
@@ -1856,6 +2019,7 @@ class Analysis:
 
     starts       sorted vaddrs of its instructions
     indirect     vaddrs of its indirect jumps
+    known        {one of them: its targets}, filled by resolve_jumps
     strays       Insns on ways that enter one of them behind its first byte
                  (glibc jumps over a lock prefix)
     targets      vaddrs inside that its own direct branches lead to
@@ -1889,7 +2053,7 @@ class Analysis:
             if form.flow != JMP_IND))
         self.last_flow = forms[-1][1].flow if forms else NEXT
         self.jumps = self.family = self.rseq = None     # when asked for
-        self.references = self._ways = None
+        self.known, self.references, self._ways = {}, None, None
 
     def forget(self):
         """Drop the Insns: at() decodes again when asked."""
@@ -1941,7 +2105,10 @@ class Analysis:
         if (vaddr == self.function.vaddr or self.strays
                 or _has(self.entries, vaddr)):
             ways.append(None)
-        return ways or self.indirect
+        if ways:
+            return ways
+        return [jump for jump in self.indirect
+                if vaddr in self.known.get(jump, (vaddr,))]
 
     def is_middle(self, vaddr):
         """Tell whether vaddr is inside the function but no instruction."""
@@ -2076,29 +2243,38 @@ def resolve_jumps(analysis, read, is_executable):
     A table whose bound is not seen is read as far as its words lead to
     code: more entries than it has can only refuse more windows.
     """
-    if analysis.jumps is not None:
-        return analysis.jumps
-    tables, unresolved = [], []
-    for vaddr in analysis.indirect:
-        insn = analysis.at(vaddr)
-        table = _table_of(analysis, insn)
-        if table is not None:
-            tables.append(table)
-        elif insn.rip_relative is None:
-            unresolved.append(vaddr)    # a rip-relative one is a PLT's or a
-            #                             tail call through a named pointer
-    targets = set()
-    bases = sorted(table.vaddr for table in tables)
-    for table in tables:
-        place = bisect.bisect_right(bases, table.vaddr)
-        limit = bases[place] if place < len(bases) else table.vaddr + (1 << 32)
-        found = _table_targets(analysis, table, limit, read, is_executable)
-        if found is None:
-            unresolved.append(table.place)
-        else:
-            targets.update(found)
-    analysis.jumps = IndirectJumps(tuple(sorted(targets)), tuple(unresolved))
+    if analysis.jumps is None:
+        bases, n_known = [], -1
+        while n_known < len(analysis.known):    # each may explain others
+            n_known = len(analysis.known)
+            for vaddr in analysis.indirect:
+                if vaddr not in analysis.known:
+                    _resolve(analysis, vaddr, bases, read, is_executable)
+        targets = set().union(*analysis.known.values())
+        analysis.jumps = IndirectJumps(tuple(sorted(targets)), tuple(
+            vaddr for vaddr in analysis.indirect
+            if vaddr not in analysis.known))
     return analysis.jumps
+
+
+def _resolve(analysis, vaddr, bases, read, is_executable):
+    """Put the targets of the jump at vaddr into analysis.known, if found.
+
+    bases   sorted vaddrs of the tables found so far: each ends the one
+            before it
+    """
+    insn = analysis.at(vaddr)
+    table = _table_of(analysis, insn)
+    if table is None:
+        if insn.rip_relative is not None:   # a PLT's, or a tail call through
+            analysis.known[vaddr] = ()      # a pointer that has a name
+        return
+    place = bisect.bisect_right(bases, table.vaddr)
+    limit = bases[place] if place < len(bases) else table.vaddr + (1 << 32)
+    found = _table_targets(analysis, table, limit, read, is_executable)
+    if found is not None:
+        analysis.known[vaddr] = found
+        bisect.insort(bases, table.vaddr)
 
 
 def _writer(analysis, vaddr, reg):
@@ -2694,8 +2870,8 @@ def _family(analysis, branches):
 def _refuse_unresolved(analysis, owner, site, end, limits):
     """Refuse a window of several instructions unless it is at the entry
     and no table that the jump's function names leads into it."""
-    vaddr = resolve_jumps(owner, limits.read, limits.is_executable).unresolved[0]
-    low = analysis.function.vaddr
+    jumps = resolve_jumps(owner, limits.read, limits.is_executable)
+    vaddr, low = jumps.unresolved[0], analysis.function.vaddr
     if site not in (low, low + len(ENDBR64)) or site != low and \
             analysis.at(low).code != ENDBR64:
         raise RefusalError("unresolved jump table", "where the jump at 0x%x "

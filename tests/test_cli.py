@@ -328,7 +328,7 @@ class BadTargets(unittest.TestCase):
     def test_too_many_sites(self):
         with live.Target("busy", 1) as target:
             self.check(["count", "-p", target.pid, "libc:*", "--max-sites",
-                        "100"], "--max-sites is 100")
+                        "100"], "more than 100", "--max-sites")
             target.quit()
 
     def test_a_folder_that_others_can_write_to(self):

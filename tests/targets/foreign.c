@@ -8,21 +8,21 @@
 
 /* entered_rel32 is entered at +3 by jumper, entered_rel8 at +3 by its
  * neighbour, entered_call at +1 by a call; plain is entered at +5 only. */
-FUNCTION(entered_rel32, "mov %rdi,%rax\n inside_rel32: add $5,%rax\n"
+FUNCTION(entered_rel32, "mov %rdi,%rax\n .Linside_rel32: add $5,%rax\n"
                         "add $1,%rax\n ret");
-FUNCTION(jumper, "lea 100(%rdi),%rax\n jmp inside_rel32\n");
-FUNCTION(entered_rel8, "mov %rdi,%rax\n inside_rel8: add $6,%rax\n ret");
+FUNCTION(jumper, "lea 100(%rdi),%rax\n jmp .Linside_rel32\n");
+FUNCTION(entered_rel8, "mov %rdi,%rax\n .Linside_rel8: add $6,%rax\n ret");
 FUNCTION(jumper8, "lea 50(%rdi),%rax\n .byte 0xeb\n"
-                  ".byte inside_rel8-.-1\n");
-FUNCTION(entered_call, "nop\n inside_call: lea 7(%rdi),%rax\n nop\n ret");
-FUNCTION(caller, "call inside_call\n add $1000,%rax\n ret");
-FUNCTION(entered_jcc, "xor %eax,%eax\n inside_jcc: lea 9(%rdi,%rax),%rax\n"
+                  ".byte .Linside_rel8-.-1\n");
+FUNCTION(entered_call, "nop\n .Linside_call: lea 7(%rdi),%rax\n nop\n ret");
+FUNCTION(caller, "call .Linside_call\n add $1000,%rax\n ret");
+FUNCTION(entered_jcc, "xor %eax,%eax\n .Linside_jcc: lea 9(%rdi,%rax),%rax\n"
                       "ret");
-FUNCTION(jumper_jcc, "mov $3,%eax\n test %rdi,%rdi\n jne inside_jcc\n"
+FUNCTION(jumper_jcc, "mov $3,%eax\n test %rdi,%rdi\n jne .Linside_jcc\n"
                      "mov $-1,%rax\n ret");
-FUNCTION(plain, "mov %rdi,%rax\n shl $1,%rax\n inside_plain: add $8,%rax\n"
+FUNCTION(plain, "mov %rdi,%rax\n shl $1,%rax\n .Linside_plain: add $8,%rax\n"
                 "ret");
-FUNCTION(jumper_plain, "mov $64,%eax\n jmp inside_plain\n");
+FUNCTION(jumper_plain, "mov $64,%eax\n jmp .Linside_plain\n");
 /* The first three bytes are the last ones of a page. */
 __asm__(".text\n.p2align 12\n.skip 4093,0xcc\n.globl crossing\n"
         ".type crossing,@function\ncrossing: mov %rdi,%rax\n add $3,%rax\n"

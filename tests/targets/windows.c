@@ -293,7 +293,7 @@ int main(int argc, char **argv)
                           .sa_flags = SA_ONSTACK | SA_RESTART};
     sigaction(SIGUSR1, &a, NULL);
     sigaction(SIGUSR2, &a, NULL);
-    n_threads = mode == 'v' ? 2 : 8;
+    n_threads = mode == 'v' ? 2 : mode == 's' || mode == 'n' ? 8 : 4;
     for (long i = 0; i < n_threads; i++)
         threads[i] = start(mode == 's' || mode == 't' ? work_signalled
                            : mode == 'n' ? work_asleep
