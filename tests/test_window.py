@@ -114,6 +114,11 @@ memory under an LSDA  | <L@ 488b07 85c0 c3 >                 | may fault
 rsp under an LSDA     | <L@ 488b4424 08 c3 >                 | 0+5 1
 lea under an LSDA     | <L@ 488d4708 4889c2 c3 >             | 0+7 2
 div under an LSDA     | <L@ 4889f8 f7f1 c3 >                 | may fault
+GOT under an LSDA     | <L@ 488b0502000000 c3 > cccc =40 c3  | 0+7 1
+unmapped, LSDA        | <L@ 488b0502000000 c3 > cccc         | may fault
+store, LSDA           | <L@ 48890502000000 c3 > cccc =40 c3  | may fault
+canary under an LSDA  | <L@ 64488b042528000000 c3 >          | 0+9 1
+errno under an LSDA   | <L@ 64488b042510000000 c3 >          | may fault
 rseq section          | <@ 55 4889e5 53 c3 0fb93d53300553 c3 > | rseq section
 rseq is registered    | <@ 55 4889e5 53 41ba53300553 c3 >    | 0+5 3
 """
