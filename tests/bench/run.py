@@ -15,6 +15,7 @@ A cycle is a core cycle as perf_event_open counts it or, where it may not,
 the time of one dependent add (see leaf.c).
 """
 import argparse
+import collections
 import contextlib
 import hashlib
 import json
@@ -304,8 +305,12 @@ def row_threads(is_quick):
 # ---- rows: the pause -------------------------------------------------------
 
 def pause_row(row, what, goal_ms, n_threads, n_busy, where, rounds):
-    """Arm `rounds` times; what ubp says of the pause, what threads saw."""
-    pauses, seen, idle, purposes = [], [], [], {}
+    """Arm `rounds` times: the stop that patches, as ubp measures it.
+
+    Beside it the stop before, once per target, that maps the arena; and
+    the longest gap that the target saw, with its usual gaps.
+    """
+    seen, idle, stops = [], [], {}
     for _ in range(rounds):
         with Child(compiled("pause"), str(n_threads), str(n_busy)) as child:
             child.ask()
@@ -315,12 +320,12 @@ def pause_row(row, what, goal_ms, n_threads, n_busy, where, rounds):
             idle.append(float(child.ask("gap")) / 1000)
             with ubp.attach(child.pid) as target:
                 target.probe(where, ubp.Count())
-                pauses.append(target.pause_us / 1000)
                 seen.append(float(child.ask("gap")) / 1000)
-                for purpose, value in pauses_of(target).items():
-                    purposes.setdefault(purpose, []).append(value / 1000)
-    marks = [("to " + purpose, samples)
-             for purpose, samples in sorted(purposes.items())]
+                for purpose, value in target._tracer.pauses.items():
+                    stops.setdefault(purpose, []).append(value / 1000)
+    pauses = stops.pop("patch")
+    marks = [("the stop to " + purpose, samples)
+             for purpose, samples in sorted(stops.items())]
     marks += [("longest gap the target saw", seen),
               ("the same, nothing done to it", idle)]
     ours = statistics.median(pauses)
@@ -328,11 +333,6 @@ def pause_row(row, what, goal_ms, n_threads, n_busy, where, rounds):
         Yardstick(name, statistics.median(samples),
                   statistics.median(samples) / ours)
         for name, samples in marks))
-
-
-def pauses_of(target):
-    """Return {purpose: us}, the longest stop for each purpose so far."""
-    return getattr(target._tracer, "pauses", {})
 
 
 def row_pause_1(is_quick):
@@ -512,7 +512,10 @@ def row_elf_500k(is_quick):
 
 
 def plan_row(row, what, pid, pattern, rounds):
-    """Plan every function; how many entries of >= 5 bytes take a jump."""
+    """Plan every function; how many entries of >= 5 bytes take a jump.
+
+    A yardstick line is their share; its goal is DESIGN 9's.
+    """
     times, plans = [], []
     for _ in range(rounds):
         with ubp.attach(pid) as target:
@@ -522,12 +525,17 @@ def plan_row(row, what, pid, pattern, rounds):
     fit = sum(plan.strategy == "jump" for plan in large)
     sizes = sorted(plan.trampoline_size for plan in large
                    if plan.strategy == "jump")
-    note = ("%d of %d functions of 5 bytes or more take a jump: %.2f %%; "
-            "trampolines: median %d, 90 %% <= %d, largest %d bytes" % (
-                fit, len(large), 100 * fit / len(large),
-                sizes[len(sizes) // 2], sizes[len(sizes) * 9 // 10],
-                sizes[-1]))
-    return Result(row, what, "s", times, "<= 5", (), note)
+    rules = collections.Counter(plan.rule for plan in large
+                                if plan.strategy != "jump")
+    note = "trampolines: median %d, 90 %% <= %d, largest %d bytes" % (
+        sizes[len(sizes) // 2], sizes[len(sizes) * 9 // 10], sizes[-1])
+    if rules:
+        note += "; refused: " + ", ".join(
+            "%d %s" % (n, rule) for rule, n in rules.most_common())
+    share = 100 * fit / len(large)
+    return Result(row, what, "s CPU", times, "<= 5", (
+        Yardstick("% of functions >= 5 bytes that fit", fit, share,
+                  ">= 99.9"),), note)
 
 
 def row_plan_libc(is_quick):
@@ -655,7 +663,7 @@ WORDS = {True: "met", False: "MISSED", None: ""}
 
 def number(value):
     """Return value with about three digits."""
-    return ("%.0f" if abs(value) >= 100 else
+    return ("%.2f" if 99 < value < 100 else "%.0f" if abs(value) >= 100 else
             "%.1f" if abs(value) >= 10 else "%.2f") % value
 
 
@@ -690,6 +698,19 @@ def as_json(result):
     return dict(record)
 
 
+def others_share(seconds=0.5):
+    """Return the % of all CPUs that others use while we sleep."""
+    def busy_and_all():
+        with open("/proc/stat") as file:
+            ticks = [int(word) for word in file.readline().split()[1:9]]
+        return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+    before = busy_and_all()
+    time.sleep(seconds)
+    after = busy_and_all()
+    return (100 * (after[0] - before[0])
+            / max(1, after[1] - before[1]))
+
+
 def cpu_model():
     with open("/proc/cpuinfo") as file:
         for line in file:
@@ -721,10 +742,14 @@ def main():
     machine = "%s, %d CPUs, Linux %s, CPython %s" % (
         cpu_model(), os.cpu_count(), platform.release(),
         platform.python_version())
+    busy = others_share()
+    if busy > 10:
+        print("bench: others use %d %% of the CPUs: pauses and wall times "
+              "will be too long" % busy, file=sys.stderr)
     print("%-41s %7s %-9s %-8s" % ("ubp on " + cpu_model()[:33], "median",
                                    "", "goal"))
     print("-" * 79)
-    results, skipped = [], {}
+    results, skipped, failed = [], {}, {}
     for row in options.rows or ROWS:
         try:
             results.append(ROWS[row](options.quick))
@@ -732,22 +757,28 @@ def main():
             skipped[row] = str(skip)
             print("%-12s skipped: %s" % (row, skip))
             continue
+        except ubp.UbpError as error:
+            failed[row] = str(error)
+            print("%-12s FAILED: %s" % (row, error))
+            continue
         print_result(results[-1])
     verdicts = [is_met(result.median, result.goal) for result in results]
     print("-" * 79)
-    print("%d of %d goals met; %d skipped; %s" % (
+    print("%d of %d goals met; %d skipped; %d failed; %s" % (
         verdicts.count(True), len(verdicts) - verdicts.count(None),
-        len(skipped), machine))
+        len(skipped), len(failed), machine))
     os.makedirs(os.path.dirname(os.path.abspath(options.json)),
                 exist_ok=True)
     with open(options.json, "w") as file:
         json.dump({"v": 1, "machine": machine, "time_ns": time.time_ns()
                    if hasattr(time, "time_ns") else int(time.time() * 1e9),
-                   "quick": options.quick, "skipped": skipped,
+                   "quick": options.quick, "others_cpu_percent": busy,
+                   "skipped": skipped, "failed": failed,
                    "results": [as_json(result) for result in results]},
                   file, indent=1)
         file.write("\n")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
