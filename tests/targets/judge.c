@@ -46,7 +46,7 @@ struct request {
 };
 
 struct reply {
-    uint32_t signal, is_fpu_changed;
+    uint32_t signal, unused;
     uint64_t address;                  /* of the fault */
     struct user_regs_struct regs;
     struct user_fpregs_struct fpregs;
@@ -103,25 +103,23 @@ static void start_child(void)
         fpregs.xmm_space[i] = 0x3f000000 + i * 0x10101;
 }
 
-static void fill(int stack_seed)
+static void fill(void)
 {
     uint8_t *stack = (uint8_t *)areas[STACK] + AREA / 2 - 256;
     uint8_t *data = (uint8_t *)areas[DATA] + AREA / 2;
     for (int i = 0; i < 512; i++)
-        stack[i] = i * 7 + stack_seed;
+        stack[i] = i * 7 + 1;
     for (int i = 0; i < 256; i++)
         data[i] = i * 11;
 }
 
 static void run(struct request *request, struct reply *reply)
 {
-    static struct user_regs_struct zero;
     siginfo_t info;
+    fill();
     for (unsigned i = 0; i < request->n_places; i++)
         memcpy((void *)request->places[i].vaddr, request->places[i].bytes,
                request->places[i].size);
-    fill(1);
-    reply->regs = zero;
     if (ptrace(PTRACE_GETREGS, child, 0, &reply->regs))
         die("PTRACE_GETREGS");
     request->regs.cs = reply->regs.cs;
