@@ -20,14 +20,14 @@ check: $(VENV)/ready  ## syntax of Python 3.6, and the rules of structure
 	$(PYTHON) tests/compat.py --syntax ubp.py ubp_x86.py
 	$(PYTEST) tests/test_structure.py $(ARGS)
 
-oracle: $(VENV)/ready  ## the decoder against objdump, on whole libraries
-	UBP_ORACLE=full $(PYTEST) tests -k oracle $(ARGS)
+oracle:          ## the decoder against objdump, over whole libraries
+	$(PYTHON) tests/oracle.py $(ARGS)
 
 bench:           ## costs of a hit, pauses, reading speed: one table, and JSON
 	$(PYTHON) tests/bench/run.py $(ARGS)
 
-soak: $(VENV)/ready  ## 10 000 attach and remove cycles, more kills: an hour
-	UBP_SOAK=1 $(PYTEST) tests -k soak $(ARGS)
+soak:            ## 10 000 attach and remove cycles: is anything leaked?
+	$(PYTHON) tests/soak.py $(ARGS)
 
 compat:          ## the pure tests and a live choice under each CPython found
 	$(PYTHON) tests/compat.py $(ARGS)

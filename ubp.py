@@ -471,7 +471,7 @@ PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")          # Elf64_Phdr
 SECTION_HEADER = struct.Struct("<IIQQQQIIQQ")        # Elf64_Shdr
 assert (ELF_HEADER.size, PROGRAM_HEADER.size, SECTION_HEADER.size) \
     == (64, 56, 64)
-SYMBOL_SIZE, RELA_SIZE = 24, 24                      # Elf64_Sym, Elf64_Rela
+SYMBOL_SIZE = 24                                     # Elf64_Sym
 
 ET_EXEC, EM_X86_64 = 2, 62
 PT_LOAD, PT_DYNAMIC, PT_NOTE, PT_GNU_EH_FRAME = 1, 2, 4, 0x6474e550
@@ -602,6 +602,7 @@ class Cursor:
         self.data, self.vaddr, self.at = data, vaddr, 0
 
     def number(self, size, signed=False):
+        """A little-endian integer of size bytes."""
         end = self.at + size
         if end > len(self.data):
             raise _Truncated()
@@ -623,7 +624,7 @@ class Cursor:
                 return value
         raise _Truncated()
 
-    def pointer(self, encoding, data_base=0, function=0):
+    def pointer(self, encoding, function=0):
         """A pointer in a DW_EH_PE encoding. Source: LSB 5.0, 10.5.1.
 
         An indirect one is returned as the vaddr that holds it.
@@ -636,8 +637,7 @@ class Cursor:
             if size is None:
                 raise _Truncated()
             value = self.number(size, signed=form > 8)
-        base = {0x00: 0, 0x10: here, 0x30: data_base,
-                0x40: function}.get(encoding & 0x70)
+        base = {0x00: 0, 0x10: here, 0x40: function}.get(encoding & 0x70)
         if base is None:
             raise _Truncated()
         return (value + base) % (1 << 64) if value else 0
@@ -807,6 +807,7 @@ class Elf:
 
     @_Lazy
     def soname(self):
+        """DT_SONAME as text, "" if there is none."""
         strings = self.dynamic_table(DT_STRTAB, DT_STRSZ)
         offset = self.dynamic.get(DT_SONAME, 0)
         return _decode(_c_string(strings, offset)) if offset else ""
@@ -922,6 +923,7 @@ def _c_string(data, offset):
 
 
 def _decode(name):
+    """The text of a name; what is no UTF-8 becomes `\\xNN`."""
     return name.decode("utf-8", "backslashreplace")
 
 
@@ -958,6 +960,7 @@ class SymbolTable:
         return name.partition(b"@")[0] if b"@" in name else name
 
     def type(self, index):
+        """STT_FUNC and the like."""
         return self.infos[index] & 0xf
 
     def is_local(self, index):
@@ -1025,14 +1028,15 @@ class Unwind:
         """(starts, vaddrs of their FDEs), sorted by start."""
         pairs = []
         try:
-            pairs = self._header_table() or self._walk()
+            pairs = self._header_table()
         except _Truncated:
-            self.elf.note("%s: .eh_frame_hdr is cut short" % self.elf.name)
-        pairs.sort()
+            self.elf.note("%s: .eh_frame_hdr is damaged" % self.elf.name)
+        pairs = sorted(pairs or self._walk())
         return [start for start, _ in pairs], [fde for _, fde in pairs]
 
     @property
     def starts(self):
+        """Where each Fde begins, sorted."""
         return self._index[0]
 
     def _header_table(self):
@@ -1761,6 +1765,7 @@ def _glob(pattern):
 
 
 def _squeeze(text):
+    """Demangled text as it is compared: spacing does not count."""
     return text.replace(" ", "")
 
 
@@ -1958,7 +1963,7 @@ class Symbol(NamedTuple):
     names: tuple            # all, as the symbol tables have them
     module: "Module"
     kind: str               # "func", "ifunc", "fde" (no symbol, name is 0x…)
-    ifunc_of: str           # the IFUNC that chose it in this process, or ""
+    ifunc_of: str           # the IFUNC that chose it here and named it, or ""
 
 
 class Module:
@@ -2149,6 +2154,7 @@ class Module:
 
 
 def _printable(path):
+    """A path of read_maps as text that any stream can encode."""
     return path.encode("utf-8", "surrogateescape").decode(
         "utf-8", "backslashreplace")
 
@@ -2237,6 +2243,7 @@ def debug_tables(pid, module):
 
 
 def _open_debug(root, name):
+    """The Elf of a debug file, or None if there is no such ELF file."""
     try:
         image = FileImage(open_beneath(root, name))
         return Elf(image, os.path.basename(name))
@@ -2464,9 +2471,7 @@ def _add_site(sites, function, symbol, spec):
     """Add a Site to {vaddr: Site}; the same place keeps all its names."""
     _check_offset(function, spec.offset, spec.text)
     vaddr = function.vaddr + spec.offset
-    names = (symbol.name,) + symbol.names
-    if symbol is not function:
-        names += (function.name,) + function.names
+    names = (symbol.name,) + function.names
     if spec.function in symbol.names:
         names = (spec.function,) + names
     if vaddr in sites:
@@ -2585,9 +2590,11 @@ def _implementation(module, vaddr, ifunc):
     if symbol is None or symbol.vaddr != vaddr:
         return Symbol(vaddr, 0, ifunc.name, ifunc.names, module, "func",
                       ifunc.name)
-    if symbol.kind == "fde":
-        symbol = symbol._replace(name=ifunc.name, names=ifunc.names)
-    return symbol._replace(kind="func", ifunc_of=ifunc.name)
+    names = ifunc.names
+    if symbol.kind != "fde":
+        names += tuple(name for name in symbol.names if name not in names)
+    return symbol._replace(name=ifunc.name, names=names, kind="func",
+                           ifunc_of=ifunc.name)
 
 
 def _no_function(chosen, spec):
@@ -4012,14 +4019,15 @@ class Arena:
             rows = [self._shard(cpu, n)
                     for cpu in range(self.shards.mask + 1)]
             self._last = [sum(column) for column in zip(*rows)]
-        except OSError:
+        except (OSError, ValueError):           # ValueError: closed mmap
             self._last += [0] * (n - len(self._last))
         return self._last
 
     def _shard(self, cpu, n):
         offset = self.code_size + (cpu << self.shards.shift)
-        if self.memory is not None:
-            data = self.memory[offset:offset + 8 * n]
+        memory = self.memory
+        if memory is not None:
+            data = memory[offset:offset + 8 * n]
         else:
             data = read_memory(self.tracer.vm_tid(), self.base + offset,
                                8 * n)
@@ -4594,7 +4602,16 @@ class Planner:
         """The BranchScan of a module, made once."""
         if module not in self._scans:
             def read(vaddr, size):
-                data = module.read_file(vaddr, size)
+                # Text from the file, free of patches; data from memory,
+                # where the loader has relocated it.
+                try:
+                    if any(low <= vaddr < low + span
+                           for low, span, _ in module.text):
+                        data = module.read_file(vaddr, size)
+                    else:
+                        data = self.read(vaddr, size)
+                except UbpError:
+                    return None
                 return data if len(data) == size else None
             self._scans[module] = ubp_x86.BranchScan(
                 module.text_code(),
@@ -4608,8 +4625,8 @@ class Planner:
                     or "musl" in module.name):
                 for name in _CANCELLATION:
                     found += [(f.vaddr, f.vaddr + max(f.size, 16),
-                               "the C library's cancellation point %s"
-                               % name) for f in module.named(name)]
+                               "cancellation point")
+                              for f in module.named(name)]
             self._forbidden[module] = tuple(found)
         return self._forbidden[module]
 
@@ -4700,12 +4717,12 @@ class Probe:
 
     def counts(self):
         """{Site: calls}, cumulative; also after removal and exit."""
+        # Without the lock: in a forked child it may be held for ever.
         totals, found = {}, collections.OrderedDict()
-        with self._target._lock:
-            for site, arena, record, _, _ in self._armed:
-                if arena not in totals:
-                    totals[arena] = arena.totals()
-                found[site] = totals[arena][record.index]
+        for site, arena, record, _, _ in self._armed:
+            if arena not in totals:
+                totals[arena] = arena.totals()
+            found[site] = totals[arena][record.index]
         return found
 
     def read(self):
@@ -4724,7 +4741,8 @@ class Probe:
 
     def remove(self, timeout=5):
         """Take it out of the target. May be repeated. Raises UbpTimeout."""
-        self._target._remove([self], timeout)
+        if not self._is_removed:
+            self._target._remove([self], timeout)
 
 
 # ---- 7  Library -----------------------------------------------------------
@@ -4884,6 +4902,7 @@ class Target:
 
     def wait(self, timeout=None):
         """Wait for the target's exit. -> did it exit within timeout (s)"""
+        self._check_process("wait for")
         self.run()
         limit = None if timeout is None else time.monotonic() + timeout
         while self.alive:
@@ -4894,6 +4913,7 @@ class Target:
 
     def find(self, pattern):
         """The sites that a probe names. -> [Site]. Raises SymbolError."""
+        self._check_process("search")
         notes = []
         sites = find(self._get_modules(), parse_probe(pattern), self._read,
                      notes)
@@ -4938,7 +4958,7 @@ class Target:
         Probe.refused. Raises ProbeError if none could be armed,
         SymbolError, TraceeGone, UbpTimeout.
         """
-        self._check_owner()
+        self._check_open("probe")
         if not isinstance(action, Count):
             raise ProbeError("probe", str(where),
                              "the action %r is not built yet" % (action,))
@@ -4967,7 +4987,15 @@ class Target:
             return probe
 
     def _arm(self, probe, plans, timeout):
-        """In the worker: arenas, trampolines, journal, patch."""
+        """In the worker: all of it, or, if that fails, nothing."""
+        try:
+            self._arm_groups(probe, plans, timeout)
+        except BaseException:
+            self._take_out([probe], timeout)
+            raise
+
+    def _arm_groups(self, probe, plans, timeout):
+        """Arenas, trampolines, journal, patch."""
         self._warn_of_seccomp()
         limit = time.monotonic() + timeout
         self._tracer.starts_raw_threads = _starts_raw_threads(
@@ -5036,16 +5064,14 @@ class Target:
     # -- taking out ---------------------------------------------------------
 
     def _remove(self, probes, timeout):
-        if self._owner != os.getpid():
-            raise ProbeError("remove", repr(probes), "this is a forked child "
-                             "of the process that armed it")
+        """Take out probes that are still in; [] takes out what has none."""
+        self._check_process("remove a probe from")
         with self._lock:
-            probes = [p for p in probes if not p._is_removed]
-            if not probes:
-                return
             removal = self._worker.call(
                 lambda: self._take_out(probes, timeout), timeout)
             self.removal += removal
+            if self._is_closed:
+                self._worker.stop()
 
     def _take_out(self, probes, timeout):
         """In the worker: restore every process, then forget the probes."""
@@ -5065,8 +5091,8 @@ class Target:
                 limit, arena.totals)
             total += part
             if not others:
-                arena.close()
                 self._arenas.remove(arena)
+                arena.close()
         for probe in probes:
             probe._is_removed = True
             if probe in self._probes:
@@ -5077,42 +5103,57 @@ class Target:
 
     def run(self):
         """Let a launched program go on from its entry point."""
-        if self._tracer.held and self._owner == os.getpid():
+        if self._tracer.held:
+            self._check_process("start")
+
             def let_go():
                 self._tracer.held = False
                 self._tracer._release()
             self._worker.call(let_go, 5)
 
     def detach(self):
-        """Leave the probes in place and let go. May be repeated."""
-        self._leave(lambda: [arena.mark_left() for arena in self._arenas])
+        """Leave the probes in place and let go. May be repeated.
+
+        read() goes on reading; status() and clean() find them too.
+        """
+        self._check_process("detach from")
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                for arena in self._arenas:
+                    arena.mark_left()
+                self.run()
+                self._worker.stop()
 
     def close(self, timeout=5):
-        """Take out this target's probes and let go. May be repeated."""
-        self._leave(lambda: self._remove(self._probes, timeout))
+        """Take out this target's probes and let go. May be repeated.
 
-    def _leave(self, last_act):
+        Raises UbpTimeout if they could not be taken out in time; then it
+        may be called again.
+        """
         if self._is_closed or self._owner != os.getpid():
             return
         with self._lock:
-            if self._is_closed:
-                return
             try:
-                last_act()
+                if self._arenas:
+                    self._remove(self._probes, timeout)
+                self._is_closed = True
             finally:
                 self.run()
-                self._is_closed = True
-                for arena in self._arenas:
-                    arena.close()
-                self._worker.stop()
+                if self._is_closed:
+                    self._worker.stop()
 
-    def _check_owner(self):
-        whom = "pid %d (%s)" % (self.pid, self.comm)
+    def _check_process(self, what):
         if self._owner != os.getpid():
-            raise ProbeError("probe", whom, "this is a forked child of the "
-                             "process that attached")
+            raise ProbeError(what, "pid %d (%s)" % (self.pid, self.comm),
+                             "this is a forked child of the process that "
+                             "attached")
+
+    def _check_open(self, what):
+        self._check_process(what)
         if self._is_closed:
-            raise ProbeError("probe", whom, "the target is closed")
+            raise ProbeError(what, "pid %d (%s)" % (self.pid, self.comm),
+                             "the target is closed")
 
 
 def _none_armed(where, refused):
@@ -6353,7 +6394,8 @@ def launch_command(command):
 
 def kill_command(target):
     """End a COMMAND that is held and must not run. Its probes failed."""
-    os.kill(target.pid, signal.SIGKILL)
+    if target.alive:
+        os.kill(target.pid, signal.SIGKILL)
     say("the command was not run")
 
 
@@ -6785,11 +6827,9 @@ class Counting:
     def _pass_on_signals(self):
         """A COMMAND gets ubp's TERM and HUP; Ctrl-C it got itself."""
         for signum in self.signals.seen:
-            if signum != signal.SIGINT:
-                try:
-                    os.kill(self.targets[0].pid, signum)
-                except ProcessLookupError:
-                    break
+            # Only `alive` reaps it, so its pid is its own until then.
+            if signum != signal.SIGINT and self.targets[0].alive:
+                os.kill(self.targets[0].pid, signum)
         del self.signals.seen[:]
 
     def _rows(self, before):

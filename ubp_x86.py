@@ -18,6 +18,7 @@ Architecture Programmer's Manual, volume 3 (24594, "APM"). Vocabulary:
     window   the bytes a patch overwrites                slot    five bytes of padding that hold a jump
     copy     the relocated form of a displaced instruction, in a trampoline
 """
+import array
 import bisect
 import collections
 import re
@@ -1781,7 +1782,6 @@ _REL8 = re.compile(rb"[\xeb\x70-\x7f\xe0-\xe3]")
 _INT32 = struct.Struct("<i").unpack_from
 _BLOCK = 0x10000
 _N_STREAMS = 6      # passes that cost less than the sorted table
-_N_RECENT = 256     # functions whose Insns are kept
 
 
 def _byte_class(low, high, shift):
@@ -1813,8 +1813,7 @@ class BranchScan:
         self.read = read or (lambda vaddr, size: None)
         self._base = self.segments[0][0] if self.segments else 0
         self._table, self._streamed = None, []
-        self._analyses, self._recent = {}, collections.deque()
-        self._proofs = {}
+        self._analyses, self._proofs = {}, {}       # by Function.vaddr
         self.has_rseq = any(_has_rseq(code) for _, code in self.segments)
 
     def is_executable(self, vaddr):
@@ -1918,9 +1917,6 @@ class BranchScan:
         if known is None or known.function != function:
             known = analyse(function)
             self._analyses[function.vaddr] = known
-            self._recent.append(known)
-            if len(self._recent) > _N_RECENT:
-                self._recent.popleft().forget()
         return known
 
     def is_refuted(self, source):
@@ -1948,10 +1944,10 @@ class BranchScan:
                 if analysis.is_middle(target)
                 and self._is_branch_of_another(function, source)])
         except RefusalError:
-            return array.array("q"), 0
+            return array.array("Q"), 0
         if not insns:
             return analysis.sources, analysis.padding_end
-        return array.array("q", sorted(analysis.sources.tolist() + [
+        return array.array("Q", sorted(analysis.sources.tolist() + [
             insn.vaddr + insn.opcode_offset for insn in insns
             if insn.target is not None])), analysis.padding_end
 
@@ -2018,6 +2014,7 @@ class Analysis:
     """A function, decoded. Made by analyse().
 
     starts       sorted vaddrs of its instructions
+    forms        the Form of each; Insns are made when asked for
     indirect     vaddrs of its indirect jumps
     known        {one of them: its targets}, filled by resolve_jumps
     strays       Insns on ways that enter one of them behind its first byte
@@ -2030,8 +2027,9 @@ class Analysis:
 
     def __init__(self, function, forms):
         low, end = function.vaddr, function.vaddr + function.size
-        self.function, self.end, self._insns = function, end, {}
-        self.starts = array.array("q", [low + pos for pos, _ in forms])
+        self.function, self.end = function, end
+        self.starts = array.array("Q", [low + pos for pos, _ in forms])
+        self.forms = [form for _, form in forms]
         self.padding_end = low + _PADDING.match(
             function.code, function.size).end()
         self.entries = sorted(vaddr for vaddr in function.entries
@@ -2048,56 +2046,53 @@ class Analysis:
         self.targets = frozenset(
             target for _, form, target, _ in leads
             if form.flow not in (CALL, JMP_IND) and low <= target < end)
-        self.sources = array.array("q", sorted(
+        self.sources = array.array("Q", sorted(
             vaddr + form.opcode_offset for vaddr, form, _, _ in leads
             if form.flow != JMP_IND))
         self.last_flow = forms[-1][1].flow if forms else NEXT
         self.jumps = self.family = self.rseq = None     # when asked for
         self.known, self.references, self._ways = {}, None, None
 
-    def forget(self):
-        """Drop the Insns: at() decodes again when asked."""
-        self._insns = {}
-
     def at(self, vaddr):
         """Return the Insn that starts at vaddr, None if none does."""
-        insn = self._insns.get(vaddr)
-        if insn is None and _has(self.starts, vaddr):
-            at = vaddr - self.function.vaddr
-            insn = decode(self.function.code[at:at + 15], vaddr)
-            self._insns[vaddr] = insn
-        return insn
+        place = bisect.bisect_left(self.starts, vaddr)
+        if place == len(self.starts) or self.starts[place] != vaddr:
+            return None
+        return self.insn(place)
+
+    def before(self, vaddr):
+        """Return the Insn in front of the one at vaddr, or None."""
+        place = bisect.bisect_left(self.starts, vaddr)
+        return self.insn(place - 1) if place else None
+
+    def insn(self, place):
+        """Return the Insn at a place in starts."""
+        form, vaddr = self.forms[place], self.starts[place]
+        code, at = self.function.code, vaddr - self.function.vaddr
+        return Insn(vaddr, form.size, code[at:at + form.size], form.flow,
+                    *aim(form, code, at, vaddr), form)
 
     def names(self):
         """Return the vaddrs that instructions of the function name, as a
         rip-relative operand or a 32-bit constant."""
         found = set()
-        for pos, form in sweep(self.function.code[:self.function.size],
-                               self.function.vaddr):
+        for place, form in enumerate(self.forms):
             if form.disp_size == 4 or form.imm_size == 4:
-                insn = self.at(self.function.vaddr + pos)
+                insn = self.insn(place)
                 found.update((insn.rip_relative,
                               _value(insn, form.disp_offset, form.disp_size),
                               _value(insn, form.imm_offset, form.imm_size)))
         return found - {None}
 
-    def before(self, vaddr):
-        """Return the Insn in front of the one at vaddr, or None."""
-        place = bisect.bisect_left(self.starts, vaddr)
-        return self.at(self.starts[place - 1]) if place else None
-
     def ways_to(self, vaddr):
         """Return the vaddrs of the instructions that may lead to vaddr;
         None among them for a way from outside."""
         if self._ways is None:
-            function = self.function
             self._ways = collections.defaultdict(list)
-            for pos, form in sweep(function.code[:function.size],
-                                   function.vaddr):
+            for place, form in enumerate(self.forms):
                 if form.flow in _LEADS:
-                    here = function.vaddr + pos
-                    target, _ = aim(form, function.code, pos, here)
-                    self._ways[target].append(here)
+                    insn = self.insn(place)
+                    self._ways[insn.target].append(insn.vaddr)
         ways = list(self._ways.get(vaddr, ()))
         before = self.before(vaddr)
         if before is not None and before.flow not in _ENDS:
@@ -2323,7 +2318,7 @@ def _word_table(analysis, insn, operands):
         if base is None:
             return None
         vaddr += base
-    return _Table(vaddr, 8, insn.vaddr, operands.index)
+    return _Table(vaddr, 8, insn.vaddr, operands.index) if vaddr > 0 else None
 
 
 def _relative_table(analysis, add, base, load):
@@ -2419,7 +2414,11 @@ def _run_of_code(vaddr, entry_size, count, read, is_executable):
     found = []
     while len(found) < count:
         n_more = min(count - len(found), 64)
-        data = read(vaddr + len(found) * entry_size, n_more * entry_size)
+        here = vaddr + len(found) * entry_size
+        data = read(here, n_more * entry_size)
+        while not data and n_more > 1:      # up to the end of what is there
+            n_more //= 2
+            data = read(here, n_more * entry_size)
         n_read = len(data or b"") // entry_size
         for word in struct.unpack_from(
                 "<%d%s" % (n_read, "q" if entry_size == 8 else "i"),
@@ -2428,7 +2427,7 @@ def _run_of_code(vaddr, entry_size, count, read, is_executable):
             if not is_executable(target):
                 return found
             found.append(target)
-        if n_read < n_more:
+        if not n_read:
             break
     return found
 
@@ -2534,13 +2533,23 @@ def _opcodes(text):
     return frozenset(found)
 
 
-_CALM = _opcodes(CALM)
+# Those that read memory and never write it; and groups that do for a /reg.
+LOADS = """
+03 0b 13 1b 23 2b 33 38-3b 63 84 85 8a 8b 110 128 16f 1b6 1b7 1be 1bf 1af
+140-14f
+"""
+_CALM, _LOADS = _opcodes(CALM), _opcodes(LOADS)
+_LOADS_BY_REG = {(0x80, 7), (0x81, 7), (0x83, 7), (0xf6, 0), (0xf7, 0),
+                 (0xff, 2), (0xff, 4), (0xff, 6)}
+_CANARY = re.compile(rb"\x64\x48[\x2b\x33\x3b\x8b].\x25\x28\0\0\0\Z",
+                     re.DOTALL)      # fs:0x28, in every thread's TCB
 
 
-def _cannot_fault(insn):
+def _cannot_fault(insn, read):
     """Tell whether insn surely raises no #PF, #GP, #DE or #MF of its own.
 
-    Memory at rsp is taken to be there.
+    Memory at rsp is taken to be there, and what read() can read in the
+    module to stay readable.
     """
     if insn.opcode not in _CALM:
         return False
@@ -2548,6 +2557,11 @@ def _cannot_fault(insn):
         return False                    # div, idiv
     if insn.modrm < 0 or insn.opcode in (0x8d, 0x11e, 0x11f):
         return True                     # lea, nop
+    if insn.rip_relative is not None or _CANARY.match(insn.code):
+        return ((insn.opcode in _LOADS or
+                 (insn.opcode, insn.modrm >> 3 & 7) in _LOADS_BY_REG)
+                and (insn.rip_relative is None
+                     or len(read(insn.rip_relative, 16) or b"") == 16))
     operands = _operands(insn)
     return operands.rm >= 0 or operands.base == _SP and operands.index < 0
 
@@ -2800,7 +2814,7 @@ def _refuse_insns(analysis, insns, limits):
             raise RefusalError("syscall under seccomp", "%s: the filter may "
                                "look at its address" % _shown(insn),
                                insn.vaddr)
-        if is_watched and not _cannot_fault(insn):
+        if is_watched and not _cannot_fault(insn, limits.read):
             raise RefusalError("may fault", "%s may fault, and a handler "
                                "look at its address" % _shown(insn),
                                insn.vaddr)
@@ -2822,10 +2836,11 @@ def _refuse_arrivals(analysis, site, end, n_insns, limits):
             raise RefusalError("branch into window", "a branch of the "
                                "function leads to 0x%x, in the middle of an "
                                "instruction" % insn.vaddr, site)
+    family = _family(analysis, limits.branches)
     for source, target in limits.branches.entering(site + 1, end):
         raise RefusalError("branch into window", "the branch at 0x%x leads "
                            "to 0x%x in the window" % (source, target), site)
-    for owner in _family(analysis, limits.branches):
+    for owner in family:
         jumps = resolve_jumps(owner, limits.read, limits.is_executable)
         for target in jumps.targets:
             if site < target < end:
@@ -3173,11 +3188,11 @@ def reach(low, high):
 
 _REGS = struct.Struct("<27Q")    # struct user_regs_struct
 (_R15, _R14, _R13, _R12, _RBP, _RBX, _R11, _R10, _R9, _R8, _RAX, _RCX, _RDX,
- _RSI, _RDI, _ORIG_RAX, _RIP, _CS, _EFLAGS, _RSP, _SS, _FS_BASE,
+ _RSI, _RDI, _ORIG_RAX, _PC, _CS, _EFLAGS, _RSP, _SS, _FS_BASE,
  _GS_BASE) = range(23)
 REGS_SIZE = _REGS.size
 _SIGCONTEXT_ORDER = (_R8, _R9, _R10, _R11, _R12, _R13, _R14, _R15, _RDI,
-                     _RSI, _RBP, _RBX, _RDX, _RAX, _RCX, _RSP, _RIP, _EFLAGS)
+                     _RSI, _RBP, _RBX, _RDX, _RAX, _RCX, _RSP, _PC, _EFLAGS)
 _SYSCALL_ARGS = (_RDI, _RSI, _RDX, _R10, _R8, _R9)
 _U64_MAX = (1 << 64) - 1
 _RED_ZONE = 128
@@ -3228,7 +3243,7 @@ _INEXACT = {34, 130, 270, 271, 23, 7, 35, 230, 202, 219}
 
 def program_counter(regs):
     """rip of a regset."""
-    return _U64.unpack_from(regs, 8 * _RIP)[0]
+    return _U64.unpack_from(regs, 8 * _PC)[0]
 
 
 def stack_pointer(regs):
@@ -3256,12 +3271,12 @@ def _replaced(regs, changes):
 
 def with_program_counter(regs, vaddr):
     """The regset with another rip."""
-    return _replaced(regs, {_RIP: vaddr})
+    return _replaced(regs, {_PC: vaddr})
 
 
 def at_entry(regs, vaddr):
     """The regset of a thread that starts at vaddr, in no syscall."""
-    return _replaced(regs, {_RIP: vaddr, _ORIG_RAX: -1})
+    return _replaced(regs, {_PC: vaddr, _ORIG_RAX: -1})
 
 
 def is_in_syscall(regs):
@@ -3296,7 +3311,7 @@ def without_spurious_eintr(regs, read):
     """
     values = _REGS.unpack(regs)
     if (values[_RAX] != _EINTR or values[_ORIG_RAX] not in _EINTR_ON_STOP
-            or read(values[_RIP] - 2, 2) != SYSCALL_RET[:2]):
+            or read(values[_PC] - 2, 2) != SYSCALL_RET[:2]):
         return None
     return _replaced(regs, {_RAX: -ERESTARTNOHAND})
 
@@ -3322,13 +3337,13 @@ def rest_of_transfer(regs, read):
     args = [values[index] for index in _SYSCALL_ARGS]
     if (number not in _TRANSFERS or not 0 < done < 1 << 47
             or not is_transfer(number, args)
-            or read(values[_RIP] - 2, 2) != SYSCALL_RET[:2]):
+            or read(values[_PC] - 2, 2) != SYSCALL_RET[:2]):
         return None
     changes = _rest_arguments(number, args, done, read)
     if changes is None:
         return None
     changes.setdefault(_RAX, number)
-    changes.update({_ORIG_RAX: -1, _RIP: values[_RIP] - 2})
+    changes.update({_ORIG_RAX: -1, _PC: values[_PC] - 2})
     return _replaced(regs, changes)
 
 
@@ -3386,7 +3401,7 @@ def syscall_regs(regs, gadget, frame, number, args):
 
     gadget   vaddr of SYSCALL_RET;  frame   vaddr of a signal_frame
     """
-    changes = {_RIP: gadget, _RSP: frame, _RAX: number, _ORIG_RAX: -1}
+    changes = {_PC: gadget, _RSP: frame, _RAX: number, _ORIG_RAX: -1}
     changes.update(zip(_SYSCALL_ARGS, tuple(args) + (0,) * (6 - len(args))))
     return _replaced(regs, changes)
 
@@ -3442,7 +3457,7 @@ def signal_frame(regs, xstate, sigmask, restorer, top):
     vaddr = ((fpstate - FRAME_HEAD) & ~15) - 8
     values = list(_REGS.unpack(regs))
     if will_restart(regs):
-        values[_RIP] -= 2
+        values[_PC] -= 2
         values[_RAX] = values[_ORIG_RAX]
     frame = struct.pack("<QQQQII Q", restorer, _UC_FLAGS, 0, 0,
                         _SS_REJECTED, 0, 0)

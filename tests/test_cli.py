@@ -355,10 +355,23 @@ def readable_python():
     raise unittest.SkipTest("no python3 in /usr/bin: apt-get install python3")
 
 
+def need_ptrace():
+    """Skip unless a process may be traced that is not one's child."""
+    try:
+        with open("/proc/sys/kernel/yama/ptrace_scope") as file:
+            scope = int(file.read())
+    except OSError:                     # no Yama in this kernel
+        return
+    if scope > 1 or (scope and os.geteuid() != 0):
+        raise unittest.SkipTest("kernel.yama.ptrace_scope is %d: set it to 0, "
+                                "or run the tests as root" % scope)
+
+
 class Live(unittest.TestCase):
     """A busy target, which is whole again after each test."""
 
     def setUp(self):
+        need_ptrace()
         self.target = live.Target("busy", N_THREADS)
         self.addCleanup(self.target.kill)
         self.pid = self.target.pid

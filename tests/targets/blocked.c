@@ -75,7 +75,8 @@ static void ended(struct op *op)
 static void check(struct op *op, long value, long wanted, int error)
 {
     int saved = errno;
-    ended(op);
+    if (value != -1 || errno != EINTR)
+        ended(op);
     errno = saved;
     if (value != wanted || (value == -1 && errno != error))
         is_wrong(op, "result");

@@ -223,6 +223,7 @@ static volatile long sibling_calls, sibling_wrong, sibling_quit, sibling_park;
 /* No libc here: this process shares the thread-local storage of main. */
 static int sibling(void *argument)
 {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
     while (!sibling_quit) {
         if (win_slow(1) != 2)
             sibling_wrong++;
