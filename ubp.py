@@ -2795,8 +2795,8 @@ class Tracer:
             before = _raise_priority()
             time.sleep(0)           # a full share of the GIL lies ahead
             begin = time.monotonic()
-            attempt = min(limit, begin + patience * (
-                _ATTEMPT_S + _ATTEMPT_PER_THREAD_S * len(self.threads)))
+            attempt = begin + patience * (
+                _ATTEMPT_S + _ATTEMPT_PER_THREAD_S * len(self.threads))
             try:
                 self._interrupt_all(attempt)
                 return action()
@@ -3315,12 +3315,14 @@ class Injection:
 
         The thread's own stack below its red zone, where its bounds are
         known: the main thread's [stack], or a pthread stack with its guard
-        page and its control block. Else pages at the low end of [stack]
+        page and its control block, and in no signal handler, which may run
+        on a small stack inside of it. Else pages at the low end of [stack]
         that were never touched.
         """
         top = ubp_x86.own_stack_top(thread.regs)
         mapping = self.tracer._mapping(top)
-        if mapping is not None and top - size >= mapping.start:
+        if (mapping is not None and top - size >= mapping.start
+                and not self.tracer.signal_frames(thread)):
             block = ubp_x86.thread_pointer(thread.regs)
             if (mapping.path == "[stack]"
                     and thread.tid == self.tracer.tgid):
@@ -3337,17 +3339,20 @@ class Injection:
         """The end of free pages at the low end of [stack], or 0.
 
         Never touched; or by ubp alone, as the arena's header remembers,
-        and zero ever since.
+        and zero ever since. The lowest ones may hold the frame of a ubp
+        that was killed.
         """
-        span = -(-size // PAGE) * PAGE + PAGE
-        top = mapping.start + span
-        if _is_untouched(tid, mapping.start, span // PAGE):
-            self.tracer.scratch = top
-            return top
-        if top == self.tracer.scratch and not any(
-                read_memory(tid, mapping.start, span)):
-            return top
-        return 0
+        span = -(-size // PAGE) * PAGE
+        scratch = self.tracer.scratch
+        if (mapping.start <= scratch - span and scratch < mapping.end
+                and not any(read_memory(tid, scratch - span, span))):
+            return scratch
+        pages = _touched_pages(tid, mapping)
+        free = pages.find(bytes(span // PAGE + 1))
+        if free < 0:
+            return 0
+        self.tracer.scratch = mapping.start + free * PAGE + span
+        return self.tracer.scratch
 
     def _has_guard(self, start):
         below = self.tracer._mapping(start - 1)
@@ -3483,23 +3488,21 @@ def _in_rseq_section(thread):
     return read_memory(thread.tid, pointer + 8, 8) != bytes(8)
 
 
-def _is_untouched(tid, vaddr, n_pages):
-    """Were these pages never written to nor read?
+def _touched_pages(tid, mapping):
+    """Which of the first pages of a vma were ever touched? -> a byte each
 
     Source: Documentation/admin-guide/mm/pagemap.rst, bits 63 and 62.
     """
+    n_pages = min(512, (mapping.end - mapping.start) // PAGE)
+    held = HeldFile("/proc/%d/pagemap" % tid)
     try:
-        held = HeldFile("/proc/%d/pagemap" % tid)
-    except OSError:
-        return False
-    try:
-        _check(_lseek(held.fd, vaddr // PAGE * 8, os.SEEK_SET))
+        _check(_lseek(held.fd, mapping.start // PAGE * 8, os.SEEK_SET))
         buffer = ctypes.create_string_buffer(8 * n_pages)
         n = _check(_read(held.fd, ctypes.addressof(buffer), 8 * n_pages))
     finally:
         held.close()
     entries = struct.unpack_from("<%dQ" % (n // 8), buffer)
-    return len(entries) == n_pages and not any(e >> 62 for e in entries)
+    return bytes(entry >> 62 for entry in entries)
 
 
 def seccomp_mode(tid):
@@ -3764,8 +3767,7 @@ class Record(NamedTuple):
             _PATCH.pack(vaddr, len(new), old.ljust(8, b"\0"),
                         new.ljust(8, b"\0"))
             for vaddr, old, new in self.patches)
-        copies = b"".join(_COPY.pack(*(tuple(copy) + (0,)))
-                          for copy in self.copies)
+        copies = b"".join(_COPY.pack(*copy) for copy in self.copies)
         names = _clipped(self.module, 120) + _clipped(self.function, 200)
         return (_RECORD_HEAD.pack(
                     self.site, self.slot, self.trampoline, self.size,
@@ -3805,7 +3807,7 @@ def unpack_record(data, header):
         return None
     if jumps != tuple((vaddr, new) for vaddr, _, new in patches):
         return None
-    copies = tuple(ubp_x86.Copy(*_COPY.unpack_from(data, 96 + 8 * n)[:4])
+    copies = tuple(ubp_x86.Copy(*_COPY.unpack_from(data, 96 + 8 * n))
                    for n in range(n_copies))
     names = data[_NAMES_AT:].split(b"\0")
     return Record(site, slot, trampoline, size, index, data[180],
@@ -4285,9 +4287,9 @@ def moves_in(records):
             if 0 < copy.offset < patched:
                 inside[record.site + copy.offset] = (
                     record.trampoline + copy.moved)
-            if copy.offset < patched and copy.size == 2:
-                behind[record.site + copy.offset + 2] = (
-                    record.trampoline + copy.moved + copy.moved_size)
+            if copy.offset < patched and copy.back:
+                behind[record.site + copy.offset + copy.back] = (
+                    record.trampoline + copy.moved + copy.back)
     return inside, behind
 
 
@@ -4296,8 +4298,9 @@ def moves_out(records):
     outside = {}
     for record in records:
         for copy in record.copies:
-            outside[record.trampoline + copy.moved] = (
-                record.site + copy.offset)
+            for within in (0, copy.back):
+                outside[record.trampoline + copy.moved + within] = (
+                    record.site + copy.offset + within)
         last = record.copies[-1]
         outside[record.trampoline + last.moved + last.moved_size] = (
             record.site + record.window_size)
@@ -4792,6 +4795,10 @@ class Worker:
 
     def _run(self):
         _block_signals()
+        try:                        # of this thread only, setpriority(2)
+            os.setpriority(os.PRIO_PROCESS, 0, -20)
+        except OSError:
+            log.debug("no privilege to run at a high priority")
         late, stopping = False, False
         while not stopping or late:
             try:

@@ -2643,6 +2643,9 @@ def plan_window(function, site, branches, read=None, is_executable=None,
         forbidden=limits.forbidden + _rseq_ranges(analysis, limits))
     try:
         window = _window(analysis, site, JUMP_SIZE, limits)
+        if len(window.insns) > 1 and window.insns[-1].flow in (CALL,
+                                                               CALL_IND):
+            window = _without_call(analysis, window, limits)
     except RefusalError as refusal:
         window = _ladder(analysis, site, limits, refusal)
     dead_regs, flags_dead = liveness(analysis, site)
@@ -2663,6 +2666,19 @@ def _behind_endbr64(analysis, endbr64, branches):
         raise RefusalError("branch behind endbr64", "an entry of the "
                            "function is behind the endbr64", endbr64)
     return site
+
+
+def _without_call(analysis, window, limits):
+    """Return a Window that leaves the call at the end of this one in place,
+    if there is one: a displaced call pushes a return address that the
+    processor's return stack does not know, at 40 cycles or more.
+    """
+    try:
+        other = _ladder(analysis, window.site, limits,
+                        RefusalError("too short", "", window.site))
+    except RefusalError:
+        return window
+    return window if other.insns[-1].flow in (CALL, CALL_IND) else other
 
 
 def _ladder(analysis, site, limits, refusal):
@@ -3047,6 +3063,7 @@ class Copy(NamedTuple):
     size: int
     moved: int          # from the trampoline's start
     moved_size: int
+    back: int           # where its syscall comes back to, within the copy; 0
 
 
 class Trampoline(NamedTuple):
@@ -3123,7 +3140,7 @@ def count_trampoline(window, vaddr, index, shards):
     for insn in window.insns:
         moved = relocate(insn, vaddr + len(code))
         copies.append(Copy(insn.vaddr - window.site, insn.size, len(code),
-                           len(moved)))
+                           len(moved), insn.size * (insn.flow == SYSCALL)))
         code += moved
     code += jmp_rel32(vaddr + len(code), window.site + window.size)
     return Trampoline(vaddr, code, tuple(copies))
@@ -3270,7 +3287,10 @@ def _replaced(regs, changes):
 
 
 def with_program_counter(regs, vaddr):
-    """The regset with another rip."""
+    """The regset with another rip; behind a syscall rcx is rip too."""
+    values = _REGS.unpack(regs)
+    if is_in_syscall(regs) and values[_RCX] == values[_PC]:
+        return _replaced(regs, {_PC: vaddr, _RCX: vaddr})
     return _replaced(regs, {_PC: vaddr})
 
 
