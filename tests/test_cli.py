@@ -514,6 +514,18 @@ class Counts(Live):
         self.err += read_until(process.stderr, "removed")
         status, out, err = self.finish(process)
         self.assertEqual(status, 0, err)
+        self.assertIn("the reader stood still", err)
+        self.target.ask("p")
+        self.assert_whole()
+
+    def test_duration_holds_though_the_reader_stands_still(self):
+        self.target.send("g")
+        process = self.armed("exe:*", "--json", "--interval", "1ms",
+                             "--duration", "1500ms")
+        self.assertTrue(live.settled(lambda: not live.arenas(self.pid), 10))
+        status, out, err = self.finish(process)     # reads all of it
+        self.assertEqual(status, 0, err)
+        self.assertEqual(self.objects(out)[-1]["reason"], "duration")
         self.target.ask("p")
         self.assert_whole()
 
@@ -985,6 +997,18 @@ class Terminal(Live):
         self.assertEqual(process.wait(10), 0)
         self.assertNotIn("\x1b", text)
         self.assertIn("calls/s", text)
+        self.assert_whole()
+
+    def test_a_terminal_that_stands_still_does_not_keep_probes_in(self):
+        process = self.open("exe:*", "--interval", "50ms", "--duration", "2")
+        self.read(10, "\x1b[?7h")
+        os.write(self.master, b"\x13")          # Ctrl-S
+        self.read(0.3)
+        self.assertTrue(live.arenas(self.pid))
+        self.assertTrue(live.settled(lambda: not live.arenas(self.pid), 10))
+        os.write(self.master, b"\x11")          # Ctrl-Q
+        self.read(10, "dropped 0")
+        self.assertEqual(process.wait(10), 0)
         self.assert_whole()
 
     def test_a_terminal_that_hangs_up_is_a_normal_end(self):
