@@ -72,6 +72,7 @@ import stat                                                     # noqa: E402
 import struct                                                   # noqa: E402
 import threading                                                # noqa: E402
 import time                                                     # noqa: E402
+import warnings                                                 # noqa: E402
 from typing import NamedTuple, Optional, Tuple                  # noqa: E402
 
 import ubp_x86                                                  # noqa: E402
@@ -537,8 +538,11 @@ class Section(NamedTuple):
 class FileImage:
     """The bytes of an open file. Owns the descriptor."""
 
+    fd = -1
+
     def __init__(self, fd):
-        self.fd, self.size = fd, os.fstat(fd).st_size
+        self.fd = fd
+        self.size = os.fstat(fd).st_size
 
     def read(self, offset, size):
         """Up to size bytes at offset: fewer where the file has no more."""
@@ -550,8 +554,13 @@ class FileImage:
         except (OSError, OverflowError):
             return b""
 
-    def __del__(self, close=os.close):
-        close(self.fd)
+    def close(self):
+        """Give the descriptor back; nothing can be read any more."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    __del__ = close
 
 
 class BytesImage:
@@ -2007,6 +2016,11 @@ class Module:
                     self.text.append((low, high - low, offset))
                     self.shared_text |= ("s" in m.perms
                                          or _is_huge(m, self.elf.image))
+
+    def close(self):
+        """Give the file's descriptor back."""
+        if isinstance(self.elf.image, FileImage):
+            self.elf.image.close()
 
     def __repr__(self):
         return "<Module %s at 0x%x>" % (self.name, self.low)
@@ -3720,6 +3734,7 @@ _MEMFD_PATH = "/memfd:ubp (deleted)"
 
 
 class Header(NamedTuple):
+    """The first bytes of an arena, in the order of HEADER."""
     magic: bytes
     version: int
     record_size: int
@@ -3882,8 +3897,10 @@ def _view(pid, inode, mappings):
                            _RECORD_SIZE * header.n_records)
     except OSError:
         return ArenaView(pid, ranges, inode, None, (), 0)
-    records = [unpack_record(data[at:at + _RECORD_SIZE], header)
-               for at in range(0, len(data), _RECORD_SIZE)]
+    pieces = [data[at:at + _RECORD_SIZE]
+              for at in range(0, len(data), _RECORD_SIZE)]
+    records = [unpack_record(piece, header) for piece in pieces
+               if any(piece)]       # a void one is zero
     valid = tuple(record for record in records if record is not None)
     return ArenaView(pid, ranges, inode, header, valid,
                      len(records) - len(valid))
@@ -3926,6 +3943,12 @@ def n_possible_cpus():
     text = read_proc("/sys/devices/system/cpu/possible").decode()
     numbers = [int(number) for number in re.findall(r"\d+", text)]
     return max(numbers) + 1 if numbers else os.cpu_count() or 1
+
+
+def find_arena_range(maps, vaddr):
+    """The (start, end) of the memfd mapping of ubp round a vaddr, or None."""
+    return next(((m.start, m.end) for m in maps
+                 if m.start <= vaddr < m.end and m.path == _MEMFD_PATH), None)
 
 
 class Arena:
@@ -4001,6 +4024,12 @@ class Arena:
         self.store(_RECORDS_AT + _RECORD_SIZE * index, record.pack())
         self.records.append(record)
         return record
+
+    def void(self, record):
+        """Take back the record of a site that was never patched."""
+        index = self.records.index(record)
+        self.store(_RECORDS_AT + _RECORD_SIZE * index, bytes(_RECORD_SIZE))
+        self.records[index] = None
 
     def commit(self):
         """Publish the records that were added: the journal is complete."""
@@ -4403,19 +4432,55 @@ class _Restoring:
         self.n_sites, self.foreign = 0, []
 
     def survey(self):
-        """Compare the text with the journal, and plan the writes."""
+        """Compare the text with the journal, and plan the writes.
+
+        Of the records of one site at most one is in force. A site that
+        none of them explains is foreign, unless it leads into the arena
+        of another ubp, which found the file's bytes there.
+        """
         changes, self.foreign, self.n_sites = [], [], 0
+        sites = collections.OrderedDict()
         for record in self.records:
-            now = [(vaddr, old, new, _text_at(self.tracer, vaddr, len(new)))
-                   for vaddr, old, new in reversed(record.patches)]
-            if any(text not in (old, new, None) for _, old, new, text in now):
-                self.foreign.append(record)
-                continue
-            armed = [(vaddr, new, old) for vaddr, old, new, text in now
-                     if text == new]
-            self.n_sites += bool(armed)
-            changes += armed
+            sites.setdefault(record.site, []).append(record)
+        for records in sites.values():
+            for record in reversed(records):
+                armed = self._in_force(record)
+                if armed is not None:
+                    self.n_sites += bool(armed)
+                    changes += armed
+                    break
+            else:
+                if not self._is_of_another_ubp(records[-1]):
+                    self.foreign.append(records[-1])
         self.patches = Patches(self.tracer, changes)
+
+    def _in_force(self, record):
+        """What undoes a record: [(vaddr, new, old)], the reverse of arming.
+
+        [] where the text is what it was, or nothing is mapped any more;
+        None if the text is neither.
+        """
+        undo = []
+        for vaddr, old, new in reversed(record.patches):
+            text = _text_at(self.tracer, vaddr, len(new))
+            if text == new:
+                undo.append((vaddr, new, old))
+            elif text not in (old, None):
+                return None
+        return undo
+
+    def _is_of_another_ubp(self, record):
+        vaddr, own = record.site, find_arena_range(self.tracer.maps,
+                                                   record.trampoline)
+        for _ in range(2):          # a two-byte jump leads to another
+            vaddr = ubp_x86.jump_target(
+                _text_at(self.tracer, vaddr, 5) or b"", vaddr)
+            found = vaddr and find_arena_range(self.tracer.maps, vaddr)
+            if found:
+                return found != own
+            if not vaddr:
+                break
+        return False
 
     def write(self):
         """Put the text back, if it is still as surveyed. Raises Again."""
@@ -4874,7 +4939,6 @@ class Target:
 
     def __del__(self):
         if not getattr(self, "_is_closed", True) and self._arenas:
-            import warnings
             warnings.warn("%r was not closed; its probes stay in place"
                           % self, ResourceWarning)
 
@@ -5016,6 +5080,7 @@ class Target:
                               max(0.1, limit - time.monotonic()))
                 for plan, record in batch:
                     if record in changed:
+                        arena.void(record)
                         self._refuse(probe, plan, "changed text",
                                      "its text changed meanwhile")
                         continue
@@ -5093,19 +5158,21 @@ class Target:
                 continue
             part = _restore_everywhere(
                 self._tracer, arena.base, arena.nonce, arena.inode,
-                arena.records if not others else records,
+                [r for r in arena.records if r is not None] if not others
+                else records,
                 () if others else ((arena.base, arena.base + arena.size),),
                 limit, arena.totals)
             total += part
-            if not others:
+            if not others and not _is_mapped_still(self._tracer, arena):
                 self._arenas.remove(arena)
                 arena.close()
         for probe in probes:
             probe._is_removed = True
             if probe in self._probes:
                 self._probes.remove(probe)
-        self._planner.keep_only([armed[3:] for probe in self._probes
-                                 for armed in probe._armed])
+        if self._planner is not None:
+            self._planner.keep_only([armed[3:] for probe in self._probes
+                                     for armed in probe._armed])
         return total
 
     def run(self):
@@ -5130,7 +5197,7 @@ class Target:
                 for arena in self._arenas:
                     arena.mark_left()
                 self.run()
-                self._worker.stop()
+                self._let_go()
 
     def close(self, timeout=5):
         """Take out this target's probes and let go. May be repeated.
@@ -5144,11 +5211,17 @@ class Target:
             try:
                 if self._arenas:
                     self._remove(self._probes, timeout)
-                self._is_closed = True
+                self._is_closed = not self._arenas
             finally:
                 self.run()
-                if self._is_closed:
-                    self._worker.stop()
+                self._let_go()
+
+    def _let_go(self):
+        """Give back the thread and the descriptors; they can come again."""
+        self._worker.stop()
+        for module in self._modules or ():
+            module.close()
+        self._modules = self._planner = None
 
     def _check_process(self, what):
         if self._owner != os.getpid():
@@ -5161,6 +5234,14 @@ class Target:
         if self._is_closed:
             raise ProbeError(what, "pid %d (%s)" % (self.pid, self.comm),
                              "the target is closed")
+
+
+def _is_mapped_still(tracer, arena):
+    try:
+        check_arena(tracer, arena.base, arena.nonce)
+        return True
+    except TraceeGone:
+        return False
 
 
 def _none_armed(where, refused):
@@ -5267,8 +5348,9 @@ def _n_equal(tracer, pages):
                         span = min(PAGE, low + size - page)
                         n_equal += (module.read_file(page, span)
                                     == tracer.read(page, span))
-    except (UbpError, OSError):
-        pass
+            module.close()
+    except (UbpError, OSError) as error:
+        log.debug("cannot compare %s with its files: %s", pages, error)
     return n_equal
 
 
@@ -5783,6 +5865,16 @@ def report(error):
     say(str(error), error.hint)
 
 
+def report_all(errors, is_success):
+    """Report errors; raise the last one if nothing has succeeded."""
+    for error in errors[:-1]:
+        report(error)
+    if errors and not is_success:
+        raise errors[-1]
+    for error in errors[-1:]:
+        report(error)
+
+
 def plural(n, noun):
     """Return "1 site", "2 sites"."""
     return "%d %s%s" % (n, noun, "" if n == 1 else "s")
@@ -5801,10 +5893,10 @@ POLL_GONE = select.POLLERR | select.POLLHUP | select.POLLNVAL
 class Output:
     """Where data goes: a descriptor, with no buffer behind it.
 
-    write() returns when the bytes are out, or when the reader is gone, or
-    when a signal asks for the end while the reader stands still (a second
-    one: has asked before); what is unwritten then stays in `pending` for the
-    next write. Raises UbpError if the disk is full.
+    write() returns when the bytes are out, or when the reader is gone. While
+    the reader stands still it returns at a signal that asks for the end (if
+    two have, at once) and at `deadline`; what is unwritten then stays in
+    `pending` for the next write. Raises UbpError if the disk is full.
     """
 
     def __init__(self, fd, name, encoding, signals):
@@ -5812,13 +5904,16 @@ class Output:
         self.signals = signals
         self.pending = bytearray()
         self.is_gone = False           # the reader went away
+        self.deadline = float("inf")   # of time.monotonic()
         try:
             is_file = stat.S_ISREG(os.fstat(fd).st_mode)
         except OSError as error:
             raise UbpError("write to", name, error_words(error))
         self.is_terminal = os.isatty(fd)
-        # After POLLOUT a pipe takes this much without blocking, pipe(7).
-        self.chunk_size = 1 << 20 if is_file else select.PIPE_BUF
+        # After POLLOUT a pipe takes PIPE_BUF without blocking, pipe(7), and
+        # a terminal some: one that Ctrl-S stopped must not hold us.
+        self.chunk_size = (1 << 20 if is_file else
+                           512 if self.is_terminal else select.PIPE_BUF)
 
     def dots(self):
         """Return the mark of elision that this output's encoding has."""
@@ -5846,8 +5941,15 @@ class Output:
         while self.pending and not self.is_gone:
             if poller.poll(50):
                 self._write_some()
-            elif n_signals < len(self.signals.seen) or n_signals > 1:
+            elif (n_signals < len(self.signals.seen) or n_signals > 1
+                  or time.monotonic() >= self.deadline):
                 break
+
+    def is_ready(self):
+        """Would a write go out at once?"""
+        poller = select.poll()
+        poller.register(self.fd, select.POLLOUT)
+        return not self.pending and bool(poller.poll(0))
 
     def _write_some(self):
         """One write(2) of what is pending, its errors sorted out."""
@@ -5917,8 +6019,9 @@ class Signals:
     # These only end a wait early: a resized window, a return from Ctrl-Z,
     # the end of a COMMAND.
     WAKES = (signal.SIGWINCH, signal.SIGCONT, signal.SIGCHLD)
-    # A stop of ubp in the middle of a pause would stop the target with it.
-    JOB_CONTROL = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+    # A stop of ubp in the middle of a pause would stop the target with it;
+    # and SIGCHLD is what the ptrace thread waits for then.
+    HELD = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCHLD)
 
     def __init__(self):
         self.seen, self.busy, self.handlers = [], "", {}
@@ -5969,7 +6072,7 @@ class Signals:
     @contextlib.contextmanager
     def uninterrupted(self, busy):
         """While this runs Ctrl-Z waits, and Ctrl-C says what is going on."""
-        old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.JOB_CONTROL)
+        old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.HELD)
         old_busy, self.busy = self.busy, busy
         try:
             yield
@@ -6311,7 +6414,7 @@ class Live:
 
     def draw(self, lines):
         """Put lines in place of those of the last frame."""
-        if self.is_in_background():
+        if self.is_in_background() or not self.out.is_ready():
             return
         # Without autowrap a line that is too wide after all (wide characters)
         # cannot push the block out of shape.
@@ -6326,7 +6429,8 @@ class Live:
 
     def erase(self):
         """Take the block off the screen, so that plain text may follow."""
-        if self.sizes and not self.is_in_background():
+        if (self.sizes and self.out.is_ready()
+                and not self.is_in_background()):
             self.out.write(self._up() + "\x1b[J")
             self.sizes = []
 
@@ -6349,18 +6453,13 @@ def open_targets(options):
     if options.command:
         check_command(options.command[0])
         return [launch_command(options.command)]
-    targets, last_error = [], None
+    targets, errors = [], []
     for pid in options.pids:
         try:
             targets.append(attach(pid))
         except UbpError as error:
-            if last_error:
-                report(last_error)
-            last_error = error
-    if last_error and not targets:
-        raise last_error
-    if last_error:
-        report(last_error)
+            errors.append(error)
+    report_all(errors, bool(targets))
     return targets
 
 
@@ -6601,6 +6700,9 @@ def verb_status(options, signals):
 
 def status_text(arena):
     """Return one arena's state as lines."""
+    if not arena.owner_pid:
+        return "pid %d (%s): memory of a ubp that died before it used it\n" \
+            % (arena.pid, escape(arena.comm))
     when = time.strftime("%Y-%m-%d %H:%M:%S",
                          time.localtime(arena.time_ns / 1e9))
     owner = "pid %d" % arena.owner_pid
@@ -6612,6 +6714,9 @@ def status_text(arena):
         lines.append("  also in %s forked since: %s" % (
             "a child" if len(arena.children) == 1 else "children",
             ", ".join("%d" % pid for pid in arena.children)))
+    if arena.n_bad:
+        lines.append("  %s of its journal cannot be read"
+                     % plural(arena.n_bad, "record"))
     if arena.sites:
         lines.append("       calls  state     function")
     for site in sorted(arena.sites, key=lambda site: -site.calls):
@@ -6623,20 +6728,14 @@ def status_text(arena):
 
 def status_json(arena):
     """Return one arena's sites as JSON Lines."""
-    lines = []
-    for site in arena.sites:
-        record = json.loads(json_line("count", arena.pid),
-                            object_pairs_hook=collections.OrderedDict)
-        record.update([
-            ("module", json_text(site.module)), ("build_id", site.build_id),
-            ("function", json_text(site.name)),
-            ("address", "0x%x" % site.vaddr), ("calls", site.calls),
-            ("total", site.calls), ("state", site.state),
-            ("owner_pid", arena.owner_pid),
-            ("owner_alive", bool(arena.owner_alive)),
-            ("left", bool(arena.left))])
-        lines.append(json.dumps(record) + "\n")
-    return "".join(lines)
+    return "".join(
+        json_line("count", arena.pid, module=json_text(site.module),
+                  build_id=site.build_id, function=json_text(site.name),
+                  address="0x%x" % site.vaddr, calls=site.calls,
+                  total=site.calls, state=site.state,
+                  owner_pid=arena.owner_pid,
+                  owner_alive=bool(arena.owner_alive), left=bool(arena.left))
+        for site in arena.sites)
 
 
 def verb_clean(options, signals):
@@ -6715,7 +6814,7 @@ class Counting:
             self.live = Live(screen) if screen.has_live_view() else None
         self.targets, self.watched = [], []
         self.printed, self.drawn = {}, {}
-        self.reason, self.last_words = "", []
+        self.reason, self.last_words, self.errors = "", [], []
         self.has_started = self.has_hinted = self.is_removed = False
         self.began = time.monotonic()
 
@@ -6735,12 +6834,7 @@ class Counting:
                 self._arm_one(target)
             except UbpError as error:
                 errors.append(error)
-        for error in errors[:-1]:
-            report(error)
-        if errors and not self.watched:
-            raise errors[-1]
-        for error in errors[-1:]:
-            report(error)
+        report_all(errors, bool(self.watched))
         self.began = self.drawn_at = self.printed_at = time.monotonic()
         if self.options.command:
             self.targets[0].run()
@@ -6781,21 +6875,23 @@ class Counting:
 
     def leave(self):
         """Print what was armed and go: `status` reads it, `clean` removes."""
-        for watched in self.watched:
+        left, self.watched = self.watched, []
+        for watched in left:
             with self.signals.uninterrupted("leaving %s" % watched.name):
                 watched.target.detach()
+        for watched in left:
+            say("", "status -p %d reads them, clean -p %d takes them out"
+                % (watched.pid, watched.pid))
             for site in watched.probe.sites:
                 self.out.write("%d  0x%x  %s\n" % (
                     watched.pid, site.vaddr, site_label(site)))
-            say("", "status -p %d reads them, clean -p %d takes them out"
-                % (watched.pid, watched.pid))
-        self.targets, self.watched = [], []
 
     def watch(self):
         """Show what is counted until something asks for the end."""
         interval = self.options.interval or (1 if self.live else 1e12)
         next_tick = self.began + interval
         last_tick = self.began + (self.options.duration or 1e12)
+        self.out.deadline = last_tick
         while not self.reason:
             now = time.monotonic()
             if now >= next_tick:
@@ -6805,8 +6901,9 @@ class Counting:
             elif self.live and self.live.is_outdated():
                 self._draw()
             self.signals.wait(min(0.1, next_tick - now, last_tick - now),
-                              self.out)
+                              None if self.options.command else self.out)
             self._look()
+        self.out.deadline = float("inf")
 
     def _look(self):
         """Set the reason to end if there is one by now."""
@@ -6913,8 +7010,6 @@ class Counting:
         if self.is_removed:
             return
         self.is_removed = True
-        if self.live:
-            self.live.erase()
         if self.options.command and self.targets and not self.has_started:
             kill_command(self.targets[0])
         self.elapsed = time.monotonic() - self.began
@@ -6922,8 +7017,13 @@ class Counting:
             name = describe(target.pid, target.comm)
             with self.signals.uninterrupted("removing the probes from %s"
                                             % name):
-                target.close()
+                try:
+                    target.close()
+                except UbpError as error:
+                    self.errors.append(error)
             self.last_words += target.removal.notes
+        if self.live:
+            self.live.erase()
         self.last_words += [self._words(watched) for watched in self.watched]
 
     def _words(self, watched):
@@ -6963,6 +7063,8 @@ class Counting:
         """Say how it ended, for each process."""
         for words in self.last_words:
             say(words)
+        for error in self.errors:      # a target kept its probes: clean
+            report(error)
 
     def _print_end(self, watched):
         """Print JSON for what was refused, and the last object."""
@@ -6997,6 +7099,8 @@ def verb_count(options, signals):
     finally:
         counting.remove()              # after an error; else it is done
         counting.say_last_words()
+    if counting.errors:
+        return 125 if options.command else 1
     return status_code
 
 

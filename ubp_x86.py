@@ -14,9 +14,11 @@ No I/O, no syscall, no process: bytes in, values out. Usable alone.
 Sources: Intel SDM, order number 325462 ("SDM A-2" is its Table A-2); AMD64
 Architecture Programmer's Manual, volume 3 (24594, "APM"). Vocabulary:
 
-    vaddr    where an instruction is, in the target      site    where a probe wants to be
-    window   the bytes a patch overwrites                slot    five bytes of padding that hold a jump
-    copy     the relocated form of a displaced instruction, in a trampoline
+    vaddr    where an instruction is, in the target
+    site     where a probe wants to be
+    window   the bytes that a patch overwrites
+    slot     five bytes of padding that hold a jump
+    copy     a displaced instruction relocated, in a trampoline
 """
 import array
 import bisect
@@ -1704,7 +1706,7 @@ PAGE_SIZE = 4096
 JUMP_SIZE, SHORT_JUMP_SIZE = 5, 2            # e9 rel32, eb rel8
 ENDBR64 = b"\xf3\x0f\x1e\xfa"                # SDM 2B, ENDBR64
 RSEQ_SIGNATURE = b"\x53\x30\x05\x53"         # <sys/rseq.h>, RSEQ_SIG
-ALL_REGS, ALL_FLAGS = 0xffff, 0x8d5
+
 _SP = 4                                      # register number of rsp
 
 # The nops that assemblers pad with (SDM 2B, NOP, table 4-12), and int3.
@@ -2449,7 +2451,7 @@ def _refers_into(analysis, low, high, read, is_executable):
 # -- Liveness: what a body at a site need not save.
 
 _FLAGS_AT = 16                  # flags share a mask with the registers
-_ALL = ALL_FLAGS << _FLAGS_AT | ALL_REGS
+_ALL = ALL_FLAGS << _FLAGS_AT | ALL_GPRS
 _N_LIVENESS = 128               # instructions looked at per site
 _masks = {}                     # code -> (reads, kills), one mask each
 _known_effects = {}             # code -> Effects
@@ -2509,7 +2511,7 @@ def liveness(analysis, site):
             elif insn.flow == JMP:
                 vaddr = insn.target
     dead = _ALL & ~live
-    return dead & ALL_REGS, dead >> _FLAGS_AT == ALL_FLAGS
+    return dead & ALL_GPRS, dead >> _FLAGS_AT == ALL_FLAGS
 
 
 # -- Addresses that somebody looks at.
@@ -3175,6 +3177,15 @@ BREAKPOINT = b"\xcc"            # CC: int3
 def is_jump(code):
     """Does code begin with the jump that arms a site?"""
     return code[:1] in (b"\xe9", b"\xeb")
+
+
+def jump_target(code, vaddr):
+    """Where the jump at the start of code leads. -> vaddr, or None"""
+    if code[:1] == b"\xeb" and len(code) >= 2:
+        return vaddr + 2 + struct.unpack_from("<b", code, 1)[0]
+    if code[:1] == b"\xe9" and len(code) >= 5:
+        return vaddr + 5 + _S32.unpack_from(code, 1)[0]
+    return None
 
 
 def reach(low, high):

@@ -194,6 +194,21 @@ class TestRedis(ServerTest):
                 probe.remove()
         self.check_unchanged()
 
+    def test_every_function_of_libc_at_once(self):
+        server = self.server
+        with ubp.attach(server.pid) as target:
+            with Under(server.load, 5000):
+                probe = target.probe("libc:*", ubp.Count(), timeout=30)
+                self.assertGreater(len(probe.sites), 1000)
+            before = probe.counts()
+            server.load(5000)
+            after = probe.counts()
+            most = max(after[site] - before[site] for site in after)
+            self.assertGreaterEqual(most, 10000)
+            with Under(server.load, 5000):
+                probe.remove(timeout=30)
+        self.check_unchanged()
+
     def test_armed_and_removed_10_times_under_load(self):
         with Under(self.server.load, 10000):
             for _ in range(10):

@@ -554,6 +554,28 @@ def row_plan_python(is_quick):
                         python.pid, module + ":*", 1 if is_quick else 3)
 
 
+def row_plan_servers(is_quick):
+    """The programs of three servers, as they run; the share that fits."""
+    marks, times, rules = [], [], collections.Counter()
+    for kind in servers.Redis, servers.Nginx, servers.Postgres:
+        if kind.missing():
+            continue
+        with kind() as server, ubp.attach(server.pid) as target:
+            seconds, plans = timed(target.plan, "exe:*")
+        large = [p for p in plans if p.site.function.size >= 5]
+        fit = sum(p.strategy == "jump" for p in large)
+        rules.update(p.rule for p in large if p.strategy != "jump")
+        times.append(seconds)
+        marks.append(Yardstick("% of the functions of " + kind.name, fit,
+                               100 * fit / len(large), ">= 99.9"))
+    if not times:
+        raise Skip(servers.Redis.missing())
+    return Result("plan-servers", "plan all functions of a server", "s CPU",
+                  times, "", tuple(marks), "refused: " + ", ".join(
+                      "%d %s" % (n, rule)
+                      for rule, n in rules.most_common()))
+
+
 def row_trampoline(is_quick):
     with Leaf() as leaf:
         with ubp.attach(leaf.pid) as target:
@@ -655,8 +677,8 @@ ROWS = {
     "pause-busy": row_pause_busy, "first": row_first, "import": row_import,
     "decode": row_decode, "elf-libc": row_elf_libc,
     "elf-500k": row_elf_500k, "plan-libc": row_plan_libc,
-    "plan-python": row_plan_python, "trampoline": row_trampoline,
-    "server": row_server,
+    "plan-python": row_plan_python, "plan-servers": row_plan_servers,
+    "trampoline": row_trampoline, "server": row_server,
 }
 WORDS = {True: "met", False: "MISSED", None: ""}
 
