@@ -4085,7 +4085,7 @@ def _pid_namespace():
 
 
 def _layout(n_sites, n_shards):
-    """Sizes for at least n_sites. -> ((size, code_size, max_records), shift)"""
+    """-> ((size, code_size, max_records), shift) for at least n_sites."""
     n = max(64, 1 << (n_sites - 1).bit_length())
     code = _RECORDS_AT + n * (_RECORD_SIZE + _TRAMPOLINE_ROOM)
     code = (code + PAGE - 1) & ~(PAGE - 1)

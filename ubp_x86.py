@@ -1700,8 +1700,6 @@ def relocate(insn, new_vaddr):
 #      | eb | rel8 | left as it was |                     two-byte window ...
 #      | e9 | rel32 to trampoline |                       ... and its slot
 
-import array                # to be moved to the head of the file
-
 PAGE_SIZE = 4096
 JUMP_SIZE, SHORT_JUMP_SIZE = 5, 2            # e9 rel32, eb rel8
 ENDBR64 = b"\xf3\x0f\x1e\xfa"                # SDM 2B, ENDBR64
@@ -3069,6 +3067,7 @@ class Copy(NamedTuple):
 
 
 class Trampoline(NamedTuple):
+    """Finished code, and where the displaced instructions went."""
     vaddr: int
     code: bytes
     copies: Tuple[Copy, ...]
