@@ -288,6 +288,18 @@ class Blocked(unittest.TestCase):
             process.quit()
 
 
+class Signals(unittest.TestCase):
+    """No signal is lost, doubled, reordered or stripped of its siginfo."""
+
+    def test_queued_and_timer_signals_through_many_rounds(self):
+        with live.Target("signals", seconds=60) as process:
+            live.rounds(process.pid, "exe:hot", 150)
+            answer = process.ask("r")
+            self.assertGreater(answer["received"], 1000)
+            self.assertGreater(answer["ticks"], 100)
+            process.quit()
+
+
 class Stopped(unittest.TestCase):
     """A stopped target stays stopped, and its parent hears nothing new."""
 
