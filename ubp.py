@@ -2697,6 +2697,7 @@ class Tracer:
         self.waiter = StopWaiter()
         self.maps = []
         self.seccomp = {}           # tid -> mode, as last prepared
+        self._to_stop = []          # tids on their way back to a group stop
         self.scratch = 0            # end of [stack] pages that ubp touched
         self.held = False           # launched, and kept at its entry point
         self._tasks = {}            # tgid -> HeldFile of its task folder
@@ -2819,6 +2820,7 @@ class Tracer:
                 took = (time.monotonic() - begin) * 1e6
                 _restore_priority(before)
                 self.waiter.give_back()
+                self._await_group_stop()
                 self.pause_us = max(self.pause_us, took)
                 self.pauses[purpose] = max(took, self.pauses.get(purpose, 0))
                 log.debug("stopped pid %d for %d us to %s", self.tgid, took,
@@ -3005,9 +3007,10 @@ class Tracer:
         if thread.state == FINISHING:
             return self._step_transfer(thread, event, signo)
         if event != PTRACE_EVENT_STOP:
-            # A signal arrived first: the target gets it, and the interrupt
-            # is still to come.
+            # A signal arrived first: the target gets it. Any stop uses up
+            # the interrupt (kernel/signal.c, ptrace_stop): ask again.
             self._resume(thread.tid, PTRACE_CONT, signo if not event else 0)
+            self._resume(thread.tid, PTRACE_INTERRUPT)
             return False
         thread.group_stop = signo != signal.SIGTRAP
         try:
@@ -3095,6 +3098,18 @@ class Tracer:
             self._let_go(thread)
         self._close_memory()
 
+    def _await_group_stop(self):
+        """Wait until threads that a signal had stopped are so again.
+
+        On their way from our stop to that one they show as running.
+        """
+        limit = time.monotonic() + 0.2
+        for tid in self._to_stop:
+            while (read_stat(tid)[:1] == ["R"]
+                   and time.monotonic() < limit):
+                time.sleep(0.0005)
+        self._to_stop = []
+
     def _let_go(self, thread, is_complete=False):
         rest = None if is_complete else self._rest(thread)
         if rest is not None:
@@ -3107,6 +3122,8 @@ class Tracer:
             thread.state, thread.in_rest = FINISHING, False
             return
         self.threads.pop(thread.tid, None)
+        if thread.group_stop:
+            self._to_stop.append(thread.tid)
         try:
             ptrace(PTRACE_DETACH, thread.tid)
         except OSError:
@@ -3446,8 +3463,8 @@ class Injection:
             return
         ptrace(PTRACE_SETSIGMASK, tid, 8, ctypes.addressof(self._mask))
         if ubp_x86.is_in_syscall(regs) or self._thread.group_stop:
-            ptrace(PTRACE_INTERRUPT, tid)
             while True:
+                ptrace(PTRACE_INTERRUPT, tid)
                 ptrace(PTRACE_CONT, tid)
                 status = self._wait(tid)
                 if status >> 16 == PTRACE_EVENT_STOP:

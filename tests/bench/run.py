@@ -602,16 +602,18 @@ def cpu_ns(pid):
 
 
 class Load:
-    """redis-benchmark with pipelining: the server is what limits it."""
+    """redis-benchmark GET; pipelined, the server alone is what limits it."""
 
-    def __init__(self, server, requests):
+    def __init__(self, server, requests, pipeline):
         self.server, self.requests = server, requests
+        self.options = ("-P", str(pipeline))
 
     def run(self):
-        """Return (requests/s, server CPU ns per request)."""
+        """Return (requests/s of server CPU time, requests/s)."""
         start = cpu_ns(self.server.pid)
-        rate = self.server.load(self.requests, 8, "get", "-P", "32")["GET"]
-        return rate, (cpu_ns(self.server.pid) - start) / self.requests
+        rate = self.server.load(self.requests, 8, "get", *self.options)
+        spent = cpu_ns(self.server.pid) - start
+        return self.requests / spent * 1e9, rate["GET"]
 
 
 def hottest(server, load):
@@ -620,7 +622,7 @@ def hottest(server, load):
     Every function is counted for one run; ubp finds its own worst case.
     """
     with ubp.attach(server.pid) as target:
-        probe = target.probe("exe:*", ubp.Count())
+        probe = target.probe("exe:*", ubp.Count(), timeout=30)
         load.run()
         counts = probe.counts()
     site = max(counts, key=counts.get)
@@ -628,7 +630,11 @@ def hottest(server, load):
 
 
 def row_server(is_quick):
-    """Throughput of redis with its hottest function counted, A B B A."""
+    """redis with its hottest function counted, A B B A.
+
+    Throughput per second of the server's CPU time: that is what a full
+    load is limited by, and others on the machine do not take part in it.
+    """
     if servers.Redis.missing():
         raise Skip(servers.Redis.missing())
     cpus = sorted(os.sched_getaffinity(0))
@@ -638,23 +644,29 @@ def row_server(is_quick):
         set_affinity(server.pid, cpus[0])
         os.sched_setaffinity(0, {cpus[1]})      # the load inherits it
         try:
-            load = Load(server, 100000 if is_quick else 300000)
-            load.run()
-            name, per_request = hottest(server, load)
-            shares, costs = server_pairs(server, load, "exe:" + name,
-                                         5 if is_quick else 16)
+            full = Load(server, 100000 if is_quick else 300000, 32)
+            full.run()
+            name, per_request = hottest(server, full)
+            shares, walls = server_pairs(server, full, "exe:" + name,
+                                         6 if is_quick else 20)
+            plain, _ = server_pairs(server, Load(server, 30000, 1),
+                                    "exe:" + name, 2 if is_quick else 8)
         finally:
             os.sched_setaffinity(0, set(cpus))
-    return Result("server", "redis GET, its hottest function counted",
-                  "% of unprobed", shares, ">= 99", (
-                      Yardstick("server CPU per request, % of unprobed",
-                                statistics.median(costs), 1),),
+    marks = (("wall clock throughput, % of unprobed", walls),
+             ("without pipelining, % of unprobed", plain))
+    return Result("server", "redis GET -P 32, hottest function counted",
+                  "% of bare", shares, ">= 99", tuple(
+                      Yardstick(text, statistics.median(samples),
+                                statistics.median(samples)
+                                / statistics.median(shares))
+                      for text, samples in marks),
                   "%s, %.1f calls per request" % (name, per_request))
 
 
 def server_pairs(server, load, where, n_pairs):
-    """Return ([% of throughput], [% of CPU time]) of probed to unprobed."""
-    shares, costs = [], []
+    """Return the % of unprobed (requests per CPU second, requests/s)."""
+    per_cpu, per_second = [], []
     for i in range(n_pairs):
         results = {}
         for is_probed in (False, True) if i % 2 else (True, False):
@@ -663,9 +675,9 @@ def server_pairs(server, load, where, n_pairs):
                     results[True] = load.run()
             else:
                 results[False] = load.run()
-        shares.append(100 * results[True][0] / results[False][0])
-        costs.append(100 * results[True][1] / results[False][1])
-    return shares, costs
+        per_cpu.append(100 * results[True][0] / results[False][0])
+        per_second.append(100 * results[True][1] / results[False][1])
+    return per_cpu, per_second
 
 
 # ---- the table -------------------------------------------------------------

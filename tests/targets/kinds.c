@@ -94,7 +94,7 @@ static void fork_child(void)
 /* Map every gap within 3 GiB of here, but a page beside the stack. */
 static void fill(void)
 {
-    uintptr_t here = (uintptr_t)counted, reach = 3ull << 30;
+    uintptr_t here = (uintptr_t)counted & -4096ul, reach = 3ull << 30;
     uintptr_t low = here > reach ? here - reach : 65536, high = here + reach;
     uintptr_t last = low, from, to;
     char line[400];
