@@ -2669,7 +2669,7 @@ class Again(Exception):
 class Thread:
     """What the tracer knows of one thread it has seized."""
     __slots__ = ("tid", "tgid", "state", "regs", "group_stop", "in_rest",
-                 "polls")
+                 "polls", "is_wanted")
 
     def __init__(self, tid, tgid):
         self.tid, self.tgid = tid, tgid
@@ -2677,6 +2677,7 @@ class Thread:
         self.regs = b""
         self.group_stop = False     # was stopped by a signal before us
         self.in_rest = False        # FINISHING: inside the re-issued syscall
+        self.is_wanted = False      # asked to stop, and not let go since
         self.polls = 0
 
 
@@ -2923,7 +2924,7 @@ class Tracer:
             return
         if thread.state == RUNNING:
             thread.state = INTERRUPTED
-        thread.polls = 0
+        thread.polls, thread.is_wanted = 0, True
 
     def _find_siblings(self):
         """Look for processes of the same address space among the new ones.
@@ -3048,13 +3049,13 @@ class Tracer:
 
     def _step_transfer(self, thread, event, signo):
         """A thread that re-issues the rest of its transfer has stopped."""
-        if event == PTRACE_EVENT_STOP or signo != SYSCALL_EVENT_SIGNAL:
+        is_syscall = not event and signo == SYSCALL_EVENT_SIGNAL
+        if not is_syscall or not thread.in_rest:
+            thread.in_rest = thread.in_rest or is_syscall
             self._resume(thread.tid, PTRACE_SYSCALL,
-                         0 if event else signo)
-            return False
-        if not thread.in_rest:
-            thread.in_rest = True
-            self._resume(thread.tid, PTRACE_SYSCALL)
+                         0 if event or is_syscall else signo)
+            if thread.is_wanted:    # this stop has used up the interrupt
+                self._resume(thread.tid, PTRACE_INTERRUPT)
             return False
         try:
             after = self.get_regs(thread.tid)
@@ -3120,6 +3121,7 @@ class Tracer:
                 self.threads.pop(thread.tid, None)
                 return
             thread.state, thread.in_rest = FINISHING, False
+            thread.is_wanted = False
             return
         self.threads.pop(thread.tid, None)
         if thread.group_stop:
@@ -5489,10 +5491,12 @@ class Launch:
             self._through_loader(thread, auxv, entry)
         return 0
 
-    def _until(self, is_wanted, request, start=True):
+    def _until(self, is_wanted, request, start=True, interrupt=False):
         """Resume until a stop is wanted. -> True; False: it ended"""
         signo = 0
         while True:
+            if interrupt:
+                ptrace(PTRACE_INTERRUPT, self.tid)
             if start:
                 ptrace(request, self.tid, 0, signo)
             start, signo, status = True, 0, None
@@ -5515,8 +5519,8 @@ class Launch:
 
     def _event_stop(self, thread):
         """From any stop to one in which registers may be changed."""
-        ptrace(PTRACE_INTERRUPT, self.tid)
-        self._until(lambda s: s >> 16 == PTRACE_EVENT_STOP, PTRACE_CONT)
+        self._until(lambda s: s >> 16 == PTRACE_EVENT_STOP, PTRACE_CONT,
+                    interrupt=True)
         thread.regs = self.tracer.get_regs(self.tid)
         thread.state = STOPPED
 

@@ -13,11 +13,13 @@ long library_counted(long x);
 #define library_counted counted
 #endif
 
+static volatile long sink;
+
 __attribute__((constructor)) static void before_main(int argc, char **argv)
 {
     bounded();
     for (int i = 0; i < 13; i++)
-        counted(i);
+        sink = counted(i);
     if (argc > 2 && !strcmp(argv[1], "early"))
         _exit(atoi(argv[2]));
 }
@@ -26,9 +28,9 @@ int main(int argc, char **argv)
 {
     long n = argc > 2 ? atol(argv[argc - 1]) : 0;
     for (int i = 0; i < 1009; i++)
-        counted(i);
+        sink = counted(i);
     for (int i = 0; i < 499; i++)
-        library_counted(i);
+        sink = library_counted(i);
     if (argc > 2 && !strcmp(argv[1], "kill")) {
         signal(n, SIG_DFL);
         kill(getpid(), n);
