@@ -450,6 +450,19 @@ def thread_ids(tgid):
         return []
 
 
+def memory_tid(pid):
+    """A tid of a process whose /proc/TID shows its memory, proc(5).
+
+    A leader that has ended while other threads live is a zombie: its maps
+    are empty. /proc has those of each thread, though it does not list them.
+    """
+    if read_stat(pid)[:1] in (["Z"], ["X"]):
+        for tid in thread_ids(pid):
+            if read_proc("/proc/%d/maps" % tid):
+                return tid
+    return pid
+
+
 def comm(pid):
     """The name of a process, as ps prints it; "?" if it is gone."""
     name = read_proc("/proc/%d/comm" % pid).decode(errors="backslashreplace")
@@ -2187,6 +2200,7 @@ def modules(pid):
     What is mapped executable but is no ELF file (a JIT's cache, ubp's own
     arena) is left out. Raises SymbolError if there is nothing to read.
     """
+    pid = memory_tid(pid)
     files = collections.OrderedDict()
     for m in read_maps(pid):
         if m.path.startswith("/") or m.path == VDSO:
@@ -2681,6 +2695,19 @@ class Thread:
         self.polls = 0
 
 
+class Gadgets(NamedTuple):
+    """Code of the target that an injection runs; 0 or () where it has none."""
+    syscall_ret: int
+    pop_rax: int
+    restorers: tuple
+
+
+def _find(code, form, start):
+    """The vaddr of form in code that begins at start, or 0."""
+    at = code.find(form)
+    return start + at if at >= 0 else 0
+
+
 class Tracer:
     """ptrace of one address space. All methods run in one thread.
 
@@ -2725,13 +2752,9 @@ class Tracer:
 
     def vm_tid(self):
         """A tid whose memory can be reached: the leader may be a zombie."""
-        stopped = [tid for tid, thread in self.threads.items()
-                   if thread.state == STOPPED]
-        self._vm_tid = self.tgid
-        for tid in stopped or [self.tgid] + thread_ids(self.tgid):
-            if stopped or read_proc("/proc/%d/maps" % tid):
-                self._vm_tid = tid
-                break
+        self._vm_tid = next((tid for tid, thread in self.threads.items()
+                             if thread.state == STOPPED), 0)
+        self._vm_tid = self._vm_tid or memory_tid(self.tgid)
         return self._vm_tid
 
     def get_regs(self, tid):
@@ -2749,26 +2772,26 @@ class Tracer:
                ctypes.addressof(self._iov))
 
     def find_gadgets(self):
-        """Where the target has `syscall; ret` and signal restorers.
+        """Where the target has the code that injections need. -> Gadgets
 
-        -> (vaddr, [vaddr, ...]). No text is written: both are found in what
-        is mapped. Raises ProbeError where a program has neither.
+        No text is written: all is found in what is mapped, but not in
+        memory that a JIT compiler may write to.
         """
         if self._text is None:
-            gadget, restorers = 0, []
+            syscall_ret = pop_rax = 0
+            restorers = []
             for mapping in self.maps:
-                # Not in memory that a JIT compiler may write to.
-                if "x" in mapping.perms and (mapping.inode or
-                                             mapping.path == "[vdso]"):
-                    code = self._read_text(mapping)
-                    at = code.find(ubp_x86.SYSCALL_RET)
-                    if at >= 0 and not gadget:
-                        gadget = mapping.start + at
-                    for form in ubp_x86.RESTORERS:
-                        restorers += [mapping.start + found.start()
-                                      for found in re.finditer(
-                                          re.escape(form), code)]
-            self._text = gadget, restorers
+                if "x" not in mapping.perms or not (
+                        mapping.inode or mapping.path == "[vdso]"):
+                    continue
+                code, start = self._read_text(mapping), mapping.start
+                syscall_ret = syscall_ret or _find(
+                    code, ubp_x86.SYSCALL_RET, start)
+                pop_rax = pop_rax or _find(code, ubp_x86.POP_RAX_RET, start)
+                for form in ubp_x86.RESTORERS:
+                    restorers += [start + found.start() for found
+                                  in re.finditer(re.escape(form), code)]
+            self._text = Gadgets(syscall_ret, pop_rax, tuple(restorers))
         return self._text
 
     def _read_text(self, mapping):
@@ -3169,7 +3192,7 @@ class Tracer:
         -> [(vaddr of the word, its value)]. A frame on another stack leads
         on to the stack that it interrupted.
         """
-        words = [struct.pack("<Q", vaddr) for vaddr in self._text[1]]
+        words = [struct.pack("<Q", vaddr) for vaddr in self._text.restorers]
         found, low, seen = [], ubp_x86.stack_pointer(thread.regs), set()
         pending = [low]
         while pending and len(seen) < 64:
@@ -3285,17 +3308,27 @@ class Injection:
         self._text = text
         self._signals = []          # SIGSTOPs that came in between
         self._mask = ctypes.create_string_buffer(8)
-        gadget, restorers = tracer.find_gadgets()
-        if not gadget or not restorers:
-            raise ProbeError(
-                "inject a syscall into", tracer.name(),
-                "the program has no `syscall; ret` or no signal restorer")
-        self._gadget, self._restorer = gadget, restorers[0]
-        if (tracer.read(gadget, 3) != ubp_x86.SYSCALL_RET or not
-                tracer.read(restorers[0], 9).startswith(ubp_x86.RESTORERS)):
-            tracer._text = None     # unmapped, or under a patch by now
-            raise Again("the code for injections has changed")
+        self._find_code()
         self._choose()
+
+    def _find_code(self):
+        """The gadgets to use, checked: a patch may cover them by now."""
+        found, read = self.tracer.find_gadgets(), self.tracer.read
+        self._gadget, self._pop_rax = found.syscall_ret, 0
+        self._restorer = found.restorers[0] if found.restorers else 0
+        if not self._restorer:
+            self._restorer, self._pop_rax = self._gadget, found.pop_rax
+        if not self._gadget or not (found.restorers or self._pop_rax):
+            raise ProbeError(
+                "inject a syscall into", self.tracer.name(),
+                "the program has no `syscall; ret`, or nothing that could "
+                "return from a signal")
+        is_good = (read(self._gadget, 3) == ubp_x86.SYSCALL_RET and (
+            read(self._pop_rax, 2) == ubp_x86.POP_RAX_RET if self._pop_rax
+            else read(self._restorer, 9).startswith(ubp_x86.RESTORERS)))
+        if not is_good:
+            self.tracer._text = None
+            raise Again("the code for injections has changed")
 
     def _choose(self):
         why = "no thread is stopped"
@@ -3331,7 +3364,7 @@ class Injection:
         self.text_vaddr = top - (len(self._text) + 15 & ~15)
         self._frame, image = ubp_x86.signal_frame(
             thread.regs, xstate, self._mask.raw, self._restorer,
-            self.text_vaddr)
+            self.text_vaddr, self._pop_rax)
         image += bytes(self.text_vaddr - self._frame - len(image))
         image += self._text
         self._below = read_memory(thread.tid, self._frame, len(image))
@@ -3414,7 +3447,7 @@ class Injection:
         mode = self.tracer.seccomp.get(tid) or seccomp_mode(tid)
         if mode == "0":
             return
-        for nr, values in ((number, args), (15, ())):       # rt_sigreturn
+        for nr, values in ((number, args), (ubp_x86.NR_RT_SIGRETURN, ())):
             if mode != "2" or not _filters_allow(tid, nr, self._gadget + 2,
                                                  values):
                 raise ProbeError(
@@ -3638,13 +3671,16 @@ def _refusal_to_attach(pid, request, error):
         why = "traced by pid %d (%s)" % (tracer, comm(tracer))
         hint = "detach %s from %d, or choose another process" % (
             comm(tracer), pid)
+    elif scope == b"3":
+        why = "ptrace_scope is 3: nobody may attach"
+        hint = "boot with another kernel.yama.ptrace_scope"
     elif mine >> CAP_SYS_PTRACE & 1:
         why = "%s, though we have CAP_SYS_PTRACE: a security module, or " \
             "another user namespace" % error.strerror
     elif uids and any(uid != str(os.geteuid()) for uid in uids[:3]):
         why = "it belongs to uid %s, we are uid %d" % (uids[0], os.geteuid())
         hint = "sudo, or run ubp as that user"
-    elif scope in (b"1", b"2", b"3"):
+    elif scope in (b"1", b"2"):
         why = "ptrace_scope is %s and %d is not our child" % (
             scope.decode(), pid)
         hint = "sudo, or start it with: ubp … -- COMMAND"
@@ -3750,6 +3786,7 @@ _TRAMPOLINE_ROOM = 128      # bytes kept per site when an arena is sized
 _BRK_ROOM = 1 << 30         # kept free above brk where that is possible
 _STACK_ROOM = 256 << 20     # kept free below [stack]
 _MEMFD_PATH = "/memfd:ubp (deleted)"
+_ANONYMOUS = -1 << 16       # stands for a descriptor; no errno
 
 
 class Header(NamedTuple):
@@ -3888,7 +3925,8 @@ def find_arenas(pid, maps=None):
     A memfd names itself; anonymous arenas are known by their magic.
     """
     groups, found = {}, []
-    for mapping in read_maps(pid) if maps is None else maps:
+    memory = memory_tid(pid)
+    for mapping in read_maps(memory) if maps is None else maps:
         if mapping.path == _MEMFD_PATH and pid != os.getpid():
             groups.setdefault(mapping.inode, []).append(mapping)
         elif (not mapping.inode and not mapping.path.startswith("[")
@@ -3897,7 +3935,7 @@ def find_arenas(pid, maps=None):
                               []).append(mapping)
     for key, mappings in groups.items():
         inode = key if isinstance(key, int) else 0
-        view = _view(pid, inode, mappings)
+        view = _view(memory, inode, mappings)._replace(pid=pid)
         if view.header is not None or inode:
             found.append(view)
     return found
@@ -4123,8 +4161,10 @@ def make_arena(tracer, low, high, n_sites, timeout, kind="auto"):
     n_shards = 1 << (n_possible_cpus() - 1).bit_length()
     layout, shift = _layout(n_sites, n_shards)
 
+    place = [place_arena(read_maps(tracer.vm_tid()), low, high, layout[0])]
+
     def action():
-        base = place_arena(tracer.maps, low, high, layout[0])
+        base = place[0]
         if not base:
             raise ProbeError(
                 "place an arena in", tracer.name(),
@@ -4137,11 +4177,15 @@ def make_arena(tracer, low, high, n_sites, timeout, kind="auto"):
             fd = -1
             if kind != "anon":
                 fd = _map_memfd(injection, base, layout)
-            if fd < 0 and kind != "memfd":
-                _map_anonymous(injection, base, layout)
-            elif fd < 0:
-                raise ProbeError("map a memfd into", tracer.name(),
-                                 os.strerror(-fd))
+            if fd < 0 and fd != -errno.EEXIST and kind != "memfd":
+                fd = _map_anonymous(injection, base, layout)
+        if fd == -errno.EEXIST:     # taken since the maps were read
+            place[0] = place_arena(read_maps(tracer.vm_tid()), low, high,
+                                   layout[0])
+            raise Again("the place for its arena is taken")
+        if fd < 0 and fd != _ANONYMOUS:
+            raise ProbeError("map memory into", tracer.name(),
+                             os.strerror(-fd))
         return base, shards, fd
 
     base, shards, fd = tracer.pause(action, timeout, "map the arena")
@@ -4218,7 +4262,7 @@ def _map(injection, base, size, prot, flags, fd, offset):
 
 
 def _map_anonymous(injection, base, layout):
-    """mmap code and data privately. Raises ProbeError."""
+    """mmap code and data privately. -> _ANONYMOUS, or -errno"""
     size, code_size, _ = layout
     flags = MAP_PRIVATE | MAP_ANONYMOUS
     result = _map(injection, base, size, PROT_READ | PROT_EXEC,
@@ -4226,9 +4270,7 @@ def _map_anonymous(injection, base, layout):
     if result == 0:
         result = _map(injection, base + code_size, size - code_size,
                       PROT_READ | PROT_WRITE, flags | MAP_FIXED, -1, 0)
-    if result < 0:
-        raise ProbeError("map memory into", injection.tracer.name(),
-                         os.strerror(-result))
+    return result or _ANONYMOUS
 
 
 def _file_id(path):
@@ -4264,11 +4306,13 @@ def cpu_source(tracer):
 
 
 def unmap(tracer, ranges, timeout):
-    """munmap ranges in the target, by injection."""
+    """munmap ranges in the target, by injection, if they are arenas."""
     def action():
+        maps = read_maps(tracer.vm_tid())
         with Injection(tracer) as injection:
             for start, end in ranges:
-                injection.call(SYS_munmap, start, end - start)
+                if find_arena_range(maps, start):
+                    injection.call(SYS_munmap, start, end - start)
     tracer.pause(action, timeout, "unmap")
 
 
@@ -5377,9 +5421,9 @@ def processes_with(inode):
     """The pids of processes that map a memfd of ubp. -> [pid]"""
     needle = b" %d " % inode
     return [pid for pid in (_process_ids() if inode else ())
-            if needle in read_proc("/proc/%d/maps" % pid)
+            if needle in read_proc("/proc/%d/maps" % memory_tid(pid))
             and any(m.inode == inode and m.path == _MEMFD_PATH
-                    and "x" in m.perms for m in read_maps(pid))]
+                    and "x" in m.perms for m in read_maps(memory_tid(pid)))]
 
 
 # -- launching --------------------------------------------------------------
@@ -5491,6 +5535,16 @@ class Launch:
             self._through_loader(thread, auxv, entry)
         return 0
 
+    def _ended(self):
+        """The error for a program that ended before its entry point."""
+        code = self.child.poll()
+        error = AttachError("run", self.child.argv[0], "it ended before its "
+                            "entry point (%s)" % (
+                                "exit status %d" % code if code >= 0
+                                else "signal %d" % -code))
+        error.returncode = code
+        return error
+
     def _until(self, is_wanted, request, start=True, interrupt=False):
         """Resume until a stop is wanted. -> True; False: it ended"""
         signo = 0
@@ -5545,7 +5599,9 @@ class Launch:
         self.tracer.write_text(stub, ubp_x86.entry_stub(entry))
         write_memory(self.tid, word, struct.pack("<Q", stub))
         if not self._until(self._is_in(stub), PTRACE_SYSCALL):
-            return
+            self.tracer.held = False
+            self.tracer.threads.clear()
+            raise self._ended()
         write_memory(self.tid, word, struct.pack("<Q", entry))
         self._event_stop(thread)
         thread.regs = ubp_x86.at_entry(thread.regs, entry)
@@ -5585,10 +5641,13 @@ def launch(argv, timeout=5):
     target = Target(child.pid, child)
     target.comm = os.path.basename(child.path)
     launcher = Launch(target._tracer, child)
-    failed = target._worker.call(lambda: launcher.run(timeout), timeout)
-    if failed:
+    try:
+        failed = target._worker.call(lambda: launcher.run(timeout), timeout)
+        if failed:
+            raise AttachError("run", argv[0], os.strerror(failed))
+    except UbpError:
         target.close()
-        raise AttachError("run", argv[0], os.strerror(failed))
+        raise
     target._tracer._text = None     # the loader has mapped more since
     return target
 
@@ -5661,7 +5720,8 @@ def _site_status(view):
     totals = [0] * top
     try:
         for cpu in range(header.shard_mask + 1 if n else 0):
-            data = read_memory(view.pid, header.base + header.code_size
+            data = read_memory(memory_tid(view.pid),
+                               header.base + header.code_size
                                + (cpu << header.shard_shift), 8 * top)
             totals = [a + b for a, b in zip(
                 totals, struct.unpack("<%dQ" % top, data))]
@@ -5675,7 +5735,7 @@ def _site_status(view):
 def _state(pid, record):
     vaddr, old, new = record.patches[-1]
     try:
-        now = read_memory(pid, vaddr, len(new))
+        now = read_memory(memory_tid(pid), vaddr, len(new))
     except OSError:
         return "unmapped"
     return {new: "armed", old: "removed"}.get(now, "changed by another tool")
@@ -5737,6 +5797,7 @@ def _descriptors(pid):
     """Descriptors of ubp's memfds that a dead tracer left. -> [number]"""
     found = []
     try:
+        pid = memory_tid(pid)
         names = os.listdir("/proc/%d/fd" % pid)
     except OSError:
         return found

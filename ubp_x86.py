@@ -3233,7 +3233,9 @@ _XFEATURE_TILE_DATA = 1 << 18    # AMX; SDM 13.1
 _XSTATE_WITHOUT_TILES = 2816     # what sigreturn takes without permission
 _USER_CS_32 = 0x23               # <asm/segment.h>
 
+NR_RT_SIGRETURN = 15
 SYSCALL_RET = b"\x0f\x05\xc3"                       # syscall; ret
+POP_RAX_RET = b"\x58\xc3"                           # pop %rax; ret
 RESTORERS = (b"\x48\xc7\xc0\x0f\0\0\0\x0f\x05",     # mov $15,%rax; syscall
              b"\xb8\x0f\0\0\0\x0f\x05")             # mov $15,%eax; syscall
 
@@ -3438,7 +3440,7 @@ def syscall_regs(regs, gadget, frame, number, args):
 
 def frame_size(xstate):
     """Bytes that a signal frame takes, its alignment included."""
-    return FRAME_HEAD + 64 + len(xstate) + 4 + 64
+    return FRAME_HEAD + 64 + len(xstate) + 4 + 64 + 16
 
 
 def own_stack_top(regs):
@@ -3464,13 +3466,14 @@ def usable_xstate(xstate):
     return xstate
 
 
-def signal_frame(regs, xstate, sigmask, restorer, top):
+def signal_frame(regs, xstate, sigmask, restorer, top, pop_rax=0):
     """A frame whose rt_sigreturn restores a thread. -> (vaddr, bytes)
 
     regs      the regset to restore; a syscall that was to be restarted is
               re-issued by the frame itself, since sigreturn cancels restarts
     xstate    from usable_xstate;   sigmask   8 bytes, PTRACE_GETSIGMASK
-    restorer  vaddr of one of RESTORERS
+    restorer  vaddr of one of RESTORERS; or, with the vaddr of a
+              POP_RAX_RET too, of SYSCALL_RET: together they are one
     top       the highest vaddr that may be written, exclusive
     """
     image = bytearray(xstate)
@@ -3496,7 +3499,10 @@ def signal_frame(regs, xstate, sigmask, restorer, top):
                          values[_SS] & 0xffff)
     frame += struct.pack("<4QQ8Q", 0, 0, 0, 0, fpstate, *(0,) * 8) + sigmask
     frame += bytes(fpstate - vaddr - len(frame))
-    return vaddr, frame + bytes(image) + magic2
+    frame += bytes(image) + magic2
+    if pop_rax:
+        return vaddr - 16, struct.pack("<QQ", pop_rax, NR_RT_SIGRETURN) + frame
+    return vaddr, frame
 
 
 def frames_on_stack(memory, vaddr, restorers):

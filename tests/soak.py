@@ -23,10 +23,10 @@ def resident(pid):
 def main(arguments):
     ubp = live.core()
     cycles = int(arguments[0]) if arguments else 10000
-    seconds = 120 + cycles // 5
+    seconds = 120 + cycles
     judge = unittest.TestCase()
     own = []
-    with live.Target("busy", 4, seconds=seconds) as process:
+    with live.Target("busy", 2, seconds=seconds) as process:
         before = live.Snapshot(process.pid)
         process.send("g")
         first = None
@@ -57,7 +57,7 @@ def main(arguments):
     print("after warming up: target %s, tracer %s; at the end: %s, %s"
           % (first + last))
     grown = [last[i][k] - first[i][k] for i in (0, 1) for k in range(4)]
-    allowed = [256, 0, 0, 0, 2048, 0, 0, 0]
+    allowed = [256, 0, 0, 0, 2048, 4, 0, 0]     # malloc's own play
     leaks = [n for n, most in zip(grown, allowed) if n > most]
     print("grown (KiB, mappings, descriptors, threads): %s: %s"
           % (grown, "LEAK" if leaks else "no leak"))

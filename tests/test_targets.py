@@ -253,17 +253,15 @@ class Builds(Case):
                     at = process.ready["at"][2:]
                     sites, _ = self.counted(process, where.format(at=at),
                                             key, arena=arena)
-                    self.judge_site(sites[0], key, process)
+                    self.judge_site(sites[0], key, process, flags)
                     process.quit()
 
-    def judge_site(self, site, key, process):
+    def judge_site(self, site, key, process, flags):
         """The site is where the target says that the function is."""
         at = process.ready.get({"counted": "at"}.get(key, key))
-        if at and key != "strlen":
+        # In a static program strlen's address is that of a PLT entry.
+        if at and not (key == "strlen" and "-static" in flags):
             self.assertEqual(int(at, 16), site.vaddr)
-        elif at and "static" not in process.path:
-            # glibc: the implementation that this processor takes.
-            self.assertLessEqual(abs(int(at, 16) - site.vaddr), 4)
 
     def test_counts_are_true_with_a_shared_arena(self):
         self.judged("memfd")
@@ -365,6 +363,7 @@ class Containers(Case):
         """A root folder in which `program` is /bin/ls: not the host's."""
         os.makedirs(path + "/bin")
         os.makedirs(path + "/old")
+        os.makedirs(path + "/lib")
         copied(program, path + "/bin/ls")
         for library in re.findall(r"(/\S+) \(0x", subprocess.run(
                 ["ldd", program], stdout=subprocess.PIPE,
@@ -479,7 +478,7 @@ class Users(Case):
         need("setpriv", "util-linux")
         path = self.enterContext_(folder())
         for name in "ubp.py", "ubp_x86.py":
-            copied(os.path.join(TOP, name), path, 0o644)
+            copied(os.path.join(TOP, name), path + "/" + name, 0o644)
         self.folder = path
         self.program = copied(kinds(), path + "/program")
 
@@ -726,7 +725,8 @@ class Launched(unittest.TestCase):
 
     def test_a_program_that_ends_before_main(self):
         path = live.build("launched")
-        target = ubp.launch([path, "early", "9"], timeout=PATIENCE)
+        with mock.patch.dict(os.environ, UBP_TEST_EARLY="9"):
+            target = ubp.launch([path], timeout=PATIENCE)
         probe = target.probe("exe:counted", ubp.Count(), timeout=PATIENCE)
         self.assertTrue(target.wait(PATIENCE))
         self.assertEqual((9, 13), (target.returncode, probe.read()))
@@ -849,3 +849,724 @@ def children():
         with open("/proc/self/task/%d/children" % tid) as f:
             found += f.read().split()
     return [int(pid) for pid in found]
+
+
+class Needs(Case):
+    """Targets that can spare nothing, or forbid something."""
+
+    def test_text_may_not_become_executable(self):
+        for arena in "memfd", "anon":
+            with self.subTest(arena=arena):
+                with live.Target("kinds", "mdwe") as process:
+                    if process.ready["mdwe"] != "1":
+                        self.skipTest("no PR_SET_MDWE: it takes Linux 6.3")
+                    self.counted(process, arena=arena)
+                    process.quit()
+
+    def test_no_descriptor_is_left_so_memory_is_anonymous(self):
+        with live.Target("kinds") as process:
+            n = len(live.descriptors(process.pid))
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (n, n))
+            _, notes = self.counted(process)
+            self.assertIn("private", " ".join(notes))
+            # What is counted in forked children is not shared then.
+            process.ask("f")
+            process.quit()
+
+    def test_no_address_space_is_left(self):
+        for arena in "auto", "memfd", "anon":
+            with self.subTest(arena=arena), \
+                    mock.patch.dict(os.environ, UBP_ARENA=arena):
+                with live.Target("kinds") as process:
+                    process.ask("c")
+                    with open("/proc/%d/statm" % process.pid) as f:
+                        size = int(f.read().split()[0]) * 4096
+                    resource.prlimit(process.pid, resource.RLIMIT_AS,
+                                     (size, size))
+                    self.refused(process, ubp.ProbeError,
+                                 "cannot map .*Cannot allocate memory")
+                    self.assertEqual(0, process.ask("c")["wrong"])
+                    process.quit()
+
+    def test_no_address_within_2_GiB(self):
+        for flags in ((), ("-no-pie",), ("-static-pie",)):
+            with self.subTest(flags=flags):
+                with live.Target("kinds", "around", flags=flags) as process:
+                    process.ask("c")
+                    error = self.refused(
+                        process, ubp.ProbeError,
+                        r"cannot place an arena in pid %d .*free KiB within "
+                        "2 GiB of 0x" % process.pid)
+                    self.assertIn("%d" % process.pid, str(error))
+                    status, out, err = run("count", "-p", process.pid,
+                                           "exe:counted", "--leave")
+                    self.assertEqual((1, ""), (status, out))
+                    self.assertIn("within 2 GiB", err)
+                    self.assertEqual(0, process.ask("c")["wrong"])
+                    process.quit()
+
+    @needs_root
+    def test_seccomp_what_a_filter_allows_is_served(self):
+        for arena in "memfd", "anon":
+            with self.subTest(arena=arena):
+                with live.Target("sealed", "allow") as process:
+                    process.ask("r")
+                    before = Whole(process.pid)
+                    with mock.patch.dict(os.environ, UBP_ARENA=arena):
+                        target = ubp.attach(process.pid)
+                    probe = target.probe("exe:hot", ubp.Count(),
+                                         timeout=PATIENCE)
+                    process.ask("r")
+                    self.assertEqual(10007, probe.read())
+                    target.close(PATIENCE)
+                    before.check(self)
+                    self.assertEqual(0, process.ask("r")["wrong"])
+                    process.quit()
+
+    def test_seccomp_what_a_filter_forbids_is_refused(self):
+        for mode in "strict", "kill", "errno":
+            with self.subTest(mode):
+                with live.Target("sealed", mode) as process:
+                    process.ask("r")
+                    self.refused(process, ubp.UbpError, "seccomp",
+                                 "exe:hot")
+                    before = Whole(process.pid)
+                    status, out, err = run("count", "-p", process.pid,
+                                           "exe:hot", "--leave")
+                    self.assertEqual((1, ""), (status, out))
+                    self.assertIn("seccomp", err)
+                    before.check(self)
+                    self.assertEqual(0, process.ask("r")["wrong"])
+                    process.quit()
+
+
+# A program of 32 bits: alarm(60); for (;;) pause(). ELF32, EM_386, one LOAD.
+CODE_32 = bytes.fromhex("b81b000000 bb3c000000 cd80 b81d000000 cd80 ebf7"
+                        .replace(" ", ""))
+ELF_32 = (b"\x7fELF\1\1\1" + bytes(9) + struct.pack(
+    "<HHIIIIIHHHHHH", 2, 3, 1, 0x8048054, 52, 0, 0, 52, 32, 1, 0, 0, 0)
+    + struct.pack("<8I", 1, 0, 0x8048000, 0x8048000, 84 + len(CODE_32),
+                  84 + len(CODE_32), 5, 4096) + CODE_32)
+
+
+class Refusals(Case):
+    """What cannot be a target says why, in the library and the command."""
+
+    def told(self, pid, words, verbs=("count", "plan", "list", "clean")):
+        with self.assertRaises(ubp.AttachError) as caught:
+            ubp.attach(pid)
+        self.assertRegex(str(caught.exception), words)
+        self.assertIn(str(pid), str(caught.exception))
+        with self.assertRaises(ubp.UbpError) as caught:
+            ubp.clean(pid)
+        self.assertRegex(str(caught.exception), words)
+        for verb in verbs:
+            more = [] if verb == "clean" else ["exe:counted"]
+            status, out, err = run(verb, "-p", pid, *more)
+            self.assertEqual((1, ""), (status, out), verb + err)
+            self.assertRegex(err, words)
+            self.assertNotIn("Traceback", err)
+
+    def test_a_32_bit_program(self):
+        with folder() as path:
+            program = path + "/program"
+            with open(program, "wb") as f:
+                f.write(ELF_32)
+            os.chmod(program, 0o755)
+            try:
+                process = subprocess.Popen([program])
+            except OSError:
+                self.skipTest("this kernel runs no 32-bit programs "
+                              "(CONFIG_IA32_EMULATION)")
+            try:
+                self.assertTrue(live.settled(
+                    lambda: live.states(process.pid) == "S"))
+                self.told(process.pid, "32-bit")
+                self.assertEqual("S", live.states(process.pid))
+            finally:
+                process.kill()
+                process.wait()
+
+    def test_a_kernel_thread(self):
+        try:
+            if live.status(2)["Name"] != "kthreadd":
+                raise FileNotFoundError
+        except (OSError, KeyError):
+            self.skipTest("no kernel thread in this pid namespace")
+        self.told(2, "kernel thread")
+
+    def test_a_thread(self):
+        with live.Target("kinds", "threads", "2") as process:
+            for tid in live.threads(process.pid):
+                if tid != process.pid:
+                    self.told(tid, "thread of pid %d" % process.pid)
+            process.quit()
+
+    def test_a_zombie(self):
+        process = subprocess.Popen(["true"])
+        live.settled(lambda: live.states(process.pid) == "Z")
+        self.told(process.pid, r"zombie.*parent \(pid %d\)" % os.getpid())
+        process.wait()
+
+    def test_no_process(self):
+        process = subprocess.Popen(["true"])
+        process.wait()
+        self.told(process.pid, "no such process")
+
+    def test_itself(self):
+        for function in ubp.attach, ubp.clean:
+            with self.assertRaises(ubp.AttachError) as caught:
+                function(os.getpid())
+            self.assertIn("itself", str(caught.exception))
+
+    def test_a_process_that_strace_holds(self):
+        strace = need("strace", "strace")
+        with live.Target("kinds") as process:
+            tracer = subprocess.Popen([strace, "-qqo", "/dev/null", "-p",
+                                       str(process.pid)])
+            try:
+                self.assertTrue(live.settled(
+                    lambda: live.tracers(process.pid), PATIENCE))
+                self.told(process.pid, r"traced by pid %d \(strace\)"
+                          % tracer.pid, ("count", "clean"))
+            finally:
+                tracer.send_signal(signal.SIGTERM)
+                tracer.wait()
+            self.counted(process)
+            process.quit()
+
+    def test_strace_may_come_while_probes_count(self):
+        strace = need("strace", "strace")
+        with live.Target("kinds") as process:
+            process.ask("c")
+            before = Whole(process.pid)
+            with ubp.attach(process.pid) as target:
+                probe = target.probe("exe:counted", ubp.Count(),
+                                     timeout=PATIENCE)
+                tracer = subprocess.Popen([
+                    strace, "-qqo", "/dev/null", "-p", str(process.pid)])
+                try:
+                    self.assertTrue(live.settled(
+                        lambda: live.tracers(process.pid), PATIENCE))
+                    truth = process.ask("c", PATIENCE)["counted"]
+                    self.assertEqual(truth, probe.read())
+                    with self.assertRaises(ubp.UbpError) as caught:
+                        target.close(1)
+                    self.assertIn("strace", str(caught.exception))
+                finally:
+                    tracer.send_signal(signal.SIGTERM)
+                    tracer.wait()
+                target.close(PATIENCE)
+            before.check(self)
+            process.quit()
+
+
+class Looking(Case):
+    """plan, list, status and --dry-run stop nothing and change nothing."""
+
+    def test_nothing_is_stopped_or_changed(self):
+        with live.Target("kinds", "threads", "3") as process:
+            process.ask("c")
+            before = Whole(process.pid)
+            pid = process.pid
+            for words in (["plan", "-p", pid, "exe:*"],
+                          ["list", "-p", pid, "libc:str*"],
+                          ["count", "-p", pid, "exe:*", "--dry-run"],
+                          ["status", "-p", pid], ["status"],
+                          ["clean", "-p", pid, "--dry-run"]):
+                with self.subTest(words):
+                    n, seen = self.sampled(words, process.pid)
+                    self.assertGreater(n, 20)
+                    self.assertEqual(set(), seen)
+                    before.check(self, str(words))
+            process.quit()
+
+    def sampled(self, words, pid):
+        """Run ubp; look at all threads all the while.
+
+        -> (how often, {(state, TracerPid)} of what was stopped or traced)
+        """
+        files = [open("/proc/%d/task/%d/status" % (pid, tid), "rb", 0)
+                 for tid in live.threads(pid)]
+        pattern = re.compile(rb"^State:\t(.).*^TracerPid:\t(\d+)",
+                             re.M | re.S)
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(
+                [sys.executable, UBP] + [str(word) for word in words],
+                stdout=output, stderr=subprocess.STDOUT)
+            n, seen = 0, set()
+            try:
+                while process.poll() is None:
+                    for f in files:
+                        f.seek(0)
+                        state, tracer = pattern.search(f.read()).groups()
+                        if state in b"tT" or tracer != b"0":
+                            seen.add((state, tracer))
+                    n += 1
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+                for f in files:
+                    f.close()
+            output.seek(0)
+            self.assertEqual(0, process.returncode, output.read())
+        return n, seen
+
+
+# Another ubp: argv[2] is the probe. Answers to "r" read, "x" remove.
+OTHER = """
+target = ubp.attach(int(sys.argv[1]))
+try:
+    probe = target.probe(sys.argv[2], ubp.Count(), timeout=30)
+except ubp.UbpError as error:
+    print("refused " + str(error), flush=True)
+    sys.exit(1)
+print("armed", flush=True)
+for line in sys.stdin:
+    if line[0] == "x":
+        target.close(30)
+    print("n=%d" % probe.read(), flush=True)
+os._exit(0)
+"""
+
+
+class Several(Case):
+    """Two at once, one after a dead one, children, status and clean."""
+
+    @contextlib.contextmanager
+    def other(self, process, where="exe:counted", arena="auto"):
+        with live.python(OTHER, process.pid, where,
+                         env={"UBP_ARENA": arena}) as session:
+            self.assertEqual("armed", session.line(PATIENCE))
+            yield session
+
+    def calls(self, pid):
+        """{name: calls} as status says."""
+        return {site.name: site.calls for arena in ubp.status(pid)
+                for site in arena.sites if site.state == "armed"}
+
+    def test_the_second_on_one_function_is_refused(self):
+        for arena in "memfd", "anon":
+            with self.subTest(arena=arena), live.Target("kinds") as process:
+                process.ask("c")
+                before = Whole(process.pid)
+                with self.other(process, arena=arena) as first:
+                    with live.python(OTHER, process.pid,
+                                     "exe:counted") as second:
+                        self.assertRegex(
+                            second.line(PATIENCE),
+                            r"refused .*probed by ubp \(pid %d\)" % first.pid)
+                    truth = process.ask("c")["counted"]
+                    self.assertEqual(truth, first.ask("r\n", PATIENCE)["n"])
+                    first.ask("x\n", PATIENCE)
+                    before.check(self)
+                process.quit()
+
+    def test_two_on_two_functions_end_in_either_order(self):
+        for order in (0, 1), (1, 0):
+            for arenas in (("memfd", "memfd"), ("anon", "anon"),
+                           ("anon", "memfd")):
+                with self.subTest(order=order, arenas=arenas), \
+                        live.Target("kinds", path=kinds("-DMANY=5")) as p:
+                    self.two(p, order, arenas)
+
+    def two(self, process, order, arenas):
+        process.ask("c")
+        before = Whole(process.pid)
+        with self.other(process, "exe:counted", arenas[0]) as one, \
+                self.other(process, "exe:many_3", arenas[1]) as two:
+            sessions, truths = (one, two), (1512, 1)
+            process.ask("c")
+            for session, truth in zip(sessions, truths):
+                self.assertEqual(truth, session.ask("r\n", PATIENCE)["n"])
+            first, last = order
+            sessions[first].ask("x\n", PATIENCE)
+            process.ask("c")
+            self.assertEqual(truths[first],
+                             sessions[first].ask("r\n", PATIENCE)["n"])
+            self.assertEqual(2 * truths[last],
+                             sessions[last].ask("r\n", PATIENCE)["n"])
+            sessions[last].ask("x\n", PATIENCE)
+            before.check(self)
+        self.assertEqual(0, process.ask("c")["wrong"])
+        process.quit()
+
+    def test_status_and_clean_after_the_tracer_was_killed(self):
+        for arena in "memfd", "anon":
+            with self.subTest(arena=arena), live.Target("kinds") as process:
+                process.ask("c")
+                before = Whole(process.pid)
+                with self.other(process, arena=arena) as session:
+                    owner = session.pid
+                    session.kill()
+                process.ask("c")
+                status, out, err = run("status", "-p", process.pid, "--json")
+                self.assertEqual(0, status, err)
+                self.assertIn(1512, json.loads(
+                    out.splitlines()[0]).values(), out)
+                status, out, err = run("status", "-p", process.pid)
+                self.assertRegex(out, str(owner))
+                self.assertIn("counted", out)
+                found = ubp.status(process.pid)[0]
+                self.assertEqual((owner, False, False), (
+                    found.owner_pid, found.owner_alive, found.left))
+                for n_sites in 1, 0:
+                    self.assertEqual(n_sites, ubp.clean(
+                        process.pid, timeout=PATIENCE).n_sites)
+                    before.check(self)
+                status, out, err = run("clean", "-p", process.pid)
+                self.assertEqual(0, status, err)
+                self.assertEqual(0, process.ask("c")["wrong"])
+                process.quit()
+
+    def test_probe_again_where_a_dead_tracer_left_its_jump(self):
+        with live.Target("kinds") as process:
+            process.ask("c")
+            before = Whole(process.pid)
+            with self.other(process) as session:
+                session.kill()
+            with ubp.attach(process.pid) as target:
+                try:
+                    target.probe("exe:counted", ubp.Count(), timeout=PATIENCE)
+                except ubp.UbpError as error:
+                    self.assertIn("ubp", str(error))
+                    self.assertRegex(str(error) + error.hint, "clean|status")
+            ubp.clean(process.pid, timeout=PATIENCE)
+            before.check(self)
+            process.quit()
+
+    def test_a_live_owner_keeps_its_probes_unless_all_is_said(self):
+        with live.Target("kinds") as process:
+            process.ask("c")
+            before = Whole(process.pid)
+            with self.other(process) as session:
+                status, out, err = run("clean", "-p", process.pid)
+                self.assertIn(str(session.pid), out + err)
+                self.assertIn("--all", out + err)
+                truth = process.ask("c")["counted"]
+                self.assertEqual(truth, session.ask("r\n", PATIENCE)["n"])
+                status, out, err = run("clean", "-p", process.pid, "--all")
+                self.assertEqual(0, status, err)
+                before.check(self)
+                self.assertEqual(0, process.ask("c")["wrong"])
+                # The owner reads on, and finds nothing to take out.
+                self.assertEqual(truth, session.ask("r\n", PATIENCE)["n"])
+                session.ask("x\n", PATIENCE)
+                before.check(self)
+            process.quit()
+
+    def test_left_probes_are_read_and_cleaned_by_anybody(self):
+        for arena in "memfd", "anon":
+            with self.subTest(arena=arena), live.Target("kinds") as process:
+                process.ask("c")
+                before = Whole(process.pid)
+                status, _, err = run(
+                    "count", "-p", process.pid, "exe:counted", "--leave",
+                    env=dict(os.environ, UBP_ARENA=arena))
+                self.assertEqual(0, status, err)
+                process.ask("c")
+                self.assertEqual({"counted": 1512}, self.calls(process.pid))
+                self.assertTrue(ubp.status(process.pid)[0].left)
+                status, _, err = run("clean", "-p", process.pid)
+                self.assertEqual(0, status, err)
+                before.check(self)
+                process.quit()
+
+    def test_children_are_named_counted_and_cleaned(self):
+        with live.Target("children", "forks") as process:
+            before = Whole(process.pid)
+            target = ubp.attach(process.pid)
+            target.probe("exe:hot", ubp.Count(), timeout=PATIENCE)
+            target.detach()
+            pids = [int(pid) for pid in str(
+                process.ask("f")["children"]).split(",")]
+            self.assertEqual(set(pids), set(ubp.status(
+                process.pid)[0].children))
+            self.assertEqual({"hot": 4 * 1009}, self.calls(process.pid))
+            for pid in pids:
+                self.assertNotEqual([], live.changed_text(pid))
+            # Asked of one child: all of the family are cleaned.
+            removal = ubp.clean(pids[0], timeout=PATIENCE)
+            self.assertEqual(set(pids + [process.pid]), set(removal.pids))
+            for pid in pids:
+                self.assertEqual([], live.changed_text(pid))
+                self.assertEqual([], live.arenas(pid))
+            before.check(self)
+            self.assertEqual(0, process.ask("w")["wrong"])
+            process.quit()
+
+    def test_children_of_a_private_arena_are_found_and_cleaned(self):
+        with live.Target("children", "forks") as process:
+            before = Whole(process.pid)
+            with mock.patch.dict(os.environ, UBP_ARENA="anon"):
+                target = ubp.attach(process.pid)
+            target.probe("exe:hot", ubp.Count(), timeout=PATIENCE)
+            self.assertRegex(" ".join(target.notes), "fork.*not counted")
+            pids = [int(pid) for pid in str(
+                process.ask("f")["children"]).split(",")]
+            target.close(PATIENCE)
+            before.check(self)
+            for pid in pids:
+                ubp.clean(pid, all=True, timeout=PATIENCE)
+                self.assertEqual([], live.changed_text(pid))
+            self.assertEqual(0, process.ask("w")["wrong"])
+            process.quit()
+
+
+def genuine():
+    """(Header, its page, first record, code size) of a true arena."""
+    with live.Target("kinds") as process:
+        target = ubp.attach(process.pid)
+        target.probe("exe:counted", ubp.Count(), timeout=PATIENCE)
+        arena, = live.arenas(process.pid)[:1]
+        with open("/proc/%d/mem" % process.pid, "rb", 0) as memory:
+            memory.seek(arena.start)
+            data = memory.read(arena.end - arena.start)
+        target.close(PATIENCE)
+        process.quit()
+    return data
+
+
+class Forged(unittest.TestCase):
+    """A memfd "ubp" that lies: looked at in bounds, and never believed."""
+
+    CODE = 256 << 10
+
+    @classmethod
+    def setUpClass(cls):
+        cls.data = genuine()
+        cls.header = ubp.unpack_header(cls.data)
+        assert cls.header is not None
+
+    @contextlib.contextmanager
+    def process(self, make, size=512 << 10, code=CODE):
+        """A target whose arena begins with make(ready) -> bytes."""
+        with folder() as path:
+            name = path + "/image"
+            with live.Target("forged", name, str(size), str(code)) as p:
+                ready = {k: int(v, 16) for k, v in p.ready.items()}
+                with open(name, "wb") as f:
+                    f.write(make(ready))
+                self.assertEqual(0, p.ask("m")["wrong"])
+                yield p
+
+    def image(self, ready, size=512 << 10, code=CODE, records=(),
+              **fields):
+        """A valid header for this target, but for these fields."""
+        fields = dict(dict(
+            base=ready["base"], size=size, code_size=code, n_records=0,
+            owner_pid=1, owner_birth=0), **fields)
+        fields.setdefault("n_records", len(records))
+        if records:
+            fields["n_records"] = fields["n_records"] or len(records)
+        head = ubp.HEADER.pack(*self.header._replace(**fields))
+        return (head.ljust(4096, b"\0") + b"".join(records)).ljust(
+            64 << 10, b"\0")
+
+    def record(self, ready, site, old):
+        """A record whose jump leads from site to the arena, packed."""
+        window = ubp.collections.namedtuple("W", "site slot")(site, 0)
+        trampoline = ready["base"] + self.CODE - 64
+        patch, = ubp.ubp_x86.window_patches(window, trampoline)
+        genuine_record = ubp.unpack_record(self.data[4096:4608], self.header)
+        return genuine_record._replace(
+            site=site, slot=0, trampoline=trampoline, size=32,
+            patches=((site, old, patch[1]),)).pack()
+
+    def untouched(self, process, seconds=10, all_too=True):
+        """status and clean end in time, and leave everything as it is.
+
+        -> what clean says, or the error
+        """
+        pid = process.pid
+        before = Whole(pid)
+        writable = before.memory(lambda m: "w" in m.permissions and m.path
+                                 != "[stack]")
+        start = time.monotonic()
+        status, out, err = run("status", "-p", pid)
+        self.assertNotIn("Traceback", err)
+        status, out, err = run("clean", "-p", pid,
+                               *["--all"] if all_too else [])
+        self.assertNotIn("Traceback", err)
+        self.assertLess(time.monotonic() - start, seconds, "takes too long")
+        return before, writable, (status, out, err)
+
+    def test_any_bytes_at_all(self):
+        rnd = random.Random(1)
+        noise = bytes(rnd.getrandbits(8) for _ in range(64 << 10))
+        rows = (
+            ("noise", lambda ready: noise),
+            ("magic and noise", lambda ready: ubp.MAGIC + noise[8:]),
+            ("head and noise", lambda ready: self.data[:16] + noise[16:]),
+            ("somebody else's text", lambda ready: b"hello, world" * 9),
+        )
+        for name, make in rows:
+            with self.subTest(name), self.process(make) as process:
+                before, writable, _ = self.untouched(process)
+                before.check(self, name)
+                self.assertEqual(writable, before.memory(
+                    lambda m: m.start in writable))
+                self.assertEqual(0, process.ask("c")["wrong"])
+                process.quit()
+
+    def test_a_header_of_lies(self):
+        rows = (
+            ("no record", {}),
+            ("too many records", dict(n_records=400, max_records=400)),
+            ("another base", dict(base=0x10000)),
+            ("all of memory", dict(size=1 << 32)),
+            ("more than is mapped", dict(size=1 << 30, code_size=1 << 29)),
+            ("a shift of 28", dict(shard_shift=28, shard_mask=0)),
+            ("a shift of 0", dict(shard_shift=0)),
+            ("a mask of ones", dict(shard_mask=0xffffffff)),
+            ("our pid as owner", dict(owner_pid=os.getpid())),
+            ("owner 0", dict(owner_pid=0)),
+            ("owner below zero", dict(owner_pid=0xffffffff)),
+            ("anonymous", dict(is_anonymous=1)),
+            ("a scratch page", dict(scratch=1 << 46)),
+            ("the future", dict(time_ns=(1 << 64) - 1)),
+        )
+        for name, fields in rows:
+            with self.subTest(name):
+                with self.process(lambda ready: self.image(
+                        dict(ready), **fields)) as process:
+                    before, writable, told = self.untouched(process)
+                    # Its arena may be taken out or left; all else stays.
+                    self.unharmed(process, before, writable)
+
+    def unharmed(self, process, before, writable):
+        mapped = [m for m in before.maps if "/memfd:ubp" not in m.path]
+        now = live.maps(process.pid)
+        self.assertEqual([], [m for m in mapped if m not in now])
+        self.assertEqual([], [m for m in now if m not in before.maps])
+        arena = [m.start for m in before.maps if "/memfd:ubp" in m.path]
+        text = before.memory(lambda m: "x" in m.permissions)
+        for start, old in before.text.items():
+            if start not in arena:
+                self.assertEqual([], changes(old, text[start], start))
+        data = before.memory(lambda m: m.start in writable)
+        for start, old in writable.items():
+            if start not in arena:
+                self.assertEqual([], changes(old, data[start], start))
+        self.assertEqual(0, process.ask("c")["wrong"])
+        process.quit()
+
+    def test_a_record_about_data_is_not_believed(self):
+        def make(ready):
+            return self.image(ready, records=[
+                self.record(ready, ready["data"], b"\xcc" * 5)])
+        with self.process(make) as process:
+            process.ask("j")            # the jump that the record tells of
+            before, writable, told = self.untouched(process)
+            self.unharmed(process, before, writable)
+
+    def test_a_record_about_text_that_differs_from_its_file(self):
+        """The jump is there, but `old` is not what the file holds."""
+        def make(ready):
+            return self.image(ready, records=[
+                self.record(ready, ready["at"], b"\xcc" * 5)])
+        with self.process(make) as process:
+            at = int(process.ready["at"], 16)
+            base = int(process.ready["base"], 16)
+            with open("/proc/%d/mem" % process.pid, "r+b", 0) as memory:
+                memory.seek(at)
+                kept = memory.read(5)
+                memory.seek(at)
+                memory.write(b"\xe9" + struct.pack(
+                    "<i", base + self.CODE - 64 - at - 5))
+                _, _, told = self.untouched(process)
+                memory.seek(at)
+                now = memory.read(5)
+                self.assertNotEqual(b"\xcc" * 5, now, told)
+                memory.seek(at)
+                memory.write(kept)
+            self.assertEqual(0, process.ask("c")["wrong"])
+            process.quit()
+
+    def test_names_with_control_characters_are_escaped(self):
+        def make(ready):
+            record = bytearray(self.record(ready, ready["at"], b"\x90" * 5))
+            at = record.index(b"counted")
+            record[at:at + 7] = b"\x1b[2J\r\n\x07"
+            return self.image(ready, records=[bytes(record)])
+        with self.process(make) as process:
+            for words in (["status"], ["status", "--json"],
+                          ["status", "-p", process.pid],
+                          ["clean", "-p", process.pid, "--dry-run"],
+                          ["clean", "-p", process.pid]):
+                status, out, err = run(*words)
+                for text in out, err:
+                    self.assertNotIn("\x1b", text)
+                    self.assertNotIn("\r", text)
+                    self.assertNotIn("\x07", text)
+            process.quit()
+
+    def test_huge_sparse_arenas_take_bounded_time_and_memory(self):
+        rows = (
+            # A record for every 512 bytes of 512 MiB.
+            ("records", 1 << 30, 1 << 29, dict(
+                n_records=(1 << 20) - 8, max_records=(1 << 20) - 8)),
+            # A shard for every eight bytes of 512 MiB.
+            ("shards", 1 << 30, 1 << 29, dict(
+                shard_shift=3, shard_mask=(1 << 26) - 1)),
+        )
+        for name, size, code, fields in rows:
+            def make(ready):
+                return self.image(ready, size, code, [self.record(
+                    ready, ready["at"], b"\x90" * 5)], **fields)
+            with self.subTest(name), \
+                    self.process(make, size, code) as process:
+                start = time.monotonic()
+                child = subprocess.Popen(
+                    [sys.executable, UBP, "status", "-p", str(process.pid)],
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                try:
+                    child.wait(10)
+                    self.assertLess(time.monotonic() - start, 10)
+                    with open("/proc/%d/status" % process.pid) as f:
+                        shared = int(re.search(r"RssShmem:\s*(\d+)",
+                                               f.read()).group(1))
+                    self.assertLess(shared, 64 << 10, "KiB touched")
+                except subprocess.TimeoutExpired:
+                    self.fail("status takes more than 10 s")
+                finally:
+                    child.kill()
+                    child.wait()
+
+    def test_random_changes_of_a_true_arena(self):
+        """Hundreds of damaged arenas, looked at by status."""
+        rnd = random.Random(2)
+
+        def make(ready):
+            return self.image(ready, records=[
+                self.record(ready, ready["at"] + 8 * n, b"\x90" * 5)
+                for n in range(4)])
+        with self.process(make) as process:
+            before = Whole(process.pid)
+            fd = [fd for fd, name in live.descriptors(process.pid).items()
+                  if name.startswith("/memfd:ubp")][0]
+            ready = {k: int(v, 16) for k, v in process.ready.items()}
+            true = make(ready)
+            deadline = time.monotonic() + 8
+            with open("/proc/%d/fd/%d" % (process.pid, fd), "r+b", 0) as f:
+                for _ in range(300):
+                    data = bytearray(true)
+                    for _ in range(rnd.randrange(1, 6)):
+                        at = rnd.choice((rnd.randrange(136),
+                                         4096 + rnd.randrange(2048)))
+                        data[at] = rnd.choice((0, 0xff, rnd.randrange(256)))
+                    f.seek(0)
+                    f.write(data[:8192])
+                    start = time.monotonic()
+                    try:
+                        ubp.status(process.pid)
+                    except ubp.UbpError:
+                        pass
+                    self.assertLess(time.monotonic() - start, 5, data[:160])
+                    if time.monotonic() > deadline:
+                        break
+            now = Whole(process.pid)
+            self.assertEqual(before.maps, now.maps)
+            self.assertEqual(0, process.ask("c")["wrong"])
+            process.quit()

@@ -1,8 +1,8 @@
 /* launched HOW [N]: ends in a known way, after known numbers of calls.
  *
  *   exit N    main returns N        kill N    it dies of signal N
- *   early N   _exit(N) in a constructor, before main
  *
+ * With UBP_TEST_EARLY=N a constructor calls _exit(N), before main.
  * Built with -DLIBRARY it also calls library_counted of launched_lib.c. */
 #include "target.h"
 
@@ -15,13 +15,14 @@ long library_counted(long x);
 
 static volatile long sink;
 
-__attribute__((constructor)) static void before_main(int argc, char **argv)
+__attribute__((constructor)) static void before_main(void)
 {
+    const char *early = getenv("UBP_TEST_EARLY");
     bounded();
     for (int i = 0; i < 13; i++)
         sink = counted(i);
-    if (argc > 2 && !strcmp(argv[1], "early"))
-        _exit(atoi(argv[2]));
+    if (early)
+        _exit(atoi(early));
 }
 
 int main(int argc, char **argv)
