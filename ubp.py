@@ -2683,7 +2683,7 @@ class Again(Exception):
 class Thread:
     """What the tracer knows of one thread it has seized."""
     __slots__ = ("tid", "tgid", "state", "regs", "group_stop", "in_rest",
-                 "polls", "is_wanted")
+                 "polls", "is_wanted", "is_complete", "is_last")
 
     def __init__(self, tid, tgid):
         self.tid, self.tgid = tid, tgid
@@ -2692,6 +2692,8 @@ class Thread:
         self.group_stop = False     # was stopped by a signal before us
         self.in_rest = False        # FINISHING: inside the re-issued syscall
         self.is_wanted = False      # asked to stop, and not let go since
+        self.is_complete = False    # FINISHING: nothing is left to be done
+        self.is_last = False        # FINISHING: cut it short, we are leaving
         self.polls = 0
 
 
@@ -2720,11 +2722,13 @@ class Tracer:
         self.threads = {}           # tid -> Thread
         self.siblings = ()          # other processes of the same mm
         self._last_pid, self._seen_pids = b"", set()
+        self._ended, self._saw_ended = set(), False
         self.pause_us = 0.0
         self.pauses = {}            # {purpose: microseconds of the longest}
         self.waiter = StopWaiter()
         self.maps = []
         self.seccomp = {}           # tid -> mode, as last prepared
+        self.others = []            # Tracers of children, with late threads
         self._to_stop = []          # tids on their way back to a group stop
         self.scratch = 0            # end of [stack] pages that ubp touched
         self.held = False           # launched, and kept at its entry point
@@ -2880,7 +2884,11 @@ class Tracer:
                              "the process has ended")
 
     def _seize_new(self):
-        """Seize every thread that is not seized yet. -> the new ones."""
+        """Seize every thread that is not seized yet. -> the new ones.
+
+        Notes in _saw_ended if a thread was listed that had ended: it may
+        have started another one, so the pass was not the last.
+        """
         new = []
         for tgid in (self.tgid,) + self.siblings:
             try:
@@ -2888,8 +2896,13 @@ class Tracer:
             except OSError:
                 tids = []
             for tid in tids:
-                if tid not in self.threads and self._seize(tid, tgid):
+                if tid in self.threads:
+                    continue
+                if self._seize(tid, tgid):
                     new.append(self.threads[tid])
+                elif tid not in self._ended:    # a zombie leader stays
+                    self._ended.add(tid)
+                    self._saw_ended = True
         if not self.threads:
             raise TraceeGone("trace", "pid %d" % self.tgid,
                              "the process has ended")
@@ -2928,15 +2941,20 @@ class Tracer:
                     int(words[0]), [int(word, 16) for word in words[1:7]]))
 
     def _interrupt_all(self, deadline):
-        """Stop every thread, until a pass finds no new one. Raises Again."""
-        fresh = list(self.threads.values())
-        while fresh:
+        """Stop every thread, until a pass lists no new one. Raises Again."""
+        self._ended = set()
+        fresh, again = list(self.threads.values()), True
+        while fresh or again:
             for thread in fresh:
                 if thread.state in (RUNNING, FINISHING):
                     self._interrupt(thread)
             self._collect(deadline)
+            self._saw_ended = False
             fresh = self._seize_new()
-            if not fresh and self._find_siblings():
+            again = self._saw_ended
+            if time.monotonic() > deadline:
+                raise Again("its threads come and go")
+            if not fresh and not again and self._find_siblings():
                 raise Again("a process that shares its memory was created")
 
     def _interrupt(self, thread):
@@ -2955,17 +2973,18 @@ class Tracer:
         -> were there any? The last pid of /proc/loadavg tells cheaply
         whether a process was created since the last look.
         """
+        found, tid = [], self.vm_tid()
         last = self._loadavg.read().split()[-1]
-        if last == self._last_pid:
-            return False
-        self._last_pid = last
-        pids = set(_process_ids())
-        tid = self.vm_tid()
-        found = [pid for pid in pids - self._seen_pids
-                 if pid != self.tgid and _shares_mm(tid, pid)]
-        self._seen_pids = pids
-        self.siblings = tuple(pid for pid in self.siblings
-                              if pid in pids) + tuple(found)
+        while last != self._last_pid:
+            self._last_pid = last
+            pids = set(_process_ids())
+            found += [pid for pid in pids - self._seen_pids
+                      if pid != self.tgid and _shares_mm(tid, pid)]
+            self._seen_pids = pids
+            self.siblings = tuple(pid for pid in self.siblings
+                                  if pid in pids)
+            last = self._loadavg.read().split()[-1]
+        self.siblings += tuple(found)
         return bool(found)
 
     def _collect(self, deadline):
@@ -3071,24 +3090,37 @@ class Tracer:
             return None
 
     def _step_transfer(self, thread, event, signo):
-        """A thread that re-issues the rest of its transfer has stopped."""
+        """A thread that re-issues the rest of its transfer has stopped.
+
+        -> True if it needs no more waiting. A signal with its handler, or a
+        group stop, ends the transfer: the program gets the count so far.
+        """
         is_syscall = not event and signo == SYSCALL_EVENT_SIGNAL
-        if not is_syscall or not thread.in_rest:
-            thread.in_rest = thread.in_rest or is_syscall
-            self._resume(thread.tid, PTRACE_SYSCALL,
-                         0 if event or is_syscall else signo)
-            if thread.is_wanted:    # this stop has used up the interrupt
-                self._resume(thread.tid, PTRACE_INTERRUPT)
-            return False
         try:
-            after = self.get_regs(thread.tid)
-            thread.regs = ubp_x86.finished_transfer(thread.regs, after)
+            if is_syscall and thread.in_rest:               # its exit
+                after = self.get_regs(thread.tid)
+                thread.regs = ubp_x86.finished_transfer(thread.regs, after)
+                thread.is_complete = ubp_x86.has_ended(after)
+            elif event and signo != signal.SIGTRAP:
+                thread.is_complete = thread.group_stop = True
+            elif event or is_syscall:   # its entry, or our old interrupt
+                thread.in_rest = is_syscall
+                self._resume(thread.tid, PTRACE_SYSCALL)
+                if thread.is_wanted:    # this stop has used up the interrupt
+                    self._resume(thread.tid, PTRACE_INTERRUPT)
+                return False
             self.set_regs(thread.tid, thread.regs)
         except OSError:
             self.threads.pop(thread.tid, None)
             return True
-        thread.state = STOPPED
-        return True
+        if event or is_syscall:
+            thread.state = STOPPED
+            return True
+        # If no handler runs, it stops again with that count, and goes on.
+        thread.state = INTERRUPTED
+        self._resume(thread.tid, PTRACE_CONT, signo)
+        self._resume(thread.tid, PTRACE_INTERRUPT)
+        return False
 
     def finish_late(self):
         """Let go of late threads and of transfers. -> are any left?
@@ -3096,15 +3128,42 @@ class Tracer:
         Called by the worker between operations, as long as it says so: a
         thread that did not stop in time would otherwise stop later and stay.
         """
+        for other in list(self.others):
+            if not other.finish_late():
+                other.close()
+                self.others.remove(other)
         for thread in list(self.threads.values()):
-            was = thread.state
-            if was in (INTERRUPTED, FINISHING) and self._has_stopped(thread):
-                if thread.tid in self.threads:
-                    done = was == FINISHING and ubp_x86.syscall_result(
-                        self.get_regs(thread.tid)) <= 0
-                    self._let_go(thread, is_complete=done)
-        return any(thread.state in (INTERRUPTED, FINISHING)
-                   for thread in self.threads.values())
+            if (thread.state in (INTERRUPTED, FINISHING)
+                    and self._has_stopped(thread)
+                    and thread.tid in self.threads):
+                self._let_go(thread)
+        return bool(self.others) or any(
+            thread.state in (INTERRUPTED, FINISHING)
+            for thread in self.threads.values())
+
+    def end_transfers(self, patience=1.0):
+        """Before the tracer ends: wait for transfers, then cut them short.
+
+        With a short but true count: left to themselves they would return
+        the count of their last part only. Late threads need no wait: the
+        kernel forgets an interrupt when the tracer's thread ends.
+        """
+        limit = time.monotonic() + patience
+        while (self.finish_late() and time.monotonic() < limit + patience
+               and any(thread.state == FINISHING for each in
+                       [self] + self.others
+                       for thread in each.threads.values())):
+            if time.monotonic() > limit:
+                for each in [self] + self.others:
+                    each.cut_transfers()
+            time.sleep(0.0005)
+
+    def cut_transfers(self):
+        """Interrupt what re-issues the rest of a transfer, for good."""
+        for thread in list(self.threads.values()):
+            if thread.state == FINISHING and not thread.is_last:
+                thread.is_last = True
+                self._interrupt(thread)
 
     # -- releasing ----------------------------------------------------------
 
@@ -3134,8 +3193,10 @@ class Tracer:
                 time.sleep(0.0005)
         self._to_stop = []
 
-    def _let_go(self, thread, is_complete=False):
-        rest = None if is_complete else self._rest(thread)
+    def _let_go(self, thread):
+        rest = None
+        if not thread.is_complete and not thread.is_last:
+            rest = self._rest(thread)
         if rest is not None:
             try:
                 self.set_regs(thread.tid, rest)
@@ -4915,11 +4976,13 @@ class Worker:
         return job.result
 
     def stop(self):
-        """End the thread once nothing is left to release. Does not wait."""
+        """End the thread, when transfers in progress have ended."""
         with self._lock:
-            if self._thread is not None:
+            thread, self._thread = self._thread, None
+            if thread is not None:
                 self._jobs.put(None)
-                self._thread = None
+        if thread is not None:
+            thread.join(5)
 
     def _run(self):
         _block_signals()
@@ -4927,17 +4990,18 @@ class Worker:
             os.setpriority(os.PRIO_PROCESS, 0, -20)
         except OSError:
             log.debug("no privilege to run at a high priority")
-        late, stopping = False, False
-        while not stopping or late:
+        jobs, late = self._jobs, False
+        while True:
             try:
-                job = self._jobs.get(timeout=0.0005 if late else None)
-                stopping = stopping or job is None
-                if job is not None:
-                    job.run()
-                    job = None
+                job = jobs.get(timeout=0.0005 if late else None)
+                if job is None:
+                    break
+                job.run()
+                job = None
             except queue.Empty:
                 pass
             late = self.tracer.finish_late()
+        self.tracer.end_transfers()
         self.tracer.close()
 
 
@@ -5365,6 +5429,7 @@ def _restore_everywhere(tracer, base, nonce, inode, records, ranges, limit,
                                 last_look)
             total += part
             if each is not tracer:
+                tracer.others.append(each)
                 tracer.pause_us = max(tracer.pause_us, each.pause_us)
         pending = [pid for pid in processes_with(inode) if pid not in seen]
     return total
@@ -5386,11 +5451,6 @@ def _restore_one(tracer, base, nonce, records, ranges, limit, last_look):
         return Removal(0, 0, 0, 0, (tracer.tgid,),
                        ("pid %d keeps its probes: %s" % (tracer.tgid,
                                                          error),))
-    finally:
-        while tracer.finish_late():
-            time.sleep(0.0005)
-            if time.monotonic() > limit:
-                break
     notes = ["%s:%s of pid %d was changed by another tool; its bytes and "
              "its trampoline are left as they are" % (
                  record.module, record.function, tracer.tgid)

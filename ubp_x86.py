@@ -3258,9 +3258,9 @@ _EINTR_ON_STOP = {
 # rest is not re-issued by changing two registers: most of those are waited
 # for before the stop, not repaired after it.
 _TRANSFERS = {1: (1, 2), 18: (1, 2), 44: (1, 2), 45: (1, 2), 40: (None, 3),
-              275: (None, 4), 326: (None, 4), 20: None, 46: None, 47: None,
+              326: (None, 4), 20: None, 46: None, 47: None, 275: None,
               276: None, 278: None, 296: None, 307: None}
-_MSG_WAITALL = 0x100             # <linux/socket.h>
+_MSG_PEEK, _MSG_WAITALL = 2, 0x100       # <linux/socket.h>
 _NR_RECVFROM, _NR_RECVMSG, _NR_PWRITE64, _NR_WRITEV = 45, 47, 18, 20
 # What moves one struct iovec of a vector: writev by write, sendmsg by
 # sendto, recvmsg by recvfrom.
@@ -3350,10 +3350,9 @@ def without_spurious_eintr(regs, read):
 
 def is_transfer(number, args):
     """Would an interrupt cut this syscall short? args: its six arguments."""
-    if number == _NR_RECVFROM:
-        return bool(args[3] & _MSG_WAITALL)
-    if number == _NR_RECVMSG:
-        return bool(args[2] & _MSG_WAITALL)
+    if number in (_NR_RECVFROM, _NR_RECVMSG):
+        flags = args[3] if number == _NR_RECVFROM else args[2]
+        return flags & (_MSG_WAITALL | _MSG_PEEK) == _MSG_WAITALL
     return number in _TRANSFERS
 
 
@@ -3420,6 +3419,14 @@ def finished_transfer(before, after):
     result = max(0, syscall_result(after))
     done, = _U64.unpack_from(before, 8 * _RAX)
     return _replaced(before, {_RAX: done + result})
+
+
+def has_ended(regs):
+    """Did the re-issued rest of a transfer end it, by an error or nothing?"""
+    result = syscall_result(regs)
+    return result <= 0 and -result not in (
+        4, ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND,
+        ERESTART_RESTARTBLOCK)
 
 
 def syscall_result(regs):

@@ -20,7 +20,7 @@ TOP = os.path.dirname(HERE)
 VERSIONS = ["3.%d" % minor for minor in range(6, 15)]
 # What takes minutes says nothing more under a second version; of these,
 # LIVE is what depends most on the interpreter.
-LONG = "cli hazards kill safety servers".split()
+LONG = "cli hazards kill safety servers targets".split()
 LIVE = ["tests/test_cli.py::" + name
         for name in ("Pure", "Misuse", "Counts", "Leaving", "Commands")]
 

