@@ -21,6 +21,8 @@ VERSIONS = ["3.%d" % minor for minor in range(6, 15)]
 # What takes minutes says nothing more under a second version; of these,
 # LIVE is what depends most on the interpreter.
 LONG = "cli hazards kill safety servers targets".split()
+SHORT = ("not racle and not mutations and not Libraries and not Deadlines "
+         "and not busy_python")
 LIVE = ["tests/test_cli.py::" + name
         for name in ("Pure", "Misuse", "Counts", "Leaving", "Commands")]
 
@@ -103,7 +105,7 @@ def choice():
     """Return pytest's words for the tests that every version runs."""
     names = [os.path.basename(path)
              for path in glob.glob(os.path.join(HERE, "test_*.py"))]
-    return ["-q"] + ["tests/" + name for name in sorted(names)
+    return ["-q", "-k", SHORT] + ["tests/" + name for name in sorted(names)
                      if name[5:-3] not in LONG] + LIVE
 
 
