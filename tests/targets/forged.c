@@ -7,7 +7,7 @@
 #include "target.h"
 
 CALLED long counted(long x) { return (x ^ 0x5bd1e995) * 31 + (x >> 7); }
-static unsigned char data[8192] __attribute__((aligned(4096)));
+static unsigned char data[8192] __attribute__((aligned(4096))) = {1};
 static char *base;
 
 static void map(const char *path, size_t size, size_t code)
