@@ -478,8 +478,8 @@ class Counts(Live):
         self.assertRegex(err, r"\Aubp: pid %d \(busy[^)]*\): 2 sites by "
                          r"jump; stopped \d+\.\d\d ms; Ctrl-C removes\n"
                          r"ubp: removed, (1 page equals its file|"
-                         r"2 pages equal their files); hits 0 = recorded 0 \+ dropped 0\n"
-                         r"\Z" % self.pid)
+                         r"2 pages equal their files); hits 0 = recorded "
+                         r"0 \+ dropped 0\n\Z" % self.pid)
         self.assert_whole()
 
     def test_the_targets_exit_is_a_normal_end(self):
