@@ -3648,7 +3648,8 @@ def seccomp_mode(tid):
 def _filters_allow(tid, number, ip, args):
     """Would every seccomp filter of a stopped thread let a syscall pass?"""
     data = struct.pack("<iIQ6Q", number, 0xc000003e, ip,
-                       *((tuple(args) + (0,) * 6)[:6]))
+                       *(arg & (1 << 64) - 1
+                         for arg in (tuple(args) + (0,) * 6)[:6]))
     for index in range(1 << 10):
         try:
             n = ptrace(PTRACE_SECCOMP_GET_FILTER, tid, index)
@@ -3839,7 +3840,8 @@ _RECORD_HEAD = struct.Struct("<QQQHBBI")
 _PATCH = struct.Struct("<QB7x8s8s")
 _COPY = struct.Struct("<BBHHH")
 _LITERAL_AT, _RECORDS_AT, _RECORD_SIZE, _NAMES_AT = 256, 4096, 512, 184
-_MAX_RECORDS = 1 << 20
+_MAX_RECORDS = 1 << 16
+_MAX_SHARDS = 8192          # CONFIG_NR_CPUS has no higher limit
 _MAX_SIZE = 1 << 32
 FLAG_LEFT = 1               # detached on purpose: no tracer is to be awaited
 _TASK_SIZE = 1 << 47
@@ -3961,6 +3963,9 @@ def unpack_header(data):
             or not 0 < header.code_size < header.size <= _MAX_SIZE
             or header.base + header.size > _TASK_SIZE
             or header.n_records > header.max_records
+            or header.max_records > _MAX_RECORDS
+            or header.shard_mask & header.shard_mask + 1
+            or header.shard_mask >= _MAX_SHARDS
             or _RECORDS_AT + _RECORD_SIZE * header.max_records
             > header.code_size
             or not 3 <= header.shard_shift <= 28
@@ -3987,7 +3992,10 @@ def find_arenas(pid, maps=None):
     """
     groups, found = {}, []
     memory = memory_tid(pid)
-    for mapping in read_maps(memory) if maps is None else maps:
+    maps = read_maps(memory) if maps is None else maps
+    text = [m for m in maps if "x" in m.perms and "w" not in m.perms
+            and m.path != _MEMFD_PATH]
+    for mapping in maps:
         if mapping.path == _MEMFD_PATH and pid != os.getpid():
             groups.setdefault(mapping.inode, []).append(mapping)
         elif (not mapping.inode and not mapping.path.startswith("[")
@@ -3996,18 +4004,21 @@ def find_arenas(pid, maps=None):
                               []).append(mapping)
     for key, mappings in groups.items():
         inode = key if isinstance(key, int) else 0
-        view = _view(memory, inode, mappings)._replace(pid=pid)
+        view = _view(memory, inode, mappings, text)._replace(pid=pid)
         if view.header is not None or inode:
             found.append(view)
     return found
 
 
-def _view(pid, inode, mappings):
+def _view(pid, inode, mappings, text):
+    """The ArenaView of some mappings; a record must be about text."""
     start = mappings[0].start
     ranges = tuple((m.start, m.end) for m in mappings)
     try:
         header = unpack_header(read_memory(pid, start, PAGE))
         if header is None or header.base != start:
+            return ArenaView(pid, ranges, inode, None, (), 0)
+        if inode and sum(end - low for low, end in ranges) != header.size:
             return ArenaView(pid, ranges, inode, None, (), 0)
         if not inode:
             ranges = ((start, start + header.size),)
@@ -4019,9 +4030,17 @@ def _view(pid, inode, mappings):
               for at in range(0, len(data), _RECORD_SIZE)]
     records = [unpack_record(piece, header) for piece in pieces
                if any(piece)]       # a void one is zero
-    valid = tuple(record for record in records if record is not None)
+    starts = [mapping.start for mapping in text]
+    valid = tuple(record for record in records if record is not None
+                  and all(_is_in(text, starts, vaddr)
+                          for vaddr, _, _ in record.patches))
     return ArenaView(pid, ranges, inode, header, valid,
                      len(records) - len(valid))
+
+
+def _is_in(mappings, starts, vaddr):
+    at = bisect.bisect_right(starts, vaddr) - 1
+    return at >= 0 and vaddr < mappings[at].end
 
 
 def place_arena(maps, low, high, size):
@@ -4089,14 +4108,17 @@ class Arena:
         self.store(_LITERAL_AT, struct.pack("<Q", base + self.code_size))
 
     def _write_header(self):
-        self.store(0, HEADER.pack(
+        """The magic last: without it, an arena is one that was not finished.
+        """
+        self.store(8, HEADER.pack(
             MAGIC, VERSION, _RECORD_SIZE, self.base, self.size,
             self.code_size, self.nonce, os.getpid(), os.getuid(),
             start_time(os.getpid()), _pid_namespace(), self.tracer.tgid,
             self._flags, self.tracer.birth, int(time.time() * 1e9),
             len(self.records), self.max_records,
             _RECORDS_AT + _RECORD_SIZE * self.max_records, self.shards.mask,
-            self.shards.shift, self.memory is None, self.tracer.scratch))
+            self.shards.shift, self.memory is None, self.tracer.scratch)[8:])
+        self.store(0, MAGIC)
 
     def store(self, offset, data):
         """Write into the arena; the target may be running."""
@@ -4547,12 +4569,19 @@ class Restored(NamedTuple):
     unmapped: bool
 
 
+def _modules_or_none(tracer):
+    try:
+        return modules(tracer.tgid)
+    except SymbolError:
+        return []                   # it has ended
+
+
 class _Restoring:
     """The steps of restore: what is decided outside the pause, and in it."""
 
     def __init__(self, tracer, records):
         self.tracer, self.records = tracer, records
-        self.patches, self.is_done = None, False
+        self.patches, self.is_done, self.modules = None, False, None
         self.n_sites, self.foreign = 0, []
 
     def survey(self):
@@ -4564,6 +4593,8 @@ class _Restoring:
         """
         changes, self.foreign, self.n_sites = [], [], 0
         sites = collections.OrderedDict()
+        if self.modules is None:
+            self.modules = _modules_or_none(self.tracer)
         for record in self.records:
             sites.setdefault(record.site, []).append(record)
         for records in sites.values():
@@ -4588,10 +4619,19 @@ class _Restoring:
         for vaddr, old, new in reversed(record.patches):
             text = _text_at(self.tracer, vaddr, len(new))
             if text == new:
+                if not self._is_of_file(vaddr, old):
+                    return None     # the journal was forged
                 undo.append((vaddr, new, old))
             elif text not in (old, None):
                 return None
         return undo
+
+    def _is_of_file(self, vaddr, old):
+        """Are these the bytes of the file? They were when it was armed."""
+        for module in self.modules:
+            if module.low <= vaddr < module.high and module.has_file:
+                return module.read_file(vaddr, len(old)) == old
+        return True
 
     def _is_of_another_ubp(self, record):
         vaddr, own = record.site, find_arena_range(self.tracer.maps,
@@ -4605,6 +4645,11 @@ class _Restoring:
             if not vaddr:
                 break
         return False
+
+    def close(self):
+        """Give the files' descriptors back."""
+        for module in self.modules or ():
+            module.close()
 
     def write(self):
         """Put the text back, if it is still as surveyed. Raises Again."""
@@ -4648,7 +4693,10 @@ def restore(tracer, records, ranges, identity, timeout,
         return True
 
     steps.survey()
-    unmapped = tracer.pause(action, timeout, "restore")
+    try:
+        unmapped = tracer.pause(action, timeout, "restore")
+    finally:
+        steps.close()
     pages = tuple(sorted({vaddr & -PAGE for vaddr, _, _
                           in steps.patches.writes}))
     return Restored(steps.n_sites, pages, tuple(steps.foreign), unmapped)
@@ -4872,10 +4920,14 @@ def _refuse_signal_return(function, window):
 
 def _who_changed(pid, memory):
     if ubp_x86.is_jump(memory):
-        owners = {view.header.owner_pid for view in find_arenas(pid)
-                  if view.header}
-        if owners:
-            return "probed by ubp (pid %s)" % ", ".join(map(str, owners))
+        headers = [view.header for view in find_arenas(pid) if view.header]
+        alive = {header.owner_pid for header in headers
+                 if _owner_is_alive(header)}
+        if alive:
+            return "probed by ubp (pid %s)" % ", ".join(map(str, alive))
+        if headers:
+            return ("the jump of a ubp that has ended (pid %d); ubp clean "
+                    "-p %d takes it out" % (headers[0].owner_pid, pid))
         return "a jump that another tool wrote"
     if memory[:1] == ubp_x86.BREAKPOINT:
         return "a breakpoint or a uprobe"
@@ -5425,8 +5477,14 @@ def _restore_everywhere(tracer, base, nonce, inode, records, ranges, limit,
         for pid in pending:
             seen.add(pid)
             each = tracer if pid == tracer.tgid else Tracer(pid)
-            part = _restore_one(each, base, nonce, records, ranges, limit,
-                                last_look)
+            try:
+                part = _restore_one(each, base, nonce, records, ranges,
+                                    limit, last_look)
+            except UbpError as error:
+                if each is tracer:
+                    raise           # may be repeated when it is free again
+                part = Removal(0, 0, 0, 0, (pid,), (
+                    "pid %d keeps its probes: %s" % (pid, error),))
             total += part
             if each is not tracer:
                 tracer.others.append(each)
@@ -5445,12 +5503,6 @@ def _restore_one(tracer, base, nonce, records, ranges, limit, last_look):
         has_ended = (not tracer.is_same_process()
                      or read_stat(tracer.tgid)[:1] == ["Z"])
         return Removal(0, 0, 0, 0, (), () if has_ended else (str(error),))
-    except UbpError as error:
-        if isinstance(error, UbpTimeout):
-            raise
-        return Removal(0, 0, 0, 0, (tracer.tgid,),
-                       ("pid %d keeps its probes: %s" % (tracer.tgid,
-                                                         error),))
     notes = ["%s:%s of pid %d was changed by another tool; its bytes and "
              "its trampoline are left as they are" % (
                  record.module, record.function, tracer.tgid)
@@ -5822,9 +5874,13 @@ def _clean(tracer, take_all, timeout):
     total = Removal(0, 0, 0, 0, (), ())
     for view in find_arenas(tracer.tgid):
         header = view.header
-        if header is None:
-            _unmap_headless(tracer, view, limit)
+        if header is None and _is_unfinished(tracer, view.ranges[0][0]):
+            _unmap_unfinished(tracer, view, limit)
             part = Removal(0, 0, 0, 1, (tracer.tgid,), ())
+        elif header is None:
+            part = Removal(0, 0, 0, 0, (), (
+                "pid %d maps a memfd that is named ubp, but holds no arena "
+                "of this version; it is left alone" % tracer.tgid,))
         elif (_owner_is_alive(header) and not header.flags & FLAG_LEFT
               and not take_all):
             part = Removal(0, 0, 0, 0, (), (
@@ -5841,11 +5897,16 @@ def _clean(tracer, take_all, timeout):
     return total
 
 
-def _unmap_headless(tracer, view, limit):
+def _is_unfinished(tracer, vaddr):
+    """Did the maker of this arena die before it wrote the magic?"""
+    return _text_at(tracer, vaddr, len(MAGIC)) in (None, bytes(len(MAGIC)))
+
+
+def _unmap_unfinished(tracer, view, limit):
     """Unmap an arena whose maker died before it wrote the header."""
     def action():
         now = [v for v in find_arenas(tracer.tgid) if v.inode == view.inode]
-        if not now or now[0].header is not None:
+        if not now or not _is_unfinished(tracer, now[0].ranges[0][0]):
             return
         with Injection(tracer) as injection:
             for low, high in now[0].ranges:
@@ -5863,11 +5924,19 @@ def _descriptors(pid):
         return found
     for name in names:
         try:
-            if os.readlink("/proc/%d/fd/%s" % (pid, name)) == _MEMFD_PATH:
+            path = "/proc/%d/fd/%s" % (pid, name)
+            if os.readlink(path) == _MEMFD_PATH and _holds_arena(path):
                 found.append(int(name))
         except OSError:
             continue
     return found
+
+
+def _holds_arena(path):
+    """Is this memfd empty, unfinished, or an arena?"""
+    with open(path, "rb") as file:
+        head = file.read(HEADER.size)
+    return not any(head[:len(MAGIC)]) or unpack_header(head) is not None
 
 
 def _close_descriptors(tracer, limit):

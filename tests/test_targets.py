@@ -218,6 +218,12 @@ packed relocations      | -Wl,-z,pack-relative-relocs                  | exe:cou
 no hash, no build-id    | -Wl,--build-id=none -Wl,--hash-style=sysv    | exe:counted          | counted
 profiled by gprof       | -pg -no-pie                                  | exe:counted          | counted
 sections of their own   | -ffunction-sections -Wl,--gc-sections        | exe:counted          | counted
+instrumented entries    | -pg -mfentry -no-pie                         | exe:counted          | counted
+room for patches        | -fpatchable-function-entry=5                 | exe:counted          | counted
+small                   | -Os                                          | exe:counted          | counted
+fast                    | -O3 -march=native                            | exe:counted          | counted
+guarded stacks          | -fstack-protector-all -fstack-clash-protection | exe:counted        | counted
+checked addresses       | -fsanitize=address -static-libasan           | exe:counted          | counted
 no unwind tables        | -fno-asynchronous-unwind-tables -no-pie      | exe:counted          | counted
 """                                                              # noqa: E501
 
@@ -327,6 +333,31 @@ class Files(Case):
                                  sites[0].vaddr)
                 process.quit()
 
+    NAMES = (b"with a space", b"is (deleted)", "f\u00fc\u03bb".encode(),
+             b"a:b%c*d?", b"[vdso]", b"memfd:ubp (deleted)", b"x" * 255,
+             b"back\\slash", b"new\nline", b"\xff\xfe", b"\x1b[31mred\x07")
+
+    def test_programs_with_any_name(self):
+        for name in self.NAMES:
+            with self.subTest(name), folder() as path:
+                program = copied(kinds(), path + "/" + os.fsdecode(name))
+                with live.Target("kinds", path=program) as process:
+                    self.counted(process)
+                    if name in self.NAMES[-3:]:
+                        self.say_nothing_wild(process.pid)
+                    os.unlink(program)
+                    self.counted(process)
+                    process.quit()
+
+    def say_nothing_wild(self, pid):
+        """No byte of a name reaches the terminal as a control character."""
+        for words in (["list", "exe:counted"], ["plan", "exe:counted"],
+                      ["count", "--leave", "exe:counted"], ["status"],
+                      ["clean"]):
+            status, out, err = run(*words + ["-p", pid])
+            self.assertEqual(0, status, err)
+            self.assertNotRegex(out + err, "[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
     def test_a_library_upgraded_or_deleted_or_loaded_by_dlopen(self):
         old = live.build_library("shared_lib")
         new = live.build_library("shared_lib", ("-O0", "-falign-functions=64"))
@@ -407,6 +438,33 @@ class Containers(Case):
                     self.counted(process, pid=only_child(process.pid),
                                  arena=arena)
                     process.quit()
+
+    def test_executable_memfds_are_forbidden(self):
+        for setting in "1", "2":            # sysctl vm.memfd_noexec
+            with self.subTest(setting):
+                script = "echo %s > /proc/sys/vm/memfd_noexec && exec %s" % (
+                    setting, kinds())
+                try:
+                    process = live.Target("kinds", "-c", script, prefix=(
+                        need("unshare", "util-linux"), "-m", "-p", "-f",
+                        "--kill-child", "--mount-proc"), path="/bin/sh")
+                except live.Wrong as error:
+                    self.skipTest("no vm.memfd_noexec (Linux 6.3): %s"
+                                  % error)
+                with process:
+                    pid = only_child(process.pid)
+                    for arena in "auto", "memfd", "anon":
+                        self.counted(process, pid=pid, arena=arena)
+                    process.quit()
+
+    def test_another_user_namespace(self):
+        for prefix in ((), AS_NOBODY):
+            for arena in "memfd", "anon":
+                with self.subTest(prefix=prefix, arena=arena):
+                    with live.Target("kinds", prefix=tuple(prefix) + (
+                            need("unshare", "util-linux"), "-Ur")) as p:
+                        self.counted(p, arena=arena)
+                        p.quit()
 
     def test_ubp_inside_a_pid_namespace_and_status_from_outside(self):
         code = """
@@ -532,6 +590,47 @@ class Users(Case):
                               line)
                 self.assertIn("sudo", line)
             before.check(self)
+            process.quit()
+
+    def test_root_of_a_user_namespace(self):
+        """As in a rootless container: uid 0 there, nobody outside."""
+        inside = AS_NOBODY + (need("unshare", "util-linux"), "-Ur")
+        with live.Target("kinds", path=self.program,
+                         prefix=AS_NOBODY) as process:
+            with self.session(process.pid, inside) as other:
+                self.assertRegex(other.line(PATIENCE),
+                                 "refused .*user namespace")
+            process.quit()
+        script = ("import subprocess, sys; p = subprocess.Popen([%r], "
+                  "stdin=-1, stdout=-1); p.stdout.readline(); "
+                  "sys.argv.append(str(p.pid))\n" % self.program)
+        code = script + SESSION.replace(
+            "    print(", "    p.stdin.write(b'c'); p.stdin.flush(); "
+            "p.stdout.readline(); print(")
+        with live.Process(list(inside) + [
+                "/usr/bin/python3", "-B", "-c", code, self.folder],
+                cwd="/") as other:
+            self.assertEqual("armed", other.line(PATIENCE))
+            self.assertEqual(1512, other.ask("n\n", PATIENCE)["n"])
+
+    def test_nobody_sees_what_it_may(self):
+        ubp_nobody = AS_NOBODY + ("/usr/bin/python3", "-B",
+                                  self.folder + "/ubp.py")
+        with live.Target("kinds", path=self.program) as process:
+            target = ubp.attach(process.pid)
+            target.probe("exe:counted", ubp.Count(), timeout=PATIENCE)
+            before = Whole(process.pid)
+            status, out, err = run("status", command=ubp_nobody, cwd="/")
+            self.assertEqual((0, ""), (status, out), err)
+            for words in (["status"], ["clean"], ["clean", "--all"],
+                          ["plan", "exe:counted"], ["list", "exe:*"]):
+                status, out, err = run(*words + ["-p", process.pid],
+                                       command=ubp_nobody, cwd="/")
+                self.assertEqual((1, ""), (status, out), str(words) + err)
+                self.assertRegex(err, "belongs to uid 0, we are uid")
+                self.assertNotIn("Traceback", err)
+            before.check(self)
+            target.close(PATIENCE)
             process.quit()
 
     def test_nobody_is_refused_pid_1(self):
@@ -816,6 +915,30 @@ class Launched(unittest.TestCase):
             self.assertEqual((6, CALLS), (target.returncode, probe.read()))
             target.close()
 
+    def test_a_held_program_goes_on_if_its_tracer_is_killed(self):
+        for moment in "launched", "probed":
+            with self.subTest(moment), live.python("""
+target = ubp.launch(["cat"], timeout=30)
+if sys.argv[1] == "probed":
+    target.probe("libc:read", ubp.Count(), timeout=30)
+os.write(2, b"held")
+time.sleep(60)
+""", moment) as process:
+                self.assertTrue(live.settled(
+                    lambda: "held" in process.stderr(), PATIENCE))
+                pid = only_child(process.pid)
+                process.process.kill()
+                process.process.wait()
+                # It inherited the pipes; it ends at the end of its input.
+                for word in "one", "two":
+                    process.send(word + "\n")
+                    self.assertEqual(word, process.line(PATIENCE))
+                    ubp.clean(pid, timeout=PATIENCE)
+                    self.assertEqual([], live.changed_text(pid))
+                    self.assertEqual([], live.arenas(pid))
+                process.process.stdin.close()
+                self.assertEqual(b"", process.process.stdout.read())
+
     def test_what_is_launched_runs_untraced_and_is_whole_after_removal(self):
         with live.python("""
 target = ubp.launch([sys.argv[1]], timeout=30)
@@ -868,8 +991,10 @@ class Needs(Case):
             resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (n, n))
             _, notes = self.counted(process)
             self.assertIn("private", " ".join(notes))
-            # What is counted in forked children is not shared then.
             process.ask("f")
+            with mock.patch.dict(os.environ, UBP_ARENA="memfd"):
+                self.refused(process, ubp.ProbeError,
+                             "cannot map .*Too many open files")
             process.quit()
 
     def test_no_address_space_is_left(self):

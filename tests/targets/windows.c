@@ -157,7 +157,9 @@ static void *work_signalled(void *argument)
     long kind = (long)argument;
     struct sigevent e = {.sigev_notify = SIGEV_THREAD_ID,
                          .sigev_signo = kind % 2 ? SIGUSR1 : SIGUSR2};
-    struct itimerspec t = {{0, 700000 + kind * 13000}, {0, 1000000}};
+    /* Slow enough for the thread to get on between two signals, even where
+     * it has to wait for a processor. */
+    struct itimerspec t = {{0, 4000000 + kind * 130000}, {0, 1000000}};
     timer_t timer;
     if (kind & 4 || mode == 't') {
         stack_size = 128 << 10;
