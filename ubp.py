@@ -5790,8 +5790,11 @@ class ArenaStatus(NamedTuple):
 def status(pid=None):
     """The arenas of one process, or of all. -> [ArenaStatus]
 
-    Read from the targets alone; nothing is stopped or changed.
+    Read from the targets alone; nothing is stopped or changed. Raises
+    AttachError for a pid whose memory may not be read.
     """
+    if pid is not None and not read_maps(memory_tid(pid)):
+        check_target(pid)           # it says why
     views, found = [], []
     for each in [pid] if pid is not None else sorted(_process_ids()):
         views += find_arenas(each)
@@ -7004,6 +7007,9 @@ class Watched:
         self.is_running = True
 
 
+_REMOVAL_S = 60     # to go on trying; the user is told, and may look why
+
+
 class Counting:
     """One `ubp count`. Its methods in the order in which they are called.
 
@@ -7229,7 +7235,7 @@ class Counting:
             with self.signals.uninterrupted("removing the probes from %s"
                                             % name):
                 try:
-                    target.close()
+                    target.close(_REMOVAL_S)
                 except UbpError as error:
                     self.errors.append(error)
             self.last_words += target.removal.notes
@@ -7335,6 +7341,9 @@ def reserve_standard_fds():
 def exit_status(error, argv):
     """Return the exit status that an error means."""
     if "--" in argv:
+        code = getattr(error, "returncode", None)   # it ended by itself
+        if code is not None:
+            return code if code >= 0 else 128 - code
         return getattr(error, "exit_status", 125)
     return 2 if isinstance(error, Misuse) else 1
 

@@ -199,7 +199,8 @@ class Kill(unittest.TestCase):
             for case in cases:
                 with self.subTest(case.label):
                     if case.label != "windows tight":
-                        self.assertEqual(0, case.target.ask("r")["wrong"])
+                        self.assertEqual(0, case.target.ask("r")["wrong"],
+                                         case.target.stderr())
                     else:
                         case.target.send("g")
                     time.sleep(0.02)
