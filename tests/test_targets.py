@@ -254,7 +254,9 @@ class Builds(Case):
                 path = kinds(*flags)
                 if "{counted}" in where:
                     where = where.format(counted="%x" % self.vaddr(flags))
-                with live.Target("kinds", path=path) as process:
+                # cwd: a profiled program leaves a file there.
+                with folder() as cwd, live.Target(
+                        "kinds", path=path, cwd=cwd) as process:
                     at = process.ready["at"][2:]
                     sites, _ = self.counted(process, where.format(at=at),
                                             key, arena=arena)
@@ -1062,6 +1064,120 @@ class Needs(Case):
                     before.check(self)
                     self.assertEqual(0, process.ask("r")["wrong"])
                     process.quit()
+
+    # mode    | with a shared arena | anonymous | of the user's choice
+    FILTERS = """
+    memfd     | forbids             | served    | served
+    wx        | served              | served    | served
+    exec      | forbids             | forbids   | forbids
+    munmap    | forbids             | forbids   | forbids
+    """
+
+    @needs_root
+    def test_seccomp_rows(self):
+        for line in self.FILTERS.strip().splitlines():
+            mode, *expected = (word.strip() for word in line.split("|"))
+            for arena, words in zip(("memfd", "anon", "auto"), expected):
+                with self.subTest(mode, arena=arena), \
+                        live.Target("filtered", mode) as process:
+                    process.ask("r")
+                    before = Whole(process.pid)
+                    with mock.patch.dict(os.environ, UBP_ARENA=arena):
+                        if words == "forbids":
+                            self.refused(process, ubp.ProbeError,
+                                         "seccomp filter forbids", "exe:hot")
+                        else:
+                            self.served(process)
+                    before.check(self)
+                    self.assertEqual(0, process.ask("r")["wrong"])
+                    process.quit()
+
+    def served(self, process):
+        with ubp.attach(process.pid) as target:
+            probe = target.probe("exe:hot", ubp.Count(), timeout=PATIENCE)
+            process.ask("r")
+            self.assertEqual(10007, probe.read())
+            target.close(PATIENCE)
+
+    @needs_root
+    def test_seccomp_a_filter_that_comes_later(self):
+        """The text is put back; what cannot be unmapped is told."""
+        with live.Target("filtered", "late") as process:
+            process.ask("r")
+            before = Whole(process.pid)
+            with self.assertRaises(ubp.UbpError) as caught:
+                with ubp.attach(process.pid) as target:
+                    target.probe("exe:hot", ubp.Count(), timeout=PATIENCE)
+                    process.ask("l")
+            self.assertIn("seccomp", str(caught.exception))
+            self.assertEqual([], before.changed())
+            self.assertEqual({}, live.tracers(process.pid))
+            self.assertEqual(0, process.ask("r")["wrong"])
+            process.quit()
+
+    def test_syscall_user_dispatch(self):
+        with live.Target("filtered", "none") as process:
+            process.ask("r")
+            before = Whole(process.pid)
+            process.send("s")
+            self.assertEqual("spins", process.line(PATIENCE))
+            try:
+                with ubp.attach(process.pid) as target:
+                    target.probe("exe:hot", ubp.Count(), timeout=10)
+            except ubp.UbpError as error:
+                self.assertIn("Dispatch", str(error))
+            self.assertEqual(0, process.answer(PATIENCE)["wrong"])
+            before.check(self)
+            self.served(process)
+            before.check(self)
+            process.quit()
+
+    @needs_root
+    def test_a_frozen_process(self):
+        """It does not stop: refused in time, and let go when it thaws."""
+        group = "/sys/fs/cgroup/freezer/ubp-test-%d" % os.getpid()
+        state, frozen, thawed = "freezer.state", "FROZEN", "THAWED"
+        if not os.path.isdir("/sys/fs/cgroup/freezer"):
+            group = "/sys/fs/cgroup/ubp-test-%d" % os.getpid()
+            state, frozen, thawed = "cgroup.freeze", "1", "0"
+
+        def write(name, text):
+            with open(os.path.join(group, name), "w") as f:
+                f.write(text)
+        try:
+            os.mkdir(group)
+        except OSError as error:
+            self.skipTest("no cgroup to write to: %s" % error)
+        try:
+            with live.Target("kinds", "threads", "3") as process:
+                process.ask("c")
+                before = Whole(process.pid)
+                write("cgroup.procs", str(process.pid))
+                write(state, frozen)
+                try:
+                    target = ubp.attach(process.pid)
+                    try:
+                        target.probe("exe:counted", ubp.Count(), timeout=1)
+                    except ubp.UbpTimeout as error:
+                        self.assertIn("does not stop", str(error))
+                finally:
+                    write(state, thawed)
+                self.assertEqual(0, process.ask("c", PATIENCE)["wrong"])
+                self.assertTrue(live.settled(
+                    lambda: not live.tracers(process.pid), PATIENCE))
+                target.close(PATIENCE)
+                before.check(self)
+                self.counted(process)
+                process.quit()
+        finally:
+            live.settled(lambda: not self.removed(group))
+
+    def removed(self, group):
+        try:
+            os.rmdir(group)
+        except OSError:
+            return True         # its last process has not left yet
+        return False
 
 
 # A program of 32 bits: alarm(60); for (;;) pause(). ELF32, EM_386, one LOAD.
