@@ -354,7 +354,7 @@ class KernelUprobe:
             os.close(fd)
 
 
-def rounds(pid, sites, n, between=0.0, inside=0.0, seconds=10):
+def rounds(pid, sites, n, between=0.0, inside=0.0, seconds=5):
     """Attach, probe, remove and close up to n times; the sum of the counts.
 
     On a loaded machine fewer times: no longer than the seconds.

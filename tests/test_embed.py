@@ -344,7 +344,7 @@ class Pause(unittest.TestCase):
             for thread in threads:
                 thread.start()
             try:
-                for _ in range(9):
+                for _ in range(5):
                     process.ask("m")
                     begun = time.monotonic()
                     with ubp.attach(process.pid, timeout=20) as target:

@@ -66,7 +66,7 @@ class InsideWindows(unittest.TestCase):
     def test_3_threads_behind_a_displaced_syscall_go_on(self):
         with live.Target("windows", "sleep", seconds=60) as process:
             before = live.Snapshot(process.pid)
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 5
             for turn in range(100):
                 if time.monotonic() > deadline:
                     break
@@ -139,15 +139,15 @@ class SameAddressSpace(unittest.TestCase):
 
     def test_5_a_parent_in_vfork_is_waited_for_or_released(self):
         with live.Target("windows", "vfork", 150, seconds=60) as process:
-            done = 0
-            for _ in range(8):
+            for _ in range(3):
                 try:
                     live.rounds(process.pid, ["exe:win_ones"], 1)
-                    done += 1
                 except ubp.UbpError as error:
                     self.assertTrue(str(error))
+                    ubp.clean(process.pid, all=True)
             n = process.ask("p")
             self.assertGreater(n["vfork"], 2)
+            self.assertLess(n["late_us"], 600000, "it was held meanwhile")
             self.assertEqual([], live.changed_text(process.pid))
             process.send("g")
             process.quit()

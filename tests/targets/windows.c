@@ -262,7 +262,7 @@ static void *work_vfork(void *argument)
         if (win_ones(3) != 5)
             wrong("win_ones");
         n_ones++;
-        nap_us(20000);
+        nap_us(60000);
     }
     return NULL;
 }
