@@ -138,6 +138,7 @@ PTRACE_GETSIGMASK = 0x420a
 PTRACE_SETSIGMASK = 0x420b
 PTRACE_SECCOMP_GET_FILTER     = 0x420c
 PTRACE_GET_RSEQ_CONFIGURATION = 0x420f
+PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG = 0x4211
 PTRACE_O_TRACESYSGOOD = 0x1
 PTRACE_O_TRACEEXEC    = 0x10
 PTRACE_EVENT_EXEC     = 4
@@ -189,6 +190,13 @@ class RseqConfiguration(ctypes.Structure):
                 ("flags", ctypes.c_uint32), ("pad", ctypes.c_uint32)]
 
 
+class SudConfig(ctypes.Structure):
+    """struct ptrace_sud_config, <linux/ptrace.h>."""
+    _fields_ = [("mode", ctypes.c_uint64), ("selector", ctypes.c_uint64),
+                ("offset", ctypes.c_uint64), ("len", ctypes.c_uint64)]
+
+
+assert ctypes.sizeof(SudConfig) == 32
 assert ctypes.sizeof(Iovec) == 16 and ctypes.sizeof(RseqConfiguration) == 24
 
 
@@ -203,6 +211,10 @@ def _declare(name, restype, *argtypes):
 _long, _int, _ptr = ctypes.c_long, ctypes.c_int, ctypes.c_void_p
 _ulong, _size = ctypes.c_ulong, ctypes.c_size_t
 _ptrace = _declare("ptrace", _long, _long, _int, _ptr, _ptr)
+# PTRACE_SEIZE can block, behind an execve that waits for threads we have
+# seized already (ptrace(2), BUGS): the GIL is given up for this one.
+_ptrace_seize = ctypes.CDLL(None, use_errno=True).ptrace
+_ptrace_seize.argtypes, _ptrace_seize.restype = _ptrace.argtypes, _long
 _waitpid = _declare("waitpid", _int, _int, _ptr, _int)
 _nanosleep = _declare("nanosleep", _int, _ptr, _ptr)
 _pwrite = _declare("pwrite", ctypes.c_ssize_t, _int, ctypes.c_char_p, _size,
@@ -2674,10 +2686,16 @@ _TRANSFER_WAIT_S = 0.1      # to wait for a transfer to end by itself
 _INJECTION_S = 2.0          # to wait for an injected syscall to return
 _STACK_LIMIT = 64 << 20     # bytes of one stack searched for signal frames
 _ALL_SIGNALS = b"\xff" * 8
+_FRAME_MARK = b"ubp: frame end\r\n"     # 16 bytes, above each signal frame
 
 
 class Again(Exception):
-    """An action asks for its pause to be repeated a little later."""
+    """An action asks for its pause to be repeated a little later.
+
+    is_starved   a thread was not given a processor to stop on: the next
+                 attempt should last longer
+    """
+    is_starved = False
 
 
 class Thread:
@@ -2820,13 +2838,15 @@ class Tracer:
             try:
                 return self._one_pause(action, limit, purpose, patience)
             except Again as again:
+                starved = again.is_starved
                 if time.monotonic() + wait > limit:
                     raise UbpTimeout(
                         "stop", self.name(), str(again) or "busy",
                         "try again; or look for a thread in state D or in "
                         "vfork: ps -L -o tid,stat,wchan -p %d" % self.tgid)
             time.sleep(wait)
-            wait, patience = min(wait * 2, 0.05), min(patience * 2, 32)
+            wait = min(wait * 2, 0.05)
+            patience = min(patience * 2, 32) if starved else 1
 
     def name(self):
         """pid 4242 (redis-server)"""
@@ -2910,35 +2930,50 @@ class Tracer:
 
     def _seize(self, tid, tgid):
         try:
-            ptrace(PTRACE_SEIZE, tid, 0, PTRACE_O_TRACESYSGOOD)
+            _check(_ptrace_seize(PTRACE_SEIZE, tid, 0,
+                                 PTRACE_O_TRACESYSGOOD))
         except OSError as error:
             fields = read_stat(tid)
             if error.errno == errno.ESRCH or fields[:1] in (
                     [], ["Z"], ["X"]):
                 return False        # ended; a zombie leader has other threads
+            if tracer_of(tid) == os.getpid():
+                raise Again("this process still finishes a transfer of "
+                            "thread %d" % tid)
             raise _refusal_to_attach(tid, "PTRACE_SEIZE", error)
         self.threads[tid] = Thread(tid, tgid)
         return True
 
     def _await_transfers(self, limit):
-        """Wait until no thread is blocked in the middle of a transfer.
+        """Wait until no thread is in the midst of a transfer or a vfork.
 
-        An interrupt would cut a large write or a MSG_WAITALL recv short.
-        Bounded: one that lasts is repaired after the stop.
+        An interrupt would cut a large write or a MSG_WAITALL recv short: one
+        that lasts is repaired after the stop. A vforking thread does not
+        stop before its child execs, which must not be stopped meanwhile.
         """
-        limit = min(limit, time.monotonic() + _TRANSFER_WAIT_S)
-        while any(self._is_in_transfer(thread)
-                  for thread in list(self.threads.values())):
-            if time.monotonic() > limit:
+        soon = min(limit, time.monotonic() + _TRANSFER_WAIT_S)
+        rest = 0.001
+        while True:
+            numbers = [self._blocking_syscall(thread)
+                       for thread in list(self.threads.values())]
+            now = time.monotonic()
+            if any(map(ubp_x86.is_vfork, numbers)):
+                if now > limit:
+                    raise Again("it is in vfork")
+            elif not any(numbers) or now > soon:
                 return
-            time.sleep(0.001)
+            time.sleep(rest)
+            rest = min(rest * 1.5, 0.05)
 
-    def _is_in_transfer(self, thread):
+    def _blocking_syscall(self, thread):
+        """The number of a transfer or vfork that a thread sleeps in, or 0."""
         words = read_proc("/proc/%d/task/%d/syscall"
                           % (thread.tgid, thread.tid)).split()
-        return (len(words) == 9 and thread.state == RUNNING
-                and ubp_x86.is_transfer(
-                    int(words[0]), [int(word, 16) for word in words[1:7]]))
+        if len(words) != 9 or thread.state != RUNNING:
+            return 0
+        number, args = int(words[0]), [int(word, 16) for word in words[1:7]]
+        return number * (ubp_x86.is_vfork(number)
+                         or ubp_x86.is_transfer(number, args))
 
     def _interrupt_all(self, deadline):
         """Stop every thread, until a pass lists no new one. Raises Again."""
@@ -2999,10 +3034,12 @@ class Tracer:
             waiter.restart()
             while not self._has_stopped(thread):
                 if time.monotonic() > deadline:
-                    raise Again("thread %d does not stop (%s)" % (
+                    again = Again("thread %d does not stop (%s)" % (
                         thread.tid,
                         read_proc("/proc/%d/wchan" % thread.tid).decode(
                             errors="replace") or "?"))
+                    again.is_starved = read_stat(thread.tid)[:1] == ["R"]
+                    raise again
                 waiter.sleep()
 
     def _has_stopped(self, thread):
@@ -3141,22 +3178,23 @@ class Tracer:
             thread.state in (INTERRUPTED, FINISHING)
             for thread in self.threads.values())
 
-    def end_transfers(self, patience=1.0):
-        """Before the tracer ends: wait for transfers, then cut them short.
+    def end_transfers(self, must_leave):
+        """Before the tracer's thread ends: wait for transfers to end.
 
-        With a short but true count: left to themselves they would return
-        the count of their last part only. Late threads need no wait: the
-        kernel forgets an interrupt when the tracer's thread ends.
+        must_leave() -> is there no more time? Then they are cut short, with
+        a short but true count: left to themselves they would return the
+        count of their last part only. Late threads need no wait: the kernel
+        forgets an interrupt when the tracer's thread ends.
         """
-        limit = time.monotonic() + patience
-        while (self.finish_late() and time.monotonic() < limit + patience
-               and any(thread.state == FINISHING for each in
-                       [self] + self.others
-                       for thread in each.threads.values())):
-            if time.monotonic() > limit:
+        rest = 0.0005
+        while self.finish_late() and any(
+                thread.state == FINISHING for each in [self] + self.others
+                for thread in each.threads.values()):
+            if must_leave():
                 for each in [self] + self.others:
                     each.cut_transfers()
-            time.sleep(0.0005)
+            time.sleep(rest)
+            rest = min(rest * 1.1, 0.02)
 
     def cut_transfers(self):
         """Interrupt what re-issues the rest of a transfer, for good."""
@@ -3214,6 +3252,19 @@ class Tracer:
             ptrace(PTRACE_DETACH, thread.tid)
         except OSError:
             log.debug("thread %d ended before its release", thread.tid)
+
+    def reap_dead(self):
+        """Reap threads that died traced; called by any thread of the host.
+
+        An execve waits until they are, and a PTRACE_SEIZE for the execve.
+        Stops are left to the worker, and a launched program to its parent.
+        """
+        for tid in list(self.threads):
+            if tid != self.tgid:
+                try:
+                    os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | WALL)
+                except OSError:
+                    continue        # alive, or reaped
 
     def close(self):
         """Close the files that are kept open between pauses."""
@@ -3368,6 +3419,7 @@ class Injection:
         self.text_vaddr = 0         # where `text` lies meanwhile
         self._text = text
         self._signals = []          # SIGSTOPs that came in between
+        self._is_blocked = False    # a SIGSYS came instead of the syscall
         self._mask = ctypes.create_string_buffer(8)
         self._find_code()
         self._choose()
@@ -3413,24 +3465,43 @@ class Injection:
         xstate = ubp_x86.usable_xstate(_get_xstate(thread.tid))
         if xstate is None:
             return "thread %d uses AMX tiles" % thread.tid
+        if self._is_dispatched(thread.tid):
+            return ("the syscalls of thread %d are blocked (Syscall User "
+                    "Dispatch)" % thread.tid)
         if _in_rseq_section(thread):
             return "thread %d is in an rseq section" % thread.tid
         ptrace(PTRACE_GETSIGMASK, thread.tid, 8,
                ctypes.addressof(self._mask))
-        size = ubp_x86.frame_size(xstate) + 32 + len(self._text)
+        size = (ubp_x86.frame_size(xstate) + 32 + len(self._text)
+                + len(_FRAME_MARK))
         top = self._place(thread, size)
         if not top:
             return ("thread %d runs on a stack whose bounds are unknown"
                     % thread.tid)
-        self.text_vaddr = top - (len(self._text) + 15 & ~15)
+        text = self._text.ljust(len(self._text) + 15 & ~15, b"\0")
+        text += _FRAME_MARK
+        self.text_vaddr = top - len(text)
         self._frame, image = ubp_x86.signal_frame(
             thread.regs, xstate, self._mask.raw, self._restorer,
             self.text_vaddr, self._pop_rax)
-        image += bytes(self.text_vaddr - self._frame - len(image))
-        image += self._text
+        image += bytes(self.text_vaddr - self._frame - len(image)) + text
         self._below = read_memory(thread.tid, self._frame, len(image))
         write_memory(thread.tid, self._frame, image)
         return ""
+
+    def _is_dispatched(self, tid):
+        """Would Syscall User Dispatch turn our syscalls into SIGSYS?
+
+        Source: Documentation/admin-guide/syscall-user-dispatch.rst.
+        """
+        config = SudConfig()
+        try:
+            ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, tid,
+                   ctypes.sizeof(config), ctypes.addressof(config))
+        except OSError:
+            return False            # before Linux 6.4: seen at the SIGSYS
+        return bool(config.mode and config.selector and
+                    read_memory(tid, config.selector, 1) != b"\0")
 
     @property
     def tid(self):
@@ -3465,9 +3536,8 @@ class Injection:
     def _low_end(self, tid, mapping, size):
         """The end of free pages at the low end of [stack], or 0.
 
-        Never touched; or by ubp alone, as the arena's header remembers,
-        and zero ever since. The lowest ones may hold the frame of a ubp
-        that was killed.
+        Never touched; or by ubp alone: zero ever since, as the arena's
+        header remembers, or with the frame of a ubp that was killed.
         """
         span = -(-size // PAGE) * PAGE
         scratch = self.tracer.scratch
@@ -3476,10 +3546,21 @@ class Injection:
             return scratch
         pages = _touched_pages(tid, mapping)
         free = pages.find(bytes(span // PAGE + 1))
-        if free < 0:
-            return 0
-        self.tracer.scratch = mapping.start + free * PAGE + span
-        return self.tracer.scratch
+        if free >= 0:
+            self.tracer.scratch = mapping.start + free * PAGE + span
+            return self.tracer.scratch
+        for top in range(mapping.start + span,
+                         mapping.start + len(pages) * PAGE, PAGE):
+            if (read_memory(tid, top - 16, 16) == _FRAME_MARK
+                    and not self._is_used(top - span, top)):
+                return top
+        return 0
+
+    def _is_used(self, low, high):
+        """Is a thread still on its way out of a dead ubp's frame?"""
+        return any(low <= ubp_x86.stack_pointer(thread.regs) < high
+                   for thread in self.tracer.threads.values()
+                   if thread.state == STOPPED)
 
     def _has_guard(self, start):
         below = self.tracer._mapping(start - 1)
@@ -3488,7 +3569,7 @@ class Injection:
     def call(self, number, *args):
         """Run one syscall. -> its result, negative for an error."""
         tid = self._thread.tid
-        self._check_filter(number, args)
+        self.check(number, *args)
         self.tracer.set_regs(tid, ubp_x86.syscall_regs(
             self._thread.regs, self._gadget, self._frame, number, args))
         ctypes.memset(self._mask_all(), 0xff, 8)
@@ -3502,7 +3583,7 @@ class Injection:
             self._all = ctypes.create_string_buffer(_ALL_SIGNALS, 8)
         return ctypes.addressof(self._all)
 
-    def _check_filter(self, number, args):
+    def check(self, number, *args):
         """Refuse what the thread's seccomp filters would not allow."""
         tid = self._thread.tid
         mode = self.tracer.seccomp.get(tid) or seccomp_mode(tid)
@@ -3524,6 +3605,11 @@ class Injection:
             status = self._wait(tid)
             if status >> 8 == SYSCALL_EVENT_SIGNAL:
                 return
+            if status >> 8 == signal.SIGSYS:
+                self._is_blocked = True
+                raise ProbeError(
+                    "inject a syscall into", self.tracer.name(),
+                    "it blocks syscalls (seccomp or Syscall User Dispatch)")
             if status >> 16 == 0:
                 self._signals.append(status >> 8 & 0xff)
 
@@ -3558,7 +3644,8 @@ class Injection:
         if tid not in self.tracer.threads:
             return
         ptrace(PTRACE_SETSIGMASK, tid, 8, ctypes.addressof(self._mask))
-        if ubp_x86.is_in_syscall(regs) or self._thread.group_stop:
+        if not self._is_blocked and (ubp_x86.is_in_syscall(regs)
+                                     or self._thread.group_stop):
             while True:
                 ptrace(PTRACE_INTERRUPT, tid)
                 ptrace(PTRACE_CONT, tid)
@@ -3721,10 +3808,18 @@ def _filter_alu(operation, a, operand):
 
 # ---- who may trace whom ---------------------------------------------------
 
+def tracer_of(tid):
+    """The process that traces a thread, 0 for none.
+
+    TracerPid in /proc/TID/status names its thread, proc(5) notwithstanding.
+    """
+    tracer = int(read_status(tid).get("TracerPid", "0"))
+    return int(read_status(tracer).get("Tgid", tracer)) if tracer else 0
+
+
 def _refusal_to_attach(pid, request, error):
     """An AttachError that says what stands in the way. -> the exception"""
-    status = read_status(pid)
-    tracer = int(status.get("TracerPid", "0") or 0)
+    status, tracer = read_status(pid), tracer_of(pid)
     why, hint = "%s" % error.strerror, ""
     scope = read_proc("/proc/sys/kernel/yama/ptrace_scope").strip()
     uids = status.get("Uid", "").split()
@@ -3780,8 +3875,7 @@ def check_target(pid):
     if status["State"][0] in "ZX" and len(tids) < 2:
         refuse("it is a zombie: it has ended, its parent (pid %s) has not "
                "waited for it" % status["PPid"])
-    tracer = int(status.get("TracerPid", "0"))
-    if tracer and tracer != os.getpid():
+    if tracer_of(pid) not in (0, os.getpid()):
         raise _refusal_to_attach(pid, "PTRACE_SEIZE", OSError(
             errno.EPERM, os.strerror(errno.EPERM)))
     if "shstk" in status.get("x86_Thread_features", ""):
@@ -4258,7 +4352,7 @@ def make_arena(tracer, low, high, n_sites, timeout, kind="auto"):
                                 base + _LITERAL_AT)
         with Injection(tracer, b"ubp\0") as injection:
             fd = -1
-            if kind != "anon":
+            if _may_have_memfd(injection, base, layout, kind):
                 fd = _map_memfd(injection, base, layout)
             if fd < 0 and fd != -errno.EEXIST and kind != "memfd":
                 fd = _map_anonymous(injection, base, layout)
@@ -4295,6 +4389,32 @@ def _adopt(tracer, base, layout, shards, fd):
     memory = mmap.mmap(fd, layout[0], mmap.MAP_SHARED,
                        mmap.PROT_READ | mmap.PROT_WRITE)
     return Arena(tracer, base, layout, shards, memory, os.fstat(fd).st_ino)
+
+
+def _may_have_memfd(injection, base, layout, kind):
+    """Do its seccomp filters allow all that is injected until the end?
+
+    Asked before the first call. False: anonymous memory must do. Raises
+    ProbeError if that is forbidden too.
+    """
+    size, flags = layout[0], MAP_FIXED_NOREPLACE
+    injection.check(SYS_munmap, base, size)
+    try:
+        if kind == "anon":
+            raise ProbeError("use a memfd in", "the target", "not asked for")
+        injection.check(SYS_memfd_create, injection.text_vaddr, MFD_CLOEXEC
+                        | MFD_ALLOW_SEALING)
+        injection.check(SYS_close, 3)
+        sharing, fd, is_memfd = MAP_SHARED, 3, True
+    except ProbeError:
+        if kind == "memfd":
+            raise
+        sharing, fd, is_memfd = MAP_PRIVATE | MAP_ANONYMOUS, -1, False
+    injection.check(SYS_mmap, base, size, PROT_READ | PROT_EXEC,
+                    sharing | flags, fd, 0)
+    injection.check(SYS_mmap, base, size, PROT_READ | PROT_WRITE,
+                    sharing | MAP_FIXED, fd, 0)
+    return is_memfd
 
 
 def _map_memfd(injection, base, layout):
@@ -4997,13 +5117,16 @@ class Probe:
 # host keeps its signal handlers, its settings and its output; nothing here
 # prints, exits, or runs from the garbage collector or in a forked child.
 
+_LAST_WAIT_S = 10.0     # for transfers, when the interpreter ends
+
+
 class Worker:
     """The thread that owns the tracees of one Target."""
 
     def __init__(self, tracer):
         self.tracer = tracer
         self._jobs = queue.Queue()
-        self._thread = None
+        self._thread, self._must_leave = None, False
         self._lock = threading.Lock()
 
     def call(self, function, timeout):
@@ -5020,9 +5143,12 @@ class Worker:
                 self._thread.daemon = True
                 self._thread.start()
             self._jobs.put(job)
-        if not job.done.wait(timeout + 30):
-            raise UbpTimeout("work on", self.tracer.name(),
-                             "the ptrace thread is stuck")
+        limit = time.monotonic() + timeout + 30
+        while not job.done.wait(0.2):
+            self.tracer.reap_dead()
+            if time.monotonic() > limit:
+                raise UbpTimeout("work on", self.tracer.name(),
+                                 "the ptrace thread is stuck")
         if job.error is not None:
             raise job.error
         return job.result
@@ -5034,7 +5160,22 @@ class Worker:
             if thread is not None:
                 self._jobs.put(None)
         if thread is not None:
-            thread.join(5)
+            thread.join(0.2)
+        if thread is not None and thread.is_alive():
+            threading.Thread(target=self._linger, args=(thread,),
+                             name="ubp-linger").start()
+
+    def _linger(self, thread):
+        """Keep the interpreter from ending in the middle of a transfer.
+
+        No daemon: threading waits for it at exit, and then it counts down.
+        """
+        limit = float("inf")
+        while thread.is_alive():
+            if not threading.main_thread().is_alive():
+                limit = min(limit, time.monotonic() + _LAST_WAIT_S)
+            self._must_leave = time.monotonic() > limit
+            thread.join(0.05)
 
     def _run(self):
         _block_signals()
@@ -5053,7 +5194,7 @@ class Worker:
             except queue.Empty:
                 pass
             late = self.tracer.finish_late()
-        self.tracer.end_transfers()
+        self.tracer.end_transfers(lambda: self._must_leave)
         self.tracer.close()
 
 

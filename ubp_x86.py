@@ -3356,6 +3356,11 @@ def is_transfer(number, args):
     return number in _TRANSFERS
 
 
+def is_vfork(number):
+    """Is a thread that sleeps in this syscall one that vforked?"""
+    return number in (56, 58, 435)          # clone, vfork, clone3
+
+
 def rest_of_transfer(regs, read):
     """The regset that re-issues the next part of an interrupted transfer.
 

@@ -1065,6 +1065,43 @@ class Needs(Case):
                     self.assertEqual(0, process.ask("r")["wrong"])
                     process.quit()
 
+    ENVIRONMENTS = (
+        ("setarch", "-R"),                      # no randomised addresses
+        ("prlimit", "--stack=unlimited"),       # mappings grow upwards
+        ("prlimit", "--stack=65536"), ("prlimit", "--memlock=0"),
+        ("prlimit", "--fsize=0"), ("prlimit", "--rttime=100000"),
+        ("taskset", "1"), ("nice", "-n", "19"), ("env", "-i"),
+        ("env", "GLIBC_TUNABLES=glibc.pthread.rseq=0"),
+        ("env", "LD_BIND_NOW=1"), ("env", "MALLOC_PERTURB_=85"),
+    )
+
+    def test_environments_of_the_target(self):
+        for words in self.ENVIRONMENTS:
+            with self.subTest(words):
+                need(words[0], "util-linux")
+                with live.Target("kinds", prefix=words) as process:
+                    self.counted(process)
+                    self.counted(process, "libc:strlen", "strlen")
+                    process.quit()
+
+    def test_limits_of_ubp_itself(self):
+        prlimit = need("prlimit", "util-linux")
+        with live.Target("kinds", "threads", "200") as process:
+            process.ask("c", PATIENCE)
+            before = Whole(process.pid)
+            for limit in ("nofile=24", "fsize=0", "memlock=0", "nproc=1",
+                          "stack=1000000", "core=0"):
+                with self.subTest(limit):
+                    command = (prlimit, "--" + limit, sys.executable, UBP)
+                    status, out, err = run(
+                        "count", "-p", process.pid, "exe:counted",
+                        "--duration", "0.1", command=command)
+                    self.assertNotIn("Traceback", err)
+                    self.assertEqual(0, status, err)
+                    before.check(self, limit)
+            self.assertEqual(0, process.ask("c", PATIENCE)["wrong"])
+            process.quit()
+
     # mode    | with a shared arena | anonymous | of the user's choice
     FILTERS = """
     memfd     | forbids             | served    | served
