@@ -1617,11 +1617,12 @@ class Forged(unittest.TestCase):
         assert cls.header is not None
 
     @contextlib.contextmanager
-    def process(self, make, size=512 << 10, code=CODE):
+    def process(self, make, size=512 << 10, code=CODE, words=()):
         """A target whose arena begins with make(ready) -> bytes."""
         with folder() as path:
             name = path + "/image"
-            with live.Target("forged", name, str(size), str(code)) as p:
+            with live.Target("forged", name, str(size), str(code),
+                             *words) as p:
                 ready = {k: int(v, 16) for k, v in p.ready.items()}
                 with open(name, "wb") as f:
                     f.write(make(ready))
@@ -1719,12 +1720,30 @@ class Forged(unittest.TestCase):
                     # Its arena may be taken out or left; all else stays.
                     self.unharmed(process, before, writable)
 
-    def unharmed(self, process, before, writable):
-        mapped = [m for m in before.maps if "/memfd:ubp" not in m.path]
+    def test_a_private_arena_that_claims_other_memory(self):
+        """What it says of its size is not what is unmapped."""
+        rows = (
+            ("up to the program", dict(size=(1 << 30) + (64 << 20))),
+            ("all that it may", dict(size=1 << 32)),
+            ("a little more", dict(size=(512 << 10) + 4096)),
+            ("a little less", dict(size=(512 << 10) - 4096)),
+        )
+        for name, fields in rows:
+            with self.subTest(name), self.process(
+                    lambda ready: self.image(ready, is_anonymous=1, **fields),
+                    words=("private",)) as process:
+                before, writable, _ = self.untouched(process)
+                self.unharmed(process, before, writable,
+                              int(process.ready["base"], 16))
+
+    def unharmed(self, process, before, writable, base=0):
+        mapped = [m for m in before.maps if "/memfd:ubp" not in m.path
+                  and not base <= m.start < base + (512 << 10)]
         now = live.maps(process.pid)
         self.assertEqual([], [m for m in mapped if m not in now])
-        self.assertEqual([], [m for m in now if m not in before.maps])
-        arena = [m.start for m in before.maps if "/memfd:ubp" in m.path]
+        self.assertEqual([], [m for m in now if m not in before.maps and
+                              not base <= m.start < base + (512 << 10)])
+        arena = [m.start for m in before.maps if m not in mapped]
         text = before.memory(lambda m: "x" in m.permissions)
         for start, old in before.text.items():
             if start not in arena:

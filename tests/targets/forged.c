@@ -1,8 +1,8 @@
-/* forged FILE SIZE CODE: a process that claims to hold an arena of ubp.
+/* forged FILE SIZE CODE [private]: a process that claims to hold an arena of ubp.
  *
  * It tells the addresses of its arena-to-be, of a function and of data. At
  * command m it maps a memfd "ubp" of SIZE bytes that begins with what FILE
- * holds: CODE bytes as r-x, the rest as rw-. Command j writes a jump to the
+ * holds: CODE bytes as r-x, the rest as rw-; or private memory. Command j writes a jump to the
  * arena's offset CODE - 64 over its own data. c calls counted; q quit. */
 #include "target.h"
 
@@ -26,6 +26,18 @@ static void map(const char *path, size_t size, size_t code)
     say("fd=%d wrong=%ld", fd, atomic_load(&n_wrong));
 }
 
+static void map_private(const char *path, size_t size, size_t code)
+{
+    int file = open(path, O_RDONLY);
+    if (mmap(base, size, PROT_READ | PROT_WRITE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED
+        || read(file, base, code) < 0
+        || mprotect(base, code, PROT_READ | PROT_EXEC))
+        wrong("mmap: %s", strerror(errno));
+    close(file);
+    say("fd=-1 wrong=%ld", atomic_load(&n_wrong));
+}
+
 int main(int argc, char **argv)
 {
     int c;
@@ -34,7 +46,9 @@ int main(int argc, char **argv)
     base = (char *)(((uintptr_t)counted - (1ul << 30)) & -(1ul << 21));
     say("ready base=%p at=%p data=%p", base, counted, data);
     while ((c = command()) != 'q') {
-        if (c == 'm') {
+        if (c == 'm' && argc > 4) {
+            map_private(argv[1], size, code);
+        } else if (c == 'm') {
             map(argv[1], size, code);
         } else if (c == 'j') {
             int32_t relative = base + code - 64 - (char *)(data + 5);
