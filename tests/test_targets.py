@@ -189,7 +189,7 @@ class Case(unittest.TestCase):
         return caught.exception
 
 
-# name                  | flags of cc                                  | probe                | counts
+# name | flags of cc | probe | what is counted
 BUILDS = """
 PIE                     | -pie -fPIE                                   | exe:counted          | counted
 another name            |                                              | exe:same_as_counted  | counted
@@ -225,7 +225,7 @@ fast                    | -O3 -march=native                            | exe:cou
 guarded stacks          | -fstack-protector-all -fstack-clash-protection | exe:counted        | counted
 checked addresses       | -fsanitize=address -static-libasan           | exe:counted          | counted
 no unwind tables        | -fno-asynchronous-unwind-tables -no-pie      | exe:counted          | counted
-"""                                                              # noqa: E501
+"""
 
 
 class Builds(Case):
@@ -279,6 +279,37 @@ class Builds(Case):
     def test_counts_are_true_under_musl(self):
         self.judged("memfd", of_musl=True)
         self.judged("anon", of_musl=True)
+
+    def test_kills_where_no_restorer_is_linked(self):
+        """rt_sigreturn comes out of gadgets there, also without a tracer."""
+        if not os.path.exists(MUSL_SPECS):
+            self.skipTest("no musl: apt-get install musl-tools")
+        path = kinds("-specs=" + MUSL_SPECS, "-static")
+        code = """
+print("go", flush=True)
+while True:
+    with ubp.attach(int(sys.argv[1])) as target:
+        target.probe("exe:counted", ubp.Count(), timeout=30).remove(30)
+"""
+        rnd, deadline = random.Random(5), time.monotonic() + 8
+        with live.Target("kinds", path=path) as process:
+            process.ask("c")
+            before = Whole(process.pid)
+            for n in range(24):
+                with live.python(code, process.pid) as session:
+                    session.line(PATIENCE)
+                    if n % 2:
+                        process.send("c")
+                    time.sleep(rnd.random() * 0.06)
+                    session.kill()
+                if n % 2:
+                    self.assertEqual(0, process.answer(PATIENCE)["wrong"])
+                self.assertEqual(0, process.ask("c", PATIENCE)["wrong"])
+                ubp.clean(process.pid, all=True, timeout=PATIENCE)
+                before.check(self)
+                if time.monotonic() > deadline:
+                    break
+            process.quit()
 
     def test_endbr64_stays_in_place(self):
         with live.Target("kinds", path=kinds("-fcf-protection=full")) as p:
