@@ -2682,6 +2682,7 @@ RUNNING, INTERRUPTED, STOPPED, FINISHING = "RISF"
 _ATTEMPT_S = 0.03           # to wait for stops in the first attempt; on a
 #                             machine that is overloaded, later ones take more
 _ATTEMPT_PER_THREAD_S = 0.001
+_REFUSAL_S = 0.5            # after which a refusal to attach is believed
 _TRANSFER_WAIT_S = 0.1      # to wait for a transfer to end by itself
 _INJECTION_S = 2.0          # to wait for an injected syscall to return
 _STACK_LIMIT = 64 << 20     # bytes of one stack searched for signal frames
@@ -2694,8 +2695,9 @@ class Again(Exception):
 
     is_starved   a thread was not given a processor to stop on: the next
                  attempt should last longer
+    refusal      the AttachError to raise if it does not pass
     """
-    is_starved = False
+    is_starved, refusal = False, None
 
 
 class Thread:
@@ -2741,6 +2743,7 @@ class Tracer:
         self.siblings = ()          # other processes of the same mm
         self._last_pid, self._seen_pids = b"", set()
         self._ended, self._saw_ended = set(), False
+        self._dead = set()          # tids that are still to be reaped
         self.pause_us = 0.0
         self.pauses = {}            # {purpose: microseconds of the longest}
         self.waiter = StopWaiter()
@@ -2839,11 +2842,15 @@ class Tracer:
                 return self._one_pause(action, limit, purpose, patience)
             except Again as again:
                 starved = again.is_starved
+                if again.refusal and (time.monotonic() - limit + timeout
+                                      > _REFUSAL_S):
+                    raise again.refusal
                 if time.monotonic() + wait > limit:
                     raise UbpTimeout(
                         "stop", self.name(), str(again) or "busy",
                         "try again; or look for a thread in state D or in "
                         "vfork: ps -L -o tid,stat,wchan -p %d" % self.tgid)
+            self.finish_late()
             time.sleep(wait)
             wait = min(wait * 2, 0.05)
             patience = min(patience * 2, 32) if starved else 1
@@ -2891,10 +2898,13 @@ class Tracer:
         for tgid in (self.tgid,) + self.siblings:
             if tgid not in self._tasks:
                 self._open_tasks(tgid)
-        self._seize_new()
         self.find_gadgets()
-        self.seccomp = {tid: seccomp_mode(tid) for tid in self.threads}
-        self._await_transfers(limit)
+        tids = [(tgid, tid) for tgid in (self.tgid,) + self.siblings
+                for tid in thread_ids(tgid)]
+        self.seccomp = {tid: seccomp_mode(tid) for _, tid in tids}
+        self._await_transfers(tids, limit)
+        # Last: a thread that is seized stops at any signal, until we look.
+        self._seize_new()
 
     def _open_tasks(self, tgid):
         try:
@@ -2937,14 +2947,16 @@ class Tracer:
             if error.errno == errno.ESRCH or fields[:1] in (
                     [], ["Z"], ["X"]):
                 return False        # ended; a zombie leader has other threads
-            if tracer_of(tid) == os.getpid():
-                raise Again("this process still finishes a transfer of "
-                            "thread %d" % tid)
-            raise _refusal_to_attach(tid, "PTRACE_SEIZE", error)
+            # In the midst of an exec, or of the death of another tracer,
+            # this passes; or this process still finishes a transfer of it.
+            again = Again("thread %d cannot be traced now" % tid)
+            if tracer_of(tid) != os.getpid():
+                again.refusal = _refusal_to_attach(tid, "PTRACE_SEIZE", error)
+            raise again
         self.threads[tid] = Thread(tid, tgid)
         return True
 
-    def _await_transfers(self, limit):
+    def _await_transfers(self, tids, limit):
         """Wait until no thread is in the midst of a transfer or a vfork.
 
         An interrupt would cut a large write or a MSG_WAITALL recv short: one
@@ -2954,8 +2966,9 @@ class Tracer:
         soon = min(limit, time.monotonic() + _TRANSFER_WAIT_S)
         rest = 0.001
         while True:
-            numbers = [self._blocking_syscall(thread)
-                       for thread in list(self.threads.values())]
+            self.finish_late()
+            numbers = [_blocking_syscall(tgid, tid) for tgid, tid in tids
+                       if tid not in self.threads]
             now = time.monotonic()
             if any(map(ubp_x86.is_vfork, numbers)):
                 if now > limit:
@@ -2965,23 +2978,13 @@ class Tracer:
             time.sleep(rest)
             rest = min(rest * 1.5, 0.05)
 
-    def _blocking_syscall(self, thread):
-        """The number of a transfer or vfork that a thread sleeps in, or 0."""
-        words = read_proc("/proc/%d/task/%d/syscall"
-                          % (thread.tgid, thread.tid)).split()
-        if len(words) != 9 or thread.state != RUNNING:
-            return 0
-        number, args = int(words[0]), [int(word, 16) for word in words[1:7]]
-        return number * (ubp_x86.is_vfork(number)
-                         or ubp_x86.is_transfer(number, args))
-
     def _interrupt_all(self, deadline):
         """Stop every thread, until a pass lists no new one. Raises Again."""
         self._ended = set()
         fresh, again = list(self.threads.values()), True
         while fresh or again:
             for thread in fresh:
-                if thread.state in (RUNNING, FINISHING):
+                if thread.state != STOPPED:
                     self._interrupt(thread)
             self._collect(deadline)
             self._saw_ended = False
@@ -2996,7 +2999,7 @@ class Tracer:
         try:
             ptrace(PTRACE_INTERRUPT, thread.tid)
         except OSError:
-            self.threads.pop(thread.tid, None)
+            self.lose(thread.tid)
             return
         if thread.state == RUNNING:
             thread.state = INTERRUPTED
@@ -3047,7 +3050,7 @@ class Tracer:
         try:
             status = wait_nohang(thread.tid, self._status)
         except ChildProcessError:
-            self.threads.pop(thread.tid, None)
+            self.lose(thread.tid)
             return True
         if status is None:
             thread.polls += 1
@@ -3081,14 +3084,17 @@ class Tracer:
 
     def _take_status(self, thread, status):
         if status & 0xff != 0x7f:               # exited or killed
-            self.threads.pop(thread.tid, None)
+            self.lose(thread.tid)
             return True
         event, signo = status >> 16, status >> 8 & 0xff
         if thread.state == FINISHING:
             return self._step_transfer(thread, event, signo)
         if event != PTRACE_EVENT_STOP:
             # A signal arrived first: the target gets it. Any stop uses up
-            # the interrupt (kernel/signal.c, ptrace_stop): ask again.
+            # the interrupt (kernel/signal.c, ptrace_stop): ask again. If it
+            # is one that is ignored, no EINTR must come of it.
+            if not event:
+                self._repaired(thread)
             self._resume(thread.tid, PTRACE_CONT, signo if not event else 0)
             self._resume(thread.tid, PTRACE_INTERRUPT)
             return False
@@ -3096,7 +3102,7 @@ class Tracer:
         try:
             thread.regs = self._repaired(thread)
         except OSError:
-            self.threads.pop(thread.tid, None)
+            self.lose(thread.tid)
             return True
         thread.state = STOPPED
         return True
@@ -3105,7 +3111,7 @@ class Tracer:
         try:
             ptrace(request, tid, 0, signo)
         except OSError:
-            self.threads.pop(tid, None)
+            self.lose(tid)
 
     def _repaired(self, thread):
         """The registers of a stopped thread, rid of what our stop did."""
@@ -3148,7 +3154,7 @@ class Tracer:
                 return False
             self.set_regs(thread.tid, thread.regs)
         except OSError:
-            self.threads.pop(thread.tid, None)
+            self.lose(thread.tid)
             return True
         if event or is_syscall:
             thread.state = STOPPED
@@ -3169,7 +3175,11 @@ class Tracer:
             if not other.finish_late():
                 other.close()
                 self.others.remove(other)
+        for tid in list(self._dead):
+            self.lose(tid)
         for thread in list(self.threads.values()):
+            if (thread.state == INTERRUPTED and thread.polls % 64 == 63):
+                self._interrupt(thread)     # exec gave its tid to another
             if (thread.state in (INTERRUPTED, FINISHING)
                     and self._has_stopped(thread)
                     and thread.tid in self.threads):
@@ -3240,7 +3250,7 @@ class Tracer:
                 self.set_regs(thread.tid, rest)
                 ptrace(PTRACE_SYSCALL, thread.tid)
             except OSError:
-                self.threads.pop(thread.tid, None)
+                self.lose(thread.tid)
                 return
             thread.state, thread.in_rest = FINISHING, False
             thread.is_wanted = False
@@ -3251,7 +3261,21 @@ class Tracer:
         try:
             ptrace(PTRACE_DETACH, thread.tid)
         except OSError:
-            log.debug("thread %d ended before its release", thread.tid)
+            self.lose(thread.tid)       # it ended before its release
+
+    def lose(self, tid):
+        """Forget a thread that ended, and reap it if it was ours.
+
+        A traced zombie that nobody waits for keeps its process from ending.
+        A leader can be reaped only when its other threads have ended.
+        """
+        self.threads.pop(tid, None)
+        self._dead.discard(tid)
+        try:
+            if wait_nohang(tid) is None and tid in thread_ids(self.tgid):
+                self._dead.add(tid)
+        except ChildProcessError:
+            log.debug("thread %d has ended", tid)
 
     def reap_dead(self):
         """Reap threads that died traced; called by any thread of the host.
@@ -3259,7 +3283,7 @@ class Tracer:
         An execve waits until they are, and a PTRACE_SEIZE for the execve.
         Stops are left to the worker, and a launched program to its parent.
         """
-        for tid in list(self.threads):
+        for tid in thread_ids(self.tgid):
             if tid != self.tgid:
                 try:
                     os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | WALL)
@@ -3359,6 +3383,16 @@ def poke(tid, vaddr, data):
         ptrace(PTRACE_POKEDATA, tid, start,
                struct.unpack("<Q", word[:8])[0])
         vaddr, data = vaddr + size, data[size:]
+
+
+def _blocking_syscall(tgid, tid):
+    """The number of a transfer or vfork that a thread sleeps in, or 0."""
+    words = read_proc("/proc/%d/task/%d/syscall" % (tgid, tid)).split()
+    if len(words) != 9:             # it runs, or has ended
+        return 0
+    number, args = int(words[0]), [int(word, 16) for word in words[1:7]]
+    return number * (ubp_x86.is_vfork(number)
+                     or ubp_x86.is_transfer(number, args))
 
 
 def _is_idle(thread):
@@ -3624,7 +3658,7 @@ class Injection:
                 status = self.tracer.stop_seen_by_others(tid)
             if status is not None:
                 if status & 0xff != 0x7f:
-                    self.tracer.threads.pop(tid, None)
+                    self.tracer.lose(tid)
                     raise TraceeGone("trace", "pid %d" % self.tracer.tgid,
                                      "it ended while ubp ran a syscall in it")
                 return status
@@ -3668,7 +3702,7 @@ class Injection:
         except OSError as error:
             if error.errno != errno.ESRCH:
                 raise
-            self.tracer.threads.pop(self._thread.tid, None)
+            self.tracer.lose(self._thread.tid)
 
 
 def _get_xstate(tid):
@@ -3721,14 +3755,15 @@ def _touched_pages(tid, mapping):
 
 def seccomp_mode(tid):
     """0 none, 1 strict, 2 filter: proc(5), as a text."""
+    found = None
     try:
         held = HeldFile("/proc/%d/status" % tid)
+        try:
+            found = re.search(rb"^Seccomp:\s*(\d)", held.read(), re.M)
+        finally:
+            held.close()
     except OSError:
-        return "0"
-    try:
-        found = re.search(rb"^Seccomp:\s*(\d)", held.read(), re.M)
-    finally:
-        held.close()
+        log.debug("thread %d has ended", tid)
     return found.group(1).decode() if found else "0"
 
 
@@ -4107,7 +4142,7 @@ def find_arenas(pid, maps=None):
 def _view(pid, inode, mappings, text):
     """The ArenaView of some mappings; a record must be about text."""
     start = mappings[0].start
-    ranges = tuple((m.start, m.end) for m in mappings)
+    ranges = _joined((m.start, m.end) for m in mappings)
     try:
         header = unpack_header(read_memory(pid, start, PAGE))
         if header is None or header.base != start:
@@ -4130,6 +4165,16 @@ def _view(pid, inode, mappings, text):
                           for vaddr, _, _ in record.patches))
     return ArenaView(pid, ranges, inode, header, valid,
                      len(records) - len(valid))
+
+
+def _joined(ranges):
+    """Neighbouring ranges as one: one munmap then takes out both."""
+    joined = []
+    for start, end in ranges:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, end))
+    return tuple(joined)
 
 
 def _is_in(mappings, starts, vaddr):
@@ -4355,7 +4400,8 @@ def make_arena(tracer, low, high, n_sites, timeout, kind="auto"):
             if _may_have_memfd(injection, base, layout, kind):
                 fd = _map_memfd(injection, base, layout)
             if fd < 0 and fd != -errno.EEXIST and kind != "memfd":
-                fd = _map_anonymous(injection, base, layout)
+                fd = _map_twice(injection, base, layout, MAP_PRIVATE
+                                | MAP_ANONYMOUS, -1) or _ANONYMOUS
         if fd == -errno.EEXIST:     # taken since the maps were read
             place[0] = place_arena(read_maps(tracer.vm_tid()), low, high,
                                    layout[0])
@@ -4423,7 +4469,7 @@ def _map_memfd(injection, base, layout):
     All in one stop, so no thread of the target sees the descriptor, or
     gets another number for its own.
     """
-    size, code_size, _ = layout
+    size = layout[0]
     remote = injection.call(SYS_memfd_create, injection.text_vaddr,
                             MFD_CLOEXEC | MFD_ALLOW_SEALING)
     if remote == -errno.EACCES:                 # sysctl vm.memfd_noexec
@@ -4432,25 +4478,33 @@ def _map_memfd(injection, base, layout):
     if remote < 0:
         return remote
     path = "/proc/%d/fd/%d" % (injection.tid, remote)
-    fd = -errno.EACCES
-    try:
-        fd = _check(_open(path.encode(), os.O_RDWR | os.O_CLOEXEC))
-        _check(libc.ftruncate(fd, ctypes.c_long(size)))
-        result = _map(injection, base, size, PROT_READ | PROT_EXEC,
-                      MAP_SHARED | MAP_FIXED_NOREPLACE, remote, 0)
-        if result == 0:
-            result = _map(injection, base + code_size, size - code_size,
-                          PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
-                          remote, code_size)
-        if result < 0:
-            os.close(fd)
-            fd = result
-    except OSError as error:
-        fd = -error.errno
-    if fd < 0 or _file_id(b"/proc/self/fd/%d" % fd) == _file_id(
+    fd = own = _open(path.encode(), os.O_RDWR | os.O_CLOEXEC)
+    if own < 0:
+        fd = -ctypes.get_errno()
+    elif libc.ftruncate(own, ctypes.c_long(size)) != 0:
+        fd = -ctypes.get_errno()
+    else:
+        fd = _map_twice(injection, base, layout, MAP_SHARED, remote) or own
+    if own < 0 or _file_id(b"/proc/self/fd/%d" % own) == _file_id(
             path.encode()):
         injection.call(SYS_close, remote)
+    if fd < 0 <= own:
+        os.close(own)
     return fd
+
+
+def _map_twice(injection, base, layout, flags, fd):
+    """Inject mmap of all as code, and of a part as data. -> 0, or -errno"""
+    size, code_size, _ = layout
+    result = _map(injection, base, size, PROT_READ | PROT_EXEC,
+                  flags | MAP_FIXED_NOREPLACE, fd, 0)
+    if result == 0:
+        result = _map(injection, base + code_size, size - code_size,
+                      PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd,
+                      0 if flags & MAP_ANONYMOUS else code_size)
+        if result < 0:
+            injection.call(SYS_munmap, base, size)
+    return result
 
 
 def _map(injection, base, size, prot, flags, fd, offset):
@@ -4462,18 +4516,6 @@ def _map(injection, base, size, prot, flags, fd, offset):
         injection.call(SYS_munmap, result, size)
         return -errno.EEXIST
     return result
-
-
-def _map_anonymous(injection, base, layout):
-    """mmap code and data privately. -> _ANONYMOUS, or -errno"""
-    size, code_size, _ = layout
-    flags = MAP_PRIVATE | MAP_ANONYMOUS
-    result = _map(injection, base, size, PROT_READ | PROT_EXEC,
-                  flags | MAP_FIXED_NOREPLACE, -1, 0)
-    if result == 0:
-        result = _map(injection, base + code_size, size - code_size,
-                      PROT_READ | PROT_WRITE, flags | MAP_FIXED, -1, 0)
-    return result or _ANONYMOUS
 
 
 def _file_id(path):
