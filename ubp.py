@@ -2678,14 +2678,15 @@ def _closest(wanted, names):
 #     action       what the caller wants, all threads stopped
 #     release      busy threads first
 
-RUNNING, INTERRUPTED, STOPPED, FINISHING = "RISF"
+RUNNING, INTERRUPTED, STOPPED, FINISHING, ABANDONED = "RISFA"
 _ATTEMPT_S = 0.03           # to wait for stops in the first attempt; on a
 #                             machine that is overloaded, later ones take more
 _ATTEMPT_PER_THREAD_S = 0.001
 _REFUSAL_S = 0.5            # after which a refusal to attach is believed
 _TRANSFER_WAIT_S = 0.1      # to wait for a transfer to end by itself
 _INJECTION_S = 2.0          # to wait for an injected syscall to return
-_STACK_LIMIT = 64 << 20     # bytes of one stack searched for signal frames
+_STACK_LIMIT = 16 << 20     # bytes of one stack searched for signal frames
+_SMALL_STACK_LIMIT = 256 << 10      # of one whose bounds are unknown
 _ALL_SIGNALS = b"\xff" * 8
 _FRAME_MARK = b"ubp: frame end\r\n"     # 16 bytes, above each signal frame
 
@@ -2703,7 +2704,8 @@ class Again(Exception):
 class Thread:
     """What the tracer knows of one thread it has seized."""
     __slots__ = ("tid", "tgid", "state", "regs", "group_stop", "in_rest",
-                 "polls", "is_wanted", "is_complete", "is_last")
+                 "polls", "is_wanted", "is_complete", "is_last",
+                 "below")
 
     def __init__(self, tid, tgid):
         self.tid, self.tgid = tid, tgid
@@ -2714,6 +2716,7 @@ class Thread:
         self.is_wanted = False      # asked to stop, and not let go since
         self.is_complete = False    # FINISHING: nothing is left to be done
         self.is_last = False        # FINISHING: cut it short, we are leaving
+        self.below = None           # FINISHING: (vaddr, bytes) under a frame
         self.polls = 0
 
 
@@ -2742,18 +2745,17 @@ class Tracer:
         self.threads = {}           # tid -> Thread
         self.siblings = ()          # other processes of the same mm
         self._last_pid, self._seen_pids = b"", set()
-        self._ended, self._saw_ended = set(), False
+        self._saw_ended = False
         self._dead = set()          # tids that are still to be reaped
         self.pause_us = 0.0
         self.pauses = {}            # {purpose: microseconds of the longest}
         self.waiter = StopWaiter()
         self.maps = []
-        self.seccomp = {}           # tid -> mode, as last prepared
         self.others = []            # Tracers of children, with late threads
         self._to_stop = []          # tids on their way back to a group stop
         self.scratch = 0            # end of [stack] pages that ubp touched
         self.held = False           # launched, and kept at its entry point
-        self._tasks = {}            # tgid -> HeldFile of its task folder
+        self._tasks = {}            # tgid -> HeldFiles of task and stat
         self._memory = None
         self._status = ctypes.c_int()
         self._regs = ctypes.create_string_buffer(ubp_x86.REGS_SIZE)
@@ -2787,6 +2789,8 @@ class Tracer:
         self._iov.iov_len = ubp_x86.REGS_SIZE
         ptrace(PTRACE_GETREGSET, tid, NT_PRSTATUS,
                ctypes.addressof(self._iov))
+        if self._iov.iov_len != ubp_x86.REGS_SIZE:
+            return ubp_x86.REGS_32BIT   # it runs 32-bit code just now
         return self._regs.raw
 
     def set_regs(self, tid, regs):
@@ -2837,6 +2841,7 @@ class Tracer:
         """
         limit = time.monotonic() + timeout
         wait, patience = 0.001, 1
+        self._last_pid, self._seen_pids = b"", set()    # pids are reused
         while True:
             try:
                 return self._one_pause(action, limit, purpose, patience)
@@ -2882,12 +2887,19 @@ class Tracer:
                           purpose)
         finally:
             self._release()
+            if self.tgid not in self.threads and is_traced_by_us(self.tgid):
+                # An exec of another thread took over the leader's tid.
+                self.threads[self.tgid] = Thread(self.tgid, self.tgid)
+                self._interrupt(self.threads[self.tgid])
 
     def _prepare(self, limit):
         """All that can be done while the target still runs."""
         if not self.is_same_process():
             raise TraceeGone("trace", "pid %d" % self.tgid,
                              "the process has ended")
+        self.finish_late()
+        if any(thread.state == ABANDONED for thread in self.threads.values()):
+            raise Again("an injected syscall has not returned yet")
         self.maps = read_maps(self.vm_tid())
         if not self.maps:           # a zombie: it shares no memory either
             raise TraceeGone("trace", "pid %d" % self.tgid,
@@ -2901,14 +2913,14 @@ class Tracer:
         self.find_gadgets()
         tids = [(tgid, tid) for tgid in (self.tgid,) + self.siblings
                 for tid in thread_ids(tgid)]
-        self.seccomp = {tid: seccomp_mode(tid) for _, tid in tids}
         self._await_transfers(tids, limit)
         # Last: a thread that is seized stops at any signal, until we look.
         self._seize_new()
 
     def _open_tasks(self, tgid):
         try:
-            self._tasks[tgid] = HeldFile("/proc/%d/task" % tgid)
+            self._tasks[tgid] = (HeldFile("/proc/%d/task" % tgid),
+                                 HeldFile("/proc/%d/stat" % tgid))
         except OSError:
             raise TraceeGone("trace", "pid %d" % tgid,
                              "the process has ended")
@@ -2916,22 +2928,25 @@ class Tracer:
     def _seize_new(self):
         """Seize every thread that is not seized yet. -> the new ones.
 
-        Notes in _saw_ended if a thread was listed that had ended: it may
-        have started another one, so the pass was not the last.
+        Notes in _saw_ended if the pass cannot be the last: a thread that
+        has ended may have started another, and one that is just ending
+        hides those behind it from the list; then the numbers differ.
         """
         new = []
         for tgid in (self.tgid,) + self.siblings:
             try:
-                tids = self._tasks[tgid].numbers()
-            except OSError:
-                tids = []
+                tids = self._tasks[tgid][0].numbers()
+                stat = self._tasks[tgid][1].read().rpartition(b") ")[2]
+                count = int(stat.split()[17])       # num_threads, proc(5)
+            except (OSError, IndexError):
+                continue
+            self._saw_ended |= count != len(tids)
             for tid in tids:
                 if tid in self.threads:
                     continue
                 if self._seize(tid, tgid):
                     new.append(self.threads[tid])
-                elif tid not in self._ended:    # a zombie leader stays
-                    self._ended.add(tid)
+                elif tid != tgid:       # a zombie leader stays listed
                     self._saw_ended = True
         if not self.threads:
             raise TraceeGone("trace", "pid %d" % self.tgid,
@@ -2947,6 +2962,9 @@ class Tracer:
             if error.errno == errno.ESRCH or fields[:1] in (
                     [], ["Z"], ["X"]):
                 return False        # ended; a zombie leader has other threads
+            if is_traced_by_us(tid):    # exec gave it a tid of the old ones
+                self.threads[tid] = Thread(tid, tgid)
+                return True
             # In the midst of an exec, or of the death of another tracer,
             # this passes; or this process still finishes a transfer of it.
             again = Again("thread %d cannot be traced now" % tid)
@@ -2980,7 +2998,6 @@ class Tracer:
 
     def _interrupt_all(self, deadline):
         """Stop every thread, until a pass lists no new one. Raises Again."""
-        self._ended = set()
         fresh, again = list(self.threads.values()), True
         while fresh or again:
             for thread in fresh:
@@ -3012,15 +3029,16 @@ class Tracer:
         whether a process was created since the last look.
         """
         found, tid = [], self.vm_tid()
+        self.siblings = tuple(pid for pid in self.siblings
+                              if _shares_mm(tid, pid))
         last = self._loadavg.read().split()[-1]
         while last != self._last_pid:
             self._last_pid = last
             pids = set(_process_ids())
             found += [pid for pid in pids - self._seen_pids
-                      if pid != self.tgid and _shares_mm(tid, pid)]
+                      if pid != self.tgid and pid not in self.siblings
+                      and _shares_mm(tid, pid)]
             self._seen_pids = pids
-            self.siblings = tuple(pid for pid in self.siblings
-                                  if pid in pids)
             last = self._loadavg.read().split()[-1]
         self.siblings += tuple(found)
         return bool(found)
@@ -3132,6 +3150,36 @@ class Tracer:
         except OSError:
             return None
 
+    def _framed(self, thread, rest):
+        """Make a re-issue survive our death. -> its regset, or None
+
+        It runs with a signal frame below, as an injected syscall does.
+        """
+        found, xstate = self._text, ubp_x86.usable_xstate(
+            _get_xstate(thread.tid))
+        top = xstate and self.own_stack(thread, ubp_x86.frame_size(xstate))
+        if (not top or not found.restorers
+                or seccomp_mode(thread.tid) != "0"
+                or self.read(found.syscall_ret, 3) != ubp_x86.SYSCALL_RET
+                or not self.read(found.restorers[0], 9).startswith(
+                    ubp_x86.RESTORERS)):
+            return None
+        mask = ctypes.create_string_buffer(8)
+        ptrace(PTRACE_GETSIGMASK, thread.tid, 8, ctypes.addressof(mask))
+        vaddr, image, regs = ubp_x86.reissued_transfer(
+            thread.regs, rest, found.syscall_ret,
+            (xstate, mask.raw, found.restorers[0], top))
+        thread.below = vaddr, read_memory(thread.tid, vaddr, len(image))
+        write_memory(thread.tid, vaddr, image)
+        return regs
+
+    def _put_back(self, thread):
+        """A transfer's registers as they are to be, and what lay below."""
+        self.set_regs(thread.tid, thread.regs)
+        if thread.below is not None:
+            below, thread.below = thread.below, None
+            write_memory(thread.tid, *below)
+
     def _step_transfer(self, thread, event, signo):
         """A thread that re-issues the rest of its transfer has stopped.
 
@@ -3152,7 +3200,7 @@ class Tracer:
                 if thread.is_wanted:    # this stop has used up the interrupt
                     self._resume(thread.tid, PTRACE_INTERRUPT)
                 return False
-            self.set_regs(thread.tid, thread.regs)
+            self._put_back(thread)
         except OSError:
             self.lose(thread.tid)
             return True
@@ -3184,9 +3232,27 @@ class Tracer:
                     and self._has_stopped(thread)
                     and thread.tid in self.threads):
                 self._let_go(thread)
+            elif thread.state == ABANDONED:
+                self._drop_abandoned(thread)
         return bool(self.others) or any(
-            thread.state in (INTERRUPTED, FINISHING)
+            thread.state in (INTERRUPTED, FINISHING, ABANDONED)
             for thread in self.threads.values())
+
+    def _drop_abandoned(self, thread):
+        """Let go of a thread whose injected syscall took too long."""
+        try:
+            status = wait_nohang(thread.tid)
+            if status is None:
+                status = self.stop_seen_by_others(thread.tid)
+        except ChildProcessError:
+            status = 0
+        if status is None:
+            return
+        signo = status >> 8 & 0xff
+        is_signal = status >> 16 == 0 and signo != SYSCALL_EVENT_SIGNAL
+        self.threads.pop(thread.tid, None)
+        if status & 0xff == 0x7f:
+            self._resume(thread.tid, PTRACE_DETACH, is_signal * signo)
 
     def end_transfers(self, must_leave):
         """Before the tracer's thread ends: wait for transfers to end.
@@ -3247,7 +3313,7 @@ class Tracer:
             rest = self._rest(thread)
         if rest is not None:
             try:
-                self.set_regs(thread.tid, rest)
+                self.set_regs(thread.tid, self._framed(thread, rest) or rest)
                 ptrace(PTRACE_SYSCALL, thread.tid)
             except OSError:
                 self.lose(thread.tid)
@@ -3293,8 +3359,9 @@ class Tracer:
     def close(self):
         """Close the files that are kept open between pauses."""
         self._close_memory()
-        for held in self._tasks.values():
-            held.close()
+        for folder, stat_file in self._tasks.values():
+            folder.close()
+            stat_file.close()
         self._tasks.clear()
         if self._loadavg is not None:
             self._loadavg.close()
@@ -3302,8 +3369,10 @@ class Tracer:
 
     # -- writing, with all stopped ------------------------------------------
 
-    def write_text(self, vaddr, data):
+    def write_text(self, vaddr, data, parts=()):
         """Write to memory whatever its protection; within one page.
+
+        parts   ((vaddr, bytes), …) of data that matter, eight bytes at most
 
         /proc/PID/mem is opened after the stop: opened before, it would be
         the memory of a program that exec has replaced. Where the kernel
@@ -3315,7 +3384,8 @@ class Tracer:
                 self._memory = HeldFile("/proc/%d/mem" % tid, os.O_RDWR)
             self._memory.write(vaddr, data)
         except OSError:
-            poke(tid, vaddr, data)
+            for vaddr, data in parts or ((vaddr, data),):
+                poke(tid, vaddr, data)
 
     def _close_memory(self):
         if self._memory is not None:
@@ -3361,12 +3431,39 @@ class Tracer:
             return starts[low]
         return None
 
-    def _stack_end(self, thread, mapping, low):
-        """A pthread stack ends at its control block, others at the vma."""
+    def own_stack(self, thread, size):
+        """The end of size free bytes on a thread's own stack, or 0.
+
+        Below its red zone, where the stack's bounds are known: the main
+        thread's [stack], or a pthread stack with its guard page and its
+        control block; and in no signal handler, which may run on a small
+        stack inside of it.
+        """
+        top = ubp_x86.own_stack_top(thread.regs)
+        mapping = self._mapping(top)
+        if (mapping is None or top - size < mapping.start
+                or self.signal_frames(thread)):
+            return 0
+        if mapping.path == "[stack]" and thread.tid == self.tgid:
+            return top
+        guard = self._mapping(mapping.start - 1)
         block = ubp_x86.thread_pointer(thread.regs)
-        if low < block < mapping.end:
+        if (guard is not None and guard.perms.startswith("---")
+                and top < block < mapping.end):
+            return top
+        return 0
+
+    def _stack_end(self, thread, mapping, low):
+        """A pthread stack ends at its control block, others at the vma.
+
+        Small stacks of coroutines may share one vma of any size.
+        """
+        block = ubp_x86.thread_pointer(thread.regs)
+        if low < block < mapping.end and block - low <= _STACK_LIMIT:
             return block
-        return min(mapping.end, low + _STACK_LIMIT)
+        limit = (_STACK_LIMIT if mapping.path == "[stack]"
+                 else _SMALL_STACK_LIMIT)
+        return min(mapping.end, low + limit)
 
 
 def poke(tid, vaddr, data):
@@ -3391,8 +3488,9 @@ def _blocking_syscall(tgid, tid):
     if len(words) != 9:             # it runs, or has ended
         return 0
     number, args = int(words[0]), [int(word, 16) for word in words[1:7]]
-    return number * (ubp_x86.is_vfork(number)
-                     or ubp_x86.is_transfer(number, args))
+    if ubp_x86.is_vfork(number):
+        return number * (read_stat(tid)[:1] == ["D"])   # else: stopped there
+    return number * ubp_x86.is_transfer(number, args)
 
 
 def _is_idle(thread):
@@ -3453,6 +3551,7 @@ class Injection:
         self.text_vaddr = 0         # where `text` lies meanwhile
         self._text = text
         self._signals = []          # SIGSTOPs that came in between
+        self._seccomp_mode = None   # of the chosen thread, once asked
         self._is_blocked = False    # a SIGSYS came instead of the syscall
         self._mask = ctypes.create_string_buffer(8)
         self._find_code()
@@ -3470,9 +3569,13 @@ class Injection:
                 "inject a syscall into", self.tracer.name(),
                 "the program has no `syscall; ret`, or nothing that could "
                 "return from a signal")
-        is_good = (read(self._gadget, 3) == ubp_x86.SYSCALL_RET and (
-            read(self._pop_rax, 2) == ubp_x86.POP_RAX_RET if self._pop_rax
-            else read(self._restorer, 9).startswith(ubp_x86.RESTORERS)))
+        try:
+            is_good = (read(self._gadget, 3) == ubp_x86.SYSCALL_RET and (
+                read(self._pop_rax, 2) == ubp_x86.POP_RAX_RET
+                if self._pop_rax else
+                read(self._restorer, 9).startswith(ubp_x86.RESTORERS)))
+        except OSError:
+            is_good = False
         if not is_good:
             self.tracer._text = None
             raise Again("the code for injections has changed")
@@ -3545,27 +3648,14 @@ class Injection:
     def _place(self, thread, size):
         """The end of provably free memory, size bytes of it, or 0.
 
-        The thread's own stack below its red zone, where its bounds are
-        known: the main thread's [stack], or a pthread stack with its guard
-        page and its control block, and in no signal handler, which may run
-        on a small stack inside of it. Else pages at the low end of [stack]
-        that were never touched.
+        On the thread's own stack; else pages at the low end of [stack] that
+        were never touched.
         """
-        top = ubp_x86.own_stack_top(thread.regs)
-        mapping = self.tracer._mapping(top)
-        if (mapping is not None and top - size >= mapping.start
-                and not self.tracer.signal_frames(thread)):
-            block = ubp_x86.thread_pointer(thread.regs)
-            if (mapping.path == "[stack]"
-                    and thread.tid == self.tracer.tgid):
-                return top
-            if (top < block < mapping.end
-                    and self._has_guard(mapping.start)):
-                return top
-        for mapping in self.tracer.maps:
+        top = self.tracer.own_stack(thread, size)
+        for mapping in self.tracer.maps if not top else ():
             if mapping.path == "[stack]":
                 return self._low_end(thread.tid, mapping, size)
-        return 0
+        return top
 
     def _low_end(self, tid, mapping, size):
         """The end of free pages at the low end of [stack], or 0.
@@ -3575,7 +3665,8 @@ class Injection:
         """
         span = -(-size // PAGE) * PAGE
         scratch = self.tracer.scratch
-        if (mapping.start <= scratch - span and scratch < mapping.end
+        if (mapping.start <= scratch - span
+                and scratch < self._main_stack_pointer(mapping)
                 and not any(read_memory(tid, scratch - span, span))):
             return scratch
         pages = _touched_pages(tid, mapping)
@@ -3590,15 +3681,19 @@ class Injection:
                 return top
         return 0
 
+    def _main_stack_pointer(self, mapping):
+        """Where the main thread is on [stack]; its end if it is elsewhere."""
+        thread = self.tracer.threads.get(self.tracer.tgid)
+        if thread is None or thread.state != STOPPED:
+            return mapping.start
+        top = ubp_x86.own_stack_top(thread.regs)
+        return top if mapping.start <= top < mapping.end else mapping.end
+
     def _is_used(self, low, high):
         """Is a thread still on its way out of a dead ubp's frame?"""
         return any(low <= ubp_x86.stack_pointer(thread.regs) < high
                    for thread in self.tracer.threads.values()
                    if thread.state == STOPPED)
-
-    def _has_guard(self, start):
-        below = self.tracer._mapping(start - 1)
-        return below is not None and below.perms.startswith("---")
 
     def call(self, number, *args):
         """Run one syscall. -> its result, negative for an error."""
@@ -3620,7 +3715,9 @@ class Injection:
     def check(self, number, *args):
         """Refuse what the thread's seccomp filters would not allow."""
         tid = self._thread.tid
-        mode = self.tracer.seccomp.get(tid) or seccomp_mode(tid)
+        if self._seccomp_mode is None:      # a filter may be new
+            self._seccomp_mode = seccomp_mode(tid)
+        mode = self._seccomp_mode
         if mode == "0":
             return
         for nr, values in ((number, args), (ubp_x86.NR_RT_SIGRETURN, ())):
@@ -3652,7 +3749,10 @@ class Injection:
         polls, waiter = 0, self.tracer.waiter
         waiter.restart()
         while True:
-            status = wait_nohang(tid)
+            try:
+                status = wait_nohang(tid)
+            except ChildProcessError:       # its end was reaped by the host
+                status = 0
             polls += 1
             if status is None and polls % 8 == 0:
                 status = self.tracer.stop_seen_by_others(tid)
@@ -3663,6 +3763,9 @@ class Injection:
                                      "it ended while ubp ran a syscall in it")
                 return status
             if time.monotonic() > limit:
+                # Frozen, or asleep for long: it restores itself when it
+                # comes back, and is let go then.
+                self._thread.state = ABANDONED
                 raise UbpTimeout("run a syscall in", self.tracer.name(),
                                  "it did not return in %g s" % _INJECTION_S)
             waiter.sleep()
@@ -3675,7 +3778,8 @@ class Injection:
         event stop first.
         """
         tid, regs = self._thread.tid, self._thread.regs
-        if tid not in self.tracer.threads:
+        if (tid not in self.tracer.threads
+                or self._thread.state == ABANDONED):
             return
         ptrace(PTRACE_SETSIGMASK, tid, 8, ctypes.addressof(self._mask))
         if not self._is_blocked and (ubp_x86.is_in_syscall(regs)
@@ -3852,6 +3956,11 @@ def tracer_of(tid):
     return int(read_status(tracer).get("Tgid", tracer)) if tracer else 0
 
 
+def is_traced_by_us(tid):
+    """Is a thread traced by this very thread? ptrace has no other owner."""
+    return read_status(tid).get("TracerPid") == str(syscall(SYS_gettid))
+
+
 def _refusal_to_attach(pid, request, error):
     """An AttachError that says what stands in the way. -> the exception"""
     status, tracer = read_status(pid), tracer_of(pid)
@@ -3904,7 +4013,7 @@ def check_target(pid):
         refuse("it is a thread of pid %d" % tgid, "-p %d" % tgid)
     if pid == os.getpid():
         refuse("that is ubp itself")
-    if int(read_stat(pid)[6]) & PF_KTHREAD:
+    if int((read_stat(pid)[6:7] or ["0"])[0]) & PF_KTHREAD:
         refuse("it is a kernel thread; it has no user memory")
     tids = thread_ids(pid)
     if status["State"][0] in "ZX" and len(tids) < 2:
@@ -4122,8 +4231,6 @@ def find_arenas(pid, maps=None):
     groups, found = {}, []
     memory = memory_tid(pid)
     maps = read_maps(memory) if maps is None else maps
-    text = [m for m in maps if "x" in m.perms and "w" not in m.perms
-            and m.path != _MEMFD_PATH]
     for mapping in maps:
         if mapping.path == _MEMFD_PATH and pid != os.getpid():
             groups.setdefault(mapping.inode, []).append(mapping)
@@ -4133,13 +4240,13 @@ def find_arenas(pid, maps=None):
                               []).append(mapping)
     for key, mappings in groups.items():
         inode = key if isinstance(key, int) else 0
-        view = _view(memory, inode, mappings, text)._replace(pid=pid)
+        view = _view(memory, inode, mappings, maps)._replace(pid=pid)
         if view.header is not None or inode:
             found.append(view)
     return found
 
 
-def _view(pid, inode, mappings, text):
+def _view(pid, inode, mappings, maps):
     """The ArenaView of some mappings; a record must be about text."""
     start = mappings[0].start
     ranges = _joined((m.start, m.end) for m in mappings)
@@ -4151,6 +4258,8 @@ def _view(pid, inode, mappings, text):
             return ArenaView(pid, ranges, inode, None, (), 0)
         if not inode:
             ranges = ((start, start + header.size),)
+            if not _is_private_arena(header, mappings[0], maps):
+                return ArenaView(pid, ranges, inode, None, (), 0)
         data = read_memory(pid, start + _RECORDS_AT,
                            _RECORD_SIZE * header.n_records)
     except OSError:
@@ -4159,12 +4268,24 @@ def _view(pid, inode, mappings, text):
               for at in range(0, len(data), _RECORD_SIZE)]
     records = [unpack_record(piece, header) for piece in pieces
                if any(piece)]       # a void one is zero
+    text = [m for m in maps if "x" in m.perms and "w" not in m.perms
+            and m.path != _MEMFD_PATH]
     starts = [mapping.start for mapping in text]
     valid = tuple(record for record in records if record is not None
                   and all(_is_in(text, starts, vaddr)
                           for vaddr, _, _ in record.patches))
     return ArenaView(pid, ranges, inode, header, valid,
                      len(records) - len(valid))
+
+
+def _is_private_arena(header, code, maps):
+    """Are these an anonymous code mapping and data right behind it?"""
+    at, end = code.end, header.base + header.size
+    for mapping in maps:
+        if (mapping.start <= at < mapping.end and not mapping.inode
+                and not mapping.path and mapping.perms == "rw-p"):
+            at = mapping.end        # it may have merged with a neighbour
+    return code.end == header.base + header.code_size and at >= end
 
 
 def _joined(ranges):
@@ -4568,11 +4689,12 @@ class Patches:
 
     changes   ((vaddr, old, new), …) in the order of writing
     writes    the same, joined: one write per page, in that order
+    parts     the changes of each write, for PTRACE_POKEDATA
     """
 
     def __init__(self, tracer, changes):
         self.tracer = tracer
-        self.writes = []
+        self.writes, self.parts = [], []
         for page, group in _by_page(changes).items():
             low = min(vaddr for vaddr, _, _ in group)
             high = max(vaddr + len(new) for vaddr, _, new in group)
@@ -4583,6 +4705,7 @@ class Patches:
                     raise Again("text at 0x%x changes" % vaddr)
                 new[vaddr - low:vaddr - low + len(after)] = after
             self.writes.append((low, old, bytes(new)))
+            self.parts.append([(vaddr, after) for vaddr, _, after in group])
 
     def verify(self):
         """Is the text still what was read? Raises Again."""
@@ -4594,8 +4717,8 @@ class Patches:
         """One write per page; rolled back if one of them fails."""
         done = []
         try:
-            for vaddr, old, new in self.writes:
-                self.tracer.write_text(vaddr, new)
+            for (vaddr, old, new), parts in zip(self.writes, self.parts):
+                self.tracer.write_text(vaddr, new, parts)
                 done.append((vaddr, old))
         except OSError:
             for vaddr, old in reversed(done):
@@ -4712,13 +4835,16 @@ def arm(tracer, arena, records, timeout):
             survey()
         try:
             state["patches"].verify()
-        except Again:
+        except (Again, OSError):
             state["patches"] = None
-            raise
+            raise Again("its text changes")
         move_threads(tracer, inside, behind)
         state["patches"].write()
 
-    survey()
+    try:
+        survey()
+    except (Again, OSError):
+        state["patches"] = None     # it is surveyed again in the pause
     tracer.pause(action, timeout, "patch")
     return state["changed"]
 
@@ -4821,9 +4947,9 @@ class _Restoring:
             self.survey()
         try:
             self.patches.verify()
-        except Again:
+        except (Again, OSError):
             self.patches = None
-            raise
+            raise Again("its text changes")
         self.patches.write()
         self.is_done = True
 
@@ -4854,7 +4980,10 @@ def restore(tracer, records, ranges, identity, timeout,
                 injection.call(SYS_munmap, low, high - low)
         return True
 
-    steps.survey()
+    try:
+        steps.survey()
+    except (Again, OSError):
+        steps.patches = None        # it is surveyed again in the pause
     try:
         unmapped = tracer.pause(action, timeout, "restore")
     finally:
@@ -5235,7 +5364,10 @@ class Worker:
                 job = None
             except queue.Empty:
                 pass
-            late = self.tracer.finish_late()
+            try:
+                late = self.tracer.finish_late()
+            except (OSError, UbpError) as error:
+                log.warning("pid %d: %s", self.tracer.tgid, error)
         self.tracer.end_transfers(lambda: self._must_leave)
         self.tracer.close()
 

@@ -3234,6 +3234,9 @@ _XSTATE_WITHOUT_TILES = 2816     # what sigreturn takes without permission
 _USER_CS_32 = 0x23               # <asm/segment.h>
 
 NR_RT_SIGRETURN = 15
+# Stands for the registers of a thread in 32-bit code: nothing to be moved.
+REGS_32BIT = _REGS.pack(*[{_CS: _USER_CS_32, _ORIG_RAX: _U64_MAX}.get(n, 0)
+                          for n in range(27)])
 SYSCALL_RET = b"\x0f\x05\xc3"                       # syscall; ret
 POP_RAX_RET = b"\x58\xc3"                           # pop %rax; ret
 RESTORERS = (b"\x48\xc7\xc0\x0f\0\0\0\x0f\x05",     # mov $15,%rax; syscall
@@ -3257,7 +3260,7 @@ _EINTR_ON_STOP = {
 # that hold buffer (None: the kernel keeps count) and length; None where the
 # rest is not re-issued by changing two registers: most of those are waited
 # for before the stop, not repaired after it.
-_TRANSFERS = {1: (1, 2), 18: (1, 2), 44: (1, 2), 45: (1, 2), 40: (None, 3),
+_TRANSFERS = {318: (0, 1), 1: (1, 2), 18: (1, 2), 44: (1, 2), 45: (1, 2), 40: (None, 3),
               326: (None, 4), 20: None, 46: None, 47: None, 275: None,
               276: None, 278: None, 296: None, 307: None}
 _MSG_PEEK, _MSG_WAITALL = 2, 0x100       # <linux/socket.h>
@@ -3354,6 +3357,25 @@ def is_transfer(number, args):
         flags = args[3] if number == _NR_RECVFROM else args[2]
         return flags & (_MSG_WAITALL | _MSG_PEEK) == _MSG_WAITALL
     return number in _TRANSFERS
+
+
+def reissued_transfer(before, rest, gadget, frame_parts):
+    """A re-issue that completes by itself if its tracer dies meanwhile.
+
+    before       the regset at the stop; rax is what has been done so far
+    rest         from rest_of_transfer
+    frame_parts  what signal_frame takes behind its regset
+    -> (vaddr of the frame, its bytes, regset to run). The frame takes it
+    that the rest is done in full, as it is unless a signal or the other end
+    stops it; a tracer that lives puts the true count in its place.
+    """
+    values = _REGS.unpack(rest)
+    number, args = values[_RAX], [values[i] for i in _SYSCALL_ARGS]
+    done, = _U64.unpack_from(before, 8 * _RAX)
+    total = done + args[_TRANSFERS[number][1]]
+    vaddr, image = signal_frame(_replaced(
+        before, {_RAX: total, _ORIG_RAX: -1}), *frame_parts)
+    return vaddr, image, syscall_regs(rest, gadget, vaddr, number, args)
 
 
 def is_vfork(number):
