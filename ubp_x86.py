@@ -3260,9 +3260,9 @@ _EINTR_ON_STOP = {
 # that hold buffer (None: the kernel keeps count) and length; None where the
 # rest is not re-issued by changing two registers: most of those are waited
 # for before the stop, not repaired after it.
-_TRANSFERS = {318: (0, 1), 1: (1, 2), 18: (1, 2), 44: (1, 2), 45: (1, 2), 40: (None, 3),
-              326: (None, 4), 20: None, 46: None, 47: None, 275: None,
-              276: None, 278: None, 296: None, 307: None}
+_TRANSFERS = {1: (1, 2), 18: (1, 2), 44: (1, 2), 45: (1, 2), 318: (0, 1),
+              40: (None, 3), 326: (None, 4), 20: None, 46: None, 47: None,
+              275: None, 276: None, 278: None, 296: None, 307: None}
 _MSG_PEEK, _MSG_WAITALL = 2, 0x100       # <linux/socket.h>
 _NR_RECVFROM, _NR_RECVMSG, _NR_PWRITE64, _NR_WRITEV = 45, 47, 18, 20
 # What moves one struct iovec of a vector: writev by write, sendmsg by
