@@ -124,8 +124,7 @@ class UbpTimeout(UbpError):
 
 libc = ctypes.PyDLL(None, use_errno=True)
 
-PTRACE_PEEKDATA   = 2            # <linux/ptrace.h>
-PTRACE_POKEDATA   = 5
+PTRACE_POKEDATA   = 5            # <linux/ptrace.h>
 PTRACE_CONT       = 7
 PTRACE_DETACH     = 17
 PTRACE_SYSCALL    = 24
@@ -162,6 +161,7 @@ PF_KTHREAD     = 0x00200000      # <linux/sched.h>, field 9 of /proc/PID/stat
 CAP_SYS_PTRACE = 19              # <linux/capability.h>
 CAP_SYS_ADMIN  = 21
 AT_ENTRY       = 9               # <linux/auxvec.h>
+AUDIT_ARCH_X86_64 = 0xc000003e   # <linux/audit.h>
 PAGE           = mmap.PAGESIZE
 SYSCALL_EVENT_SIGNAL = signal.SIGTRAP | 0x80    # ptrace(2), TRACESYSGOOD
 
@@ -3467,10 +3467,9 @@ class Tracer:
 
 
 def poke(tid, vaddr, data):
-    """PTRACE_POKEDATA: write data with as few whole words as possible.
+    """PTRACE_POKEDATA: write data in whole words, inside its page.
 
-    A patch of at most eight bytes is one word, chosen inside its page, so
-    no kill can leave half of it.
+    Eight bytes or less are one word, so no kill can leave half of them.
     """
     while data:
         size = min(8, len(data))
@@ -3554,6 +3553,7 @@ class Injection:
         self._seccomp_mode = None   # of the chosen thread, once asked
         self._is_blocked = False    # a SIGSYS came instead of the syscall
         self._mask = ctypes.create_string_buffer(8)
+        self._all_blocked = ctypes.create_string_buffer(_ALL_SIGNALS, 8)
         self._find_code()
         self._choose()
 
@@ -3701,16 +3701,10 @@ class Injection:
         self.check(number, *args)
         self.tracer.set_regs(tid, ubp_x86.syscall_regs(
             self._thread.regs, self._gadget, self._frame, number, args))
-        ctypes.memset(self._mask_all(), 0xff, 8)
-        ptrace(PTRACE_SETSIGMASK, tid, 8, self._mask_all())
+        ptrace(PTRACE_SETSIGMASK, tid, 8, ctypes.addressof(self._all_blocked))
         self._until_syscall_stop(tid)           # entry
         self._until_syscall_stop(tid)           # exit
         return ubp_x86.syscall_result(self.tracer.get_regs(tid))
-
-    def _mask_all(self):
-        if not hasattr(self, "_all"):
-            self._all = ctypes.create_string_buffer(_ALL_SIGNALS, 8)
-        return ctypes.addressof(self._all)
 
     def check(self, number, *args):
         """Refuse what the thread's seccomp filters would not allow."""
@@ -3873,7 +3867,7 @@ def seccomp_mode(tid):
 
 def _filters_allow(tid, number, ip, args):
     """Would every seccomp filter of a stopped thread let a syscall pass?"""
-    data = struct.pack("<iIQ6Q", number, 0xc000003e, ip,
+    data = struct.pack("<iIQ6Q", number, AUDIT_ARCH_X86_64, ip,
                        *(arg & (1 << 64) - 1
                          for arg in (tuple(args) + (0,) * 6)[:6]))
     for index in range(1 << 10):
@@ -3979,7 +3973,8 @@ def _refusal_to_attach(pid, request, error):
         why = "%s, though we have CAP_SYS_PTRACE: a security module, or " \
             "another user namespace" % error.strerror
     elif uids and any(uid != str(os.geteuid()) for uid in uids[:3]):
-        why = "it belongs to uid %s, we are uid %d" % (uids[0], os.geteuid())
+        other = next(uid for uid in uids if uid != str(os.geteuid()))
+        why = "it belongs to uid %s, we are uid %d" % (other, os.geteuid())
         hint = "sudo, or run ubp as that user"
     elif scope in (b"1", b"2"):
         why = "ptrace_scope is %s and %d is not our child" % (
@@ -4348,6 +4343,18 @@ def find_arena_range(maps, vaddr):
                  if m.start <= vaddr < m.end and m.path == _MEMFD_PATH), None)
 
 
+def pack_header(tracer, base, layout, shards, nonce, flags, n_records,
+                is_anonymous):
+    """The header of an arena that this process makes in a target."""
+    size, code_size, max_records = layout
+    return HEADER.pack(
+        MAGIC, VERSION, _RECORD_SIZE, base, size, code_size, nonce,
+        os.getpid(), os.getuid(), start_time(os.getpid()), _pid_namespace(),
+        tracer.tgid, flags, tracer.birth, int(time.time() * 1e9), n_records,
+        max_records, _RECORDS_AT + _RECORD_SIZE * max_records, shards.mask,
+        shards.shift, is_anonymous, tracer.scratch)
+
+
 class Arena:
     """Memory in the target for the probes near one group of modules.
 
@@ -4370,14 +4377,11 @@ class Arena:
     def _write_header(self):
         """The magic last: without it, an arena is one that was not finished.
         """
-        self.store(8, HEADER.pack(
-            MAGIC, VERSION, _RECORD_SIZE, self.base, self.size,
-            self.code_size, self.nonce, os.getpid(), os.getuid(),
-            start_time(os.getpid()), _pid_namespace(), self.tracer.tgid,
-            self._flags, self.tracer.birth, int(time.time() * 1e9),
-            len(self.records), self.max_records,
-            _RECORDS_AT + _RECORD_SIZE * self.max_records, self.shards.mask,
-            self.shards.shift, self.memory is None, self.tracer.scratch)[8:])
+        header = pack_header(
+            self.tracer, self.base, (self.size, self.code_size,
+                                     self.max_records), self.shards,
+            self.nonce, self._flags, len(self.records), self.memory is None)
+        self.store(len(MAGIC), header[len(MAGIC):])
         self.store(0, MAGIC)
 
     def store(self, offset, data):
@@ -4523,6 +4527,9 @@ def make_arena(tracer, low, high, n_sites, timeout, kind="auto"):
             if fd < 0 and fd != -errno.EEXIST and kind != "memfd":
                 fd = _map_twice(injection, base, layout, MAP_PRIVATE
                                 | MAP_ANONYMOUS, -1) or _ANONYMOUS
+            if fd == _ANONYMOUS:    # nothing else would tell what it is
+                tracer.write_text(base, pack_header(
+                    tracer, base, layout, shards, 0, 0, 0, True))
         if fd == -errno.EEXIST:     # taken since the maps were read
             place[0] = place_arena(read_maps(tracer.vm_tid()), low, high,
                                    layout[0])
@@ -5308,10 +5315,12 @@ class Worker:
         """
         job = _Job(function)
         with self._lock:
+            # In steps that a KeyboardInterrupt may part from each other.
             if self._thread is None:
                 self._thread = threading.Thread(
-                    target=self._run, name="ubp-%d" % self.tracer.tgid)
-                self._thread.daemon = True
+                    target=self._run, daemon=True,
+                    name="ubp-%d" % self.tracer.tgid)
+            if self._thread.ident is None:
                 self._thread.start()
             self._jobs.put(job)
         limit = time.monotonic() + timeout + 30
@@ -5328,11 +5337,11 @@ class Worker:
         """End the thread, when transfers in progress have ended."""
         with self._lock:
             thread, self._thread = self._thread, None
-            if thread is not None:
-                self._jobs.put(None)
-        if thread is not None:
-            thread.join(0.2)
-        if thread is not None and thread.is_alive():
+            if thread is None or thread.ident is None:
+                return
+            self._jobs.put(None)
+        thread.join(0.2)
+        if thread.is_alive():
             threading.Thread(target=self._linger, args=(thread,),
                              name="ubp-linger").start()
 

@@ -249,6 +249,9 @@ def arenas(pid):
     return [m for m in maps(pid) if m.path.startswith("/memfd:ubp")]
 
 
+ALL_BLOCKED = "fffffffffffbfeff"
+
+
 class Snapshot:
     """Mappings, descriptors, changed text and tracer of a process."""
 
@@ -261,6 +264,8 @@ class Snapshot:
         self.masks = {tid: self._mask(tid) for tid in threads(pid)}
 
     def _mask(self, tid):
+        # The C library starts a thread with every signal blocked.
+        settled(lambda: status(self.pid, tid)["SigBlk"] != ALL_BLOCKED, 0.2)
         found = status(self.pid, tid)
         return tuple(found[key] for key in ("SigBlk", "SigIgn", "SigCgt"))
 

@@ -648,7 +648,9 @@ static void *partner_signal(void *argument)
 static void interrupted(struct op *op, long value)
 {
     uint64_t now = now_ns();
-    if (value != -1 || errno != EINTR || n_handled != 1)
+    if (value == -1 && errno == EINTR && n_handled == 0)
+        op->eintr++, wrong("%s: EINTR without a signal", op->name);
+    else if (value != -1 || errno != EINTR || n_handled != 1)
         op->amiss++, wrong("%s: returned %ld after %d signals: %s", op->name,
                            value, n_handled, strerror(errno));
     else if (now - handled_ns > 2000000000ull)
