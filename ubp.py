@@ -2761,7 +2761,8 @@ class Tracer:
         self._regs = ctypes.create_string_buffer(ubp_x86.REGS_SIZE)
         self._iov = Iovec(ctypes.addressof(self._regs), ubp_x86.REGS_SIZE)
         self._loadavg = None
-        self._text = None           # (syscall gadget, restorers)
+        self._text = None           # Gadgets, found in _text_maps
+        self._text_maps = []
         self.starts_raw_threads = False     # by clone itself, not pthreads
 
     # -- looking ------------------------------------------------------------
@@ -2804,15 +2805,16 @@ class Tracer:
         """Where the target has the code that injections need. -> Gadgets
 
         No text is written: all is found in what is mapped, but not in
-        memory that a JIT compiler may write to.
+        memory that a JIT compiler may write to. Looked for anew when other
+        text is mapped: a library may bring a restorer of its own.
         """
-        if self._text is None:
+        text = [mapping for mapping in self.maps if "x" in mapping.perms
+                and (mapping.inode or mapping.path == "[vdso]")
+                and not mapping.path.startswith("/memfd:ubp")]
+        if self._text is None or (text != self._text_maps and self.maps):
             syscall_ret = pop_rax = 0
-            restorers = []
-            for mapping in self.maps:
-                if "x" not in mapping.perms or not (
-                        mapping.inode or mapping.path == "[vdso]"):
-                    continue
+            restorers, self._text_maps = [], text
+            for mapping in text:
                 code, start = self._read_text(mapping), mapping.start
                 syscall_ret = syscall_ret or _find(
                     code, ubp_x86.SYSCALL_RET, start)
@@ -2824,8 +2826,6 @@ class Tracer:
         return self._text
 
     def _read_text(self, mapping):
-        if mapping.path.startswith("/memfd:ubp"):
-            return b""
         try:
             return self.read(mapping.start, mapping.end - mapping.start)
         except OSError:

@@ -29,6 +29,9 @@ class Hosts(unittest.TestCase):
             before = live.Snapshot(process.pid)
             process.send("g")
             head = "pid, HOTS = int(sys.argv[1]), %r\n" % (HOTS,)
+            # Python 3.12 tells every host with threads that it forks.
+            head += ("import warnings\n"
+                     "warnings.simplefilter('ignore', DeprecationWarning)\n")
             with live.python(head + code, process.pid,
                              seconds=seconds) as host:
                 lines = []
