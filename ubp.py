@@ -2692,6 +2692,7 @@ _TRANSFER_WAIT_S = 0.1      # to wait for a transfer to end by itself
 _INJECTION_S = 2.0          # to wait for an injected syscall to return
 _STACK_LIMIT = 16 << 20     # bytes of one stack searched for signal frames
 _SMALL_STACK_LIMIT = 256 << 10      # of one whose bounds are unknown
+_CLD_KILLED = 2             # <asm-generic/siginfo.h>; os has it since 3.9
 _ALL_SIGNALS = b"\xff" * 8
 _FRAME_MARK = b"ubp: frame end\r\n"     # 16 bytes, above each signal frame
 
@@ -3357,7 +3358,13 @@ class Tracer:
         for tid in thread_ids(self.tgid):
             if tid != self.tgid:
                 try:
-                    os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | WALL)
+                    # waitid reports stops of tracees unasked: look first.
+                    found = os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG
+                                      | os.WNOWAIT | WALL)
+                    if found and found.si_code in (
+                            os.CLD_EXITED, _CLD_KILLED, os.CLD_DUMPED):
+                        os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG
+                                  | WALL)
                 except OSError:
                     continue        # alive, or reaped
 
@@ -4976,12 +4983,15 @@ def restore(tracer, records, ranges, identity, timeout,
     else's: it is reported, never overwritten, and keeps its trampolines
     mapped. -> Restored
     """
-    steps, outside = _Restoring(tracer, records), moves_out(records)
+    steps = _Restoring(tracer, records)
 
     def action():
         check_arena(tracer, *identity)
         steps.write()
-        rips = move_threads(tracer, outside, {})
+        # Only to text that is back: at a foreign site a thread stays.
+        foreign = {record.site for record in steps.foreign}
+        rips = move_threads(tracer, moves_out(
+            [r for r in records if r.site not in foreign]), {})
         if not ranges or steps.foreign:
             return False
         if any(low <= rip < high for rip in rips for low, high in ranges):
