@@ -4794,8 +4794,8 @@ def move_threads(tracer, inside, behind):
     """
     left = []
     for thread in tracer.threads.values():
-        if thread.state != STOPPED:
-            continue
+        if thread.state != STOPPED:     # refuse, never guess
+            raise Again("thread %d is not stopped" % thread.tid)
         rip = ubp_x86.program_counter(thread.regs)
         goal = inside.get(rip)
         if ubp_x86.will_restart(thread.regs):
