@@ -5,14 +5,17 @@ Copy ubp.py and ubp_x86.py onto any x86-64 Linux and run:
 
     python3 ubp.py count -p PID libc:malloc
 
-    1  Errors           what can go wrong, and in which words
-    2  Linux ABI        constants, structures and libc functions, once each
-    3  ELF              where is redis-server:processCommand in this process
-    4  Tracee           stop every thread, look, run a syscall in one, let go
-    5  Arena            the memory ubp adds to a target, and its journal
-    6  Probes           plan -> trampoline -> patch -> read -> restore
-    7  Library          attach, launch, Target, Probe, status, clean
-    8  Command line     verbs, tables, JSON Lines, the live view
+     1  Errors             what can go wrong, and in which words
+     2  Linux ABI          constants, structures and libc functions, once each
+     3  ELF                where is redis-server:processCommand in this process
+     4  Stacks             unwinding by .eh_frame, and the names of frames
+     5  Tracee             stop all threads, look, run a syscall in one, let go
+     6  Arena              the memory ubp adds to a target, and its journal
+     7  Results            histograms, keyed sums, events: values to be merged
+     8  Probes             plan -> trampoline -> patch -> read -> restore
+     9  Library            attach, launch, Target, Probe, status, clean
+    10  Pictures           tables, bars, flame graphs, files for other tools
+    11  Command line       verbs, tables, JSON Lines, the live view
 
 Vocabulary, used for nothing else:
 
@@ -2670,7 +2673,14 @@ def _closest(wanted, names):
     near = heapq.nsmallest(500, set(names), key=distance)
     best = difflib.get_close_matches(wanted, near, 3, 0.5)
     return "did you mean %s?" % ", ".join(best) if best else ""
-# ---- 4  Tracee ------------------------------------------------------------
+# ---- 4  Stacks ------------------------------------------------------------
+#
+# From a copy of a stack's top to the functions that are on it. The one
+# idea: what a C++ exception finds, .eh_frame tells us too. Invariant: all
+# of it is hostile input, so a walk is bounded and ends at what is unknown.
+
+
+# ---- 5  Tracee ------------------------------------------------------------
 #
 # Stop every thread of an address space, look at it, change it, let go, and
 # leave no trace of having been there. The one idea: every state in which a
@@ -4056,7 +4066,7 @@ def _check_access(pid, tids):
             "it is a 32-bit or foreign program; ubp knows x86-64 only")
 
 
-# ---- 5  Arena -------------------------------------------------------------
+# ---- 6  Arena -------------------------------------------------------------
 #
 # The memory that ubp adds to a target, and the journal in it. The one idea:
 # whatever is needed to undo a change lies in the target itself, so that any
@@ -5023,7 +5033,15 @@ def _text_at(tracer, vaddr, size):
         return None
 
 
-# ---- 6  Probes ------------------------------------------------------------
+# ---- 7  Results -----------------------------------------------------------
+#
+# What probes have computed, as immutable values. The one idea: results of
+# processors, processes and hosts add up, so each kind has one sum.
+# Invariant: what memory of the target says is validated, and what fails
+# is counted, never shown.
+
+
+# ---- 8  Probes ------------------------------------------------------------
 #
 # From a pattern to armed sites. The one idea: a plan is a value, made while
 # the target runs and without touching it, that can be printed, tested, and
@@ -5302,7 +5320,7 @@ class Probe:
             self._target._remove([self], timeout)
 
 
-# ---- 7  Library -----------------------------------------------------------
+# ---- 9  Library -----------------------------------------------------------
 #
 # What a host program sees. ptrace belongs to a thread, public objects to
 # none: each target has one worker thread that makes every ptrace call, so a
@@ -6295,7 +6313,14 @@ def _close_descriptors(tracer, limit):
     return tracer.pause(action, max(0.5, limit - time.monotonic()), "unmap")
 
 
-# ---- 8  Command line ------------------------------------------------------
+# ---- 10  Pictures ---------------------------------------------------------
+#
+# Results as text, pictures and files for other tools. Invariant: pure; a
+# picture is a function of results, and of the width and the characters
+# that may be used.
+
+
+# ---- 11  Command line -----------------------------------------------------
 #
 # A person, or a pipe, at one end and a running program at the other. The one
 # idea: data and talk are bytes written straight to a descriptor that was

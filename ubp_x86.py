@@ -2,14 +2,16 @@
 
 No I/O, no syscall, no process: bytes in, values out. Usable alone.
 
-    1  Errors           what this file raises
-    2  Opcode maps      what bytes follow each opcode
-    3  Decoder          bytes -> Insn
-    4  Relocation       Insn at one address -> bytes at another
-    5  Windows          which bytes of a function a jump may overwrite
-    6  Assembler        one function per instruction form
-    7  Trampolines      what a jump leads to, listed byte by byte
-    8  Register images  regsets and signal frames as the kernel lays them out
+     1  Errors             what this file raises
+     2  Opcode maps        what bytes follow each opcode
+     3  Decoder            bytes -> Insn
+     4  Relocation         Insn at one address -> bytes at another
+     5  Windows            which bytes of a function a jump may overwrite
+     6  Assembler          one function per instruction form
+     7  Expressions        what a probe may compute, parsed, checked, evaluated
+     8  Bodies             expressions and actions as machine code
+     9  Trampolines        what a jump leads to, listed byte by byte
+    10  Register images    regsets and signal frames, in the kernel's layout
 
 Sources: Intel SDM, order number 325462 ("SDM A-2" is its Table A-2); AMD64
 Architecture Programmer's Manual, volume 3 (24594, "APM"). Vocabulary:
@@ -3022,7 +3024,22 @@ def add_rsp_128():
     return b"\x48\x83\xec\x80"
 
 
-# ---- 7  Trampolines -------------------------------------------------------
+# ---- 7  Expressions -------------------------------------------------------
+#
+# A Python expression over signed 64-bit integers, parsed with ast into a
+# tree that can be printed, evaluated, and compiled. The one idea: Python's
+# meaning within 64 bits. Invariant: it always terminates, and its size is
+# bounded.
+
+
+# ---- 8  Bodies ------------------------------------------------------------
+#
+# What a probe does at a hit, as machine code: an action's updates of the
+# shared memory, around the values of its expressions. Invariant: behind a
+# body every register and flag is as before, or was proven dead.
+
+
+# ---- 9  Trampolines -------------------------------------------------------
 #
 # What a jump leads to: a body, the displaced instructions moved, a jump
 # back. The body of a count is one locked increment of a counter that
@@ -3197,7 +3214,7 @@ def reach(low, high):
     return max(0, high - span), low + span
 
 
-# ---- 8  Register images ---------------------------------------------------
+# ---- 10  Register images --------------------------------------------------
 #
 # To ubp.py a regset is opaque bytes; here are its meaning and the signal
 # frame that restores it. The one idea: a thread that runs an injected
