@@ -101,6 +101,10 @@ class Process:
         self.errors.seek(0)
         return self.errors.read().decode("utf-8", "replace")
 
+    def has_ended(self):
+        """Is it a zombie, or gone? Its parent is we."""
+        return self.process.poll() is not None
+
     def account(self, what):
         """One text with all that is known of a failed child."""
         if what == "ended":
@@ -319,10 +323,15 @@ def symbol(path, name):
 
 
 class KernelUprobe:
-    """A uprobe through perf_event_open on each processor, for every process
-    that runs the file: gone when its descriptors close."""
+    """A uprobe through perf_event_open in each thread of a process: gone
+    when its descriptors close.
 
-    def __init__(self, path, offset):
+    An event per processor would miscount: each is a probe of its own, asked
+    in turn at every hit, and a thread that migrates in between counts twice
+    or not at all.
+    """
+
+    def __init__(self, pid, path, offset):
         libc = ctypes.CDLL(None, use_errno=True)
         try:
             with open("/sys/bus/event_source/devices/uprobe/type") as f:
@@ -338,8 +347,8 @@ class KernelUprobe:
         attribute[64:72] = offset.to_bytes(8, "little")
         data = (ctypes.c_char * 128).from_buffer(attribute)
         self.fds = []
-        for cpu in range(os.cpu_count()):
-            fd = libc.syscall(298, data, -1, cpu, -1, 8)
+        for tid in threads(pid):
+            fd = libc.syscall(298, data, tid, -1, -1, 8)
             if fd >= 0:
                 self.fds.append(fd)
         if not self.fds:

@@ -1,7 +1,7 @@
 """python3 tests/soak.py [CYCLES]: attach, probe, remove, detach a busy target
 CYCLES times (10 000), and look for leaks in the target and in ourselves.
 
-Prints a line each thousandth part of the work; exit status 1 at any leak,
+Prints a line each twentieth part of the work; exit status 1 at any leak,
 wrong value or difference. Run by `make soak`, never by the default tests.
 """
 import gc
@@ -20,6 +20,21 @@ def resident(pid):
             len(live.descriptors(pid)), len(live.threads(pid)))
 
 
+def one_cycle(ubp, process, must_detach):
+    """Attach, probe, remove, close. -> the longest pause, microseconds"""
+    try:
+        with ubp.attach(process.pid) as target:
+            probe = target.probe(SITES, ubp.Count())
+            probe.read()
+            probe.remove()
+            if must_detach:
+                target.detach()
+            return target.pause_us
+    except ubp.UbpError as error:
+        raise live.Wrong("%s; %s" % (error, process.account(
+            "ended" if process.has_ended() else "lives")))
+
+
 def main(arguments):
     ubp = live.core()
     cycles = int(arguments[0]) if arguments else 10000
@@ -32,14 +47,7 @@ def main(arguments):
         first = None
         begun, longest = time.monotonic(), 0.0
         for cycle in range(1, cycles + 1):
-            target = ubp.attach(process.pid)
-            probe = target.probe(SITES, ubp.Count())
-            probe.read()
-            probe.remove()
-            longest = max(longest, target.pause_us)
-            if cycle % 2:
-                target.detach()
-            target.close()
+            longest = max(longest, one_cycle(ubp, process, cycle % 2))
             if cycle == min(500, cycles // 2):
                 gc.collect()
                 first = resident(process.pid), resident("self")

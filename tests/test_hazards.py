@@ -419,8 +419,9 @@ class ForeignCode(unittest.TestCase):
         with live.Target("busy", 1) as process:
             with ubp.attach(process.pid) as target:
                 probe = target.probe("exe:marked", ubp.Count())
-                with live.KernelUprobe(process.path, live.symbol(
-                        process.path, "marked")[1]):
+                with live.KernelUprobe(
+                        process.pid, process.path,
+                        live.symbol(process.path, "marked")[1]):
                     n = process.ask("c")
                 self.assertEqual(0, n["wrong"])
                 self.assertEqual(n["marked"], probe.read())
@@ -432,8 +433,9 @@ class ForeignCode(unittest.TestCase):
     @unittest.skipUnless(live.IS_ROOT, "needs root to set a kernel uprobe")
     def test_18_a_site_with_a_kernel_uprobe_is_refused(self):
         with live.Target("busy", 1) as process:
-            with live.KernelUprobe(process.path, live.symbol(
-                    process.path, "hot")[1]) as uprobe:
+            with live.KernelUprobe(
+                    process.pid, process.path,
+                    live.symbol(process.path, "hot")[1]) as uprobe:
                 process.ask("c")
                 with ubp.attach(process.pid) as target:
                     with self.assertRaises(ubp.UbpError):
@@ -451,8 +453,9 @@ class ForeignCode(unittest.TestCase):
         with live.Target("busy", 1) as process:
             with ubp.attach(process.pid) as target:
                 probe = target.probe("exe:tiny", ubp.Count())
-                with live.KernelUprobe(process.path, live.symbol(
-                        process.path, "hot")[1]) as uprobe:
+                with live.KernelUprobe(
+                        process.pid, process.path,
+                        live.symbol(process.path, "hot")[1]) as uprobe:
                     n = process.ask("c")
                     self.assertEqual(n["hot"], uprobe.count())
                     self.assertEqual(n["tiny"], probe.read())
