@@ -13,9 +13,10 @@ Copy ubp.py and ubp_x86.py onto any x86-64 Linux and run:
      6  Arena              the memory ubp adds to a target, and its journal
      7  Results            histograms, keyed sums, events: values to be merged
      8  Probes             plan -> trampoline -> patch -> read -> restore
-     9  Library            attach, launch, Target, Probe, status, clean
-    10  Pictures           tables, bars, flame graphs, files for other tools
-    11  Command line       verbs, tables, JSON Lines, the live view
+     9  Breakpoints        sites that trap: debug registers, int3, guardian
+    10  Library            attach, launch, Target, Probe, status, clean
+    11  Pictures           tables, bars, flame graphs, files for other tools
+    12  Command line       verbs, tables, JSON Lines, the live view
 
 Vocabulary, used for nothing else:
 
@@ -5320,7 +5321,15 @@ class Probe:
             self._target._remove([self], timeout)
 
 
-# ---- 9  Library -----------------------------------------------------------
+# ---- 9  Breakpoints -------------------------------------------------------
+#
+# Sites that trap. The one idea: what a jump's body computes inside the
+# target, the tracer computes here from the registers of each hit, so every
+# strategy gives the same results. Invariant: hits = recorded + dropped is
+# counted by the kernel, not by whoever reads the records.
+
+
+# ---- 10  Library ----------------------------------------------------------
 #
 # What a host program sees. ptrace belongs to a thread, public objects to
 # none: each target has one worker thread that makes every ptrace call, so a
@@ -6313,14 +6322,14 @@ def _close_descriptors(tracer, limit):
     return tracer.pause(action, max(0.5, limit - time.monotonic()), "unmap")
 
 
-# ---- 10  Pictures ---------------------------------------------------------
+# ---- 11  Pictures ---------------------------------------------------------
 #
 # Results as text, pictures and files for other tools. Invariant: pure; a
 # picture is a function of results, and of the width and the characters
 # that may be used.
 
 
-# ---- 11  Command line -----------------------------------------------------
+# ---- 12  Command line -----------------------------------------------------
 #
 # A person, or a pipe, at one end and a running program at the other. The one
 # idea: data and talk are bytes written straight to a descriptor that was
