@@ -90,6 +90,7 @@ from ubp_x86 import (DecodeError, RefusalError, RelocationError,  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["attach", "launch", "status", "clean", "Target", "Probe", "Count",
+           "Hist", "Trace", "Latency", "Stack", "Histogram", "Event",
            "UbpError", "AttachError", "TraceeGone", "SymbolError",
            "ProbeError", "UbpTimeout", "__version__"]
 
@@ -5041,6 +5042,196 @@ def _text_at(tracer, vaddr, size):
 # Invariant: what memory of the target says is validated, and what fails
 # is counted, never shown.
 
+class Histogram(NamedTuple):
+    """How values are distributed: immutable, exact to a sixteenth.
+
+    buckets   ((low, high, n), …), high inclusive, none empty, ascending
+    min, max  None where nothing was recorded; of an interval (a - b) as
+              near as the buckets tell
+    Histograms of processors, processes and hosts add up. A bucket is an
+    eighth of its power of two wide; values below 16 have one each.
+    """
+    count: int = 0
+    sum: int = 0
+    min: Optional[int] = None
+    max: Optional[int] = None
+    buckets: tuple = ()
+
+    @classmethod
+    def from_buckets(cls, buckets, sum, min, max):
+        """A Histogram from [[low, high, n], …], as its JSON has them.
+
+        Raises ValueError for what is no histogram: a bucket of a negative
+        number, buckets that overlap or do not ascend.
+        """
+        kept, last = [], None
+        for low, high, n in buckets:
+            if not low <= high or n < 0 or last is not None and low <= last:
+                raise ValueError("no bucket: %r" % ([low, high, n],))
+            last = high
+            if n:
+                kept.append((low, high, n))
+        if not kept:
+            return cls()
+        first, last = kept[0], kept[-1]
+        return cls(_total(kept), sum, _clamped(min, *first[:2]),
+                   _clamped(max, *last[:2]), tuple(kept))
+
+    def __add__(self, other):
+        """Both together."""
+        if not isinstance(other, Histogram):
+            return NotImplemented
+        bounds = [(one.min, one.max) for one in (self, other) if one.count]
+        if not bounds:
+            return Histogram()
+        return Histogram(
+            self.count + other.count, self.sum + other.sum,
+            min(low for low, _ in bounds), max(high for _, high in bounds),
+            _joined_buckets(self.buckets + other.buckets))
+
+    __radd__ = __add__
+
+    def __sub__(self, earlier):
+        """What was recorded since an earlier reading of the same probe."""
+        if not isinstance(earlier, Histogram):
+            return NotImplemented
+        buckets = _joined_buckets(self.buckets + tuple(
+            (low, high, -n) for low, high, n in earlier.buckets))
+        if not buckets:
+            return Histogram()
+        return Histogram(
+            _total(buckets), self.sum - earlier.sum,
+            max(self.min, buckets[0][0]), min(self.max, buckets[-1][1]),
+            buckets)
+
+    @property
+    def mean(self):
+        """The arithmetic mean, exact; None where nothing was recorded."""
+        return self.sum / self.count if self.count else None
+
+    def percentile(self, p):
+        """The value that p percent do not exceed, to a sixteenth of itself.
+
+        By nearest rank: 0 gives min, 100 gives max. None where nothing was
+        recorded. Raises ValueError unless 0 <= p <= 100.
+        """
+        if not 0 <= p <= 100:
+            raise ValueError("no percentile: %r" % (p,))
+        if not self.count or p == 0:
+            return self.min
+        if p == 100:
+            return self.max
+        left = self.count * p / 100
+        for low, high, n in self.buckets:
+            left -= n
+            if left <= 0:
+                break
+        low, high = max(low, self.min), min(high, self.max)
+        return low + (high - low) // 2
+
+
+def _total(buckets):
+    return sum(n for _, _, n in buckets)
+
+
+def _clamped(value, low, high):
+    """The value, or the nearest that the bucket it belongs to allows."""
+    return low if value is None or value < low else min(value, high)
+
+
+def _joined_buckets(buckets):
+    """Buckets of equal bounds as one; those that come to nothing go."""
+    found = {}
+    for low, high, n in buckets:
+        found[low, high] = found.get((low, high), 0) + n
+    return tuple(sorted((low, high, n) for (low, high), n in found.items()
+                        if n > 0))
+
+
+N_BUCKETS = 496                 # of values >= 0: of 61 powers of two, and 8
+
+
+def bucket_bounds(index):
+    """(lowest, highest) value of a bucket.
+
+    Below 8 a value is its own bucket. From there a power of two has eight,
+    each known by the three bits behind the leading one.
+    """
+    if index < 8:
+        return index, index
+    shift = (index >> 3) - 1
+    low = (8 | index & 7) << shift
+    return low, low + (1 << shift) - 1
+
+
+def histogram_of_counts(counts, low, high, total, is_signed):
+    """A Histogram from what a body left in shared memory, added up.
+
+    counts   of the buckets: of values >= 0, then, if is_signed, of others
+    total    the sum of the values, of which 64 bits were kept; the others
+             follow from the buckets, to their precision beyond 2 ** 68
+    The target may be writing: what contradicts the buckets is not believed.
+    """
+    buckets = [bucket_bounds(n) + (count,)
+               for n, count in enumerate(counts[:N_BUCKETS]) if count]
+    if is_signed:
+        below = []
+        for n, count in enumerate(counts[N_BUCKETS:2 * N_BUCKETS]):
+            first, last = bucket_bounds(n)
+            if count:
+                below.append((max(-last, -1 << 63), -first, count))
+        buckets = below[::-1] + buckets
+    if not buckets:
+        return Histogram()
+    least = sum(first * n for first, _, n in buckets)
+    most = sum(last * n for _, last, n in buckets)
+    total += ((least + most) // 2 - total + (1 << 63)) >> 64 << 64
+    return Histogram(_total(buckets), _clamped(total, least, most),
+                     _clamped(low, *buckets[0][:2]),
+                     _clamped(high, *buckets[-1][:2]), tuple(buckets))
+
+
+class Sum(int):
+    """A sum of values; .count says of how many."""
+
+    def __new__(cls, value, count):
+        self = super().__new__(cls, value)
+        self.count = count
+        return self
+
+    def __add__(self, other):
+        return Sum(int(self) + int(other),
+                   self.count + getattr(other, "count", 0))
+
+    __radd__ = __add__
+
+    def __sub__(self, other):
+        return Sum(int(self) - int(other),
+                   self.count - getattr(other, "count", 0))
+
+
+def added(one, other):
+    """Two results of one kind as one: ints, Histograms, or dicts of them."""
+    if not isinstance(one, dict):
+        return one + other
+    both = dict(one)
+    for key, value in other.items():
+        both[key] = both[key] + value if key in both else value
+    return both
+
+
+class Event(NamedTuple):
+    """One hit, as Trace recorded it."""
+    time_ns: int            # CLOCK_REALTIME
+    tid: int                # 0: not known
+    cpu: int
+    pid: int                # of the process that made the hit
+    site: "Site"
+    kind: str               # "entry", "exit" or "hit" (neither)
+    values: tuple           # int, bytes, or None for a fault
+    stack: tuple            # of frames, innermost first; or ()
+    probe: Optional["Probe"]    # the one that recorded it
+
 
 # ---- 8  Probes ------------------------------------------------------------
 #
@@ -5060,16 +5251,76 @@ class SitePlan(NamedTuple):
     old: tuple              # ((vaddr, bytes), …) that a patch would replace
 
 
-class Count:
-    """Action: count the calls. by and sum are not built yet."""
-
-    def __init__(self, by=None, sum=None):
-        if by is not None or sum is not None:
-            raise ProbeError("count", "by %s" % (by or sum),
-                             "keys and sums are not built yet")
+class Action:
+    """What a probe computes at each hit. A value: it can be used again."""
 
     def __repr__(self):
-        return "Count()"
+        return "%s(%s)" % (type(self).__name__, ", ".join(
+            "%s=%r" % item for item in sorted(vars(self).items())
+            if item[1] not in (None, (), False)))
+
+
+class Count(Action):
+    """Action: count the hits, or add up the values of an expression.
+
+    by    expressions, "caller, tid" say: one count for each of their values
+    sum   an expression: its sum instead of the number of hits
+    """
+
+    def __init__(self, by=None, sum=None):
+        self.by, self.sum = by, sum
+
+
+class Hist(Action):
+    """Action: the distribution of an expression's values.
+
+    by    expressions: a Histogram for each of their values
+    """
+
+    def __init__(self, expr, by=None):
+        self.expr, self.by = expr, by
+
+
+OVERFLOWS = ("drop", "overwrite", "block")
+
+
+class Trace(Action):
+    """Action: a record of each hit, with the values of expressions.
+
+    stack     also the call stack
+    ring      bytes of a processor's ring; None: as many as are good
+    overflow  what a hit does that finds it full: "drop" itself, "overwrite"
+              the oldest, or "block" up to 100 ms for the reader
+    """
+
+    def __init__(self, *exprs, stack=False, ring=None, overflow="drop"):
+        if overflow not in OVERFLOWS:
+            raise ProbeError("trace with", "overflow=%r" % (overflow,),
+                             "it is one of %s" % ", ".join(OVERFLOWS))
+        self.exprs, self.stack = exprs, stack
+        self.ring, self.overflow = ring, overflow
+
+
+class Latency(Action):
+    """Action: nanoseconds from a function's entry to its exit.
+
+    by    expressions: a Histogram for each of their values
+    """
+
+    def __init__(self, by=None):
+        self.by = by
+
+
+class Stack(Action):
+    """Action: count the hits by call stack.
+
+    depth   frames at most;   sum  an expression to add up instead
+    unwind  "fp" by frame pointers, "cfi" from a copy of the stack's top;
+            None: "fp" where all code on the stack has frame pointers
+    """
+
+    def __init__(self, depth=64, sum=None, unwind=None):
+        self.depth, self.sum, self.unwind = depth, sum, unwind
 
 
 _DUMMY_SHARDS = ubp_x86.Shards(ubp_x86.CPU_FROM_RSEQ, 0, 1, 6, 0)
@@ -5575,7 +5826,7 @@ class Target:
         SymbolError, TraceeGone, UbpTimeout.
         """
         self._check_open("probe")
-        if not isinstance(action, Count):
+        if not isinstance(action, Count) or action.by or action.sum:
             raise ProbeError("probe", str(where),
                              "the action %r is not built yet" % (action,))
         if when is not None or strategy != "jump":
