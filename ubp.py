@@ -2769,6 +2769,7 @@ class Tracer:
         self.pauses = {}            # {purpose: microseconds of the longest}
         self.waiter = StopWaiter()
         self.maps = []
+        self._has_fresh_maps = False        # read after all had stopped
         self.others = []            # Tracers of children, with late threads
         self._to_stop = []          # tids on their way back to a group stop
         self.scratch = 0            # end of [stack] pages that ubp touched
@@ -2919,6 +2920,7 @@ class Tracer:
         if any(thread.state == ABANDONED for thread in self.threads.values()):
             raise Again("an injected syscall has not returned yet")
         self.maps = read_maps(self.vm_tid())
+        self._has_fresh_maps = False
         if not self.maps:           # a zombie: it shares no memory either
             raise TraceeGone("trace", "pid %d" % self.tgid,
                              "the process has ended")
@@ -2956,8 +2958,13 @@ class Tracer:
                 tids = self._tasks[tgid][0].numbers()
                 stat = self._tasks[tgid][1].read().rpartition(b") ")[2]
                 count = int(stat.split()[17])       # num_threads, proc(5)
-            except (OSError, IndexError):
-                continue
+            except OSError as error:
+                if error.errno in (errno.ESRCH, errno.ENOENT):
+                    continue        # a process that has ended
+                raise Again("its threads cannot be listed: %s"
+                            % error.strerror)
+            except IndexError:
+                raise Again("its threads cannot be counted")
             self._saw_ended |= count != len(tids)
             for tid in tids:
                 if tid in self.threads:
@@ -3175,7 +3182,11 @@ class Tracer:
         """
         found, xstate = self._text, ubp_x86.usable_xstate(
             _get_xstate(thread.tid))
-        top = xstate and self.own_stack(thread, ubp_x86.frame_size(xstate))
+        try:
+            top = xstate and self.own_stack(
+                thread, ubp_x86.frame_size(xstate))
+        except Again:               # its stack is not to be seen just now
+            return None
         if (not top or not found.restorers
                 or seccomp_mode(thread.tid) != "0"
                 or self.read(found.syscall_ret, 3) != ubp_x86.SYSCALL_RET
@@ -3420,27 +3431,47 @@ class Tracer:
         """The saved program counters of handlers that a thread is in.
 
         -> [(vaddr of the word, its value)]. A frame on another stack leads
-        on to the stack that it interrupted.
+        on to the stack that it interrupted. Raises Again if the thread's
+        own stack cannot be read: what is on it is unknown. What a frame
+        leads on to may be no stack: any bytes may look like a frame.
         """
         words = [struct.pack("<Q", vaddr) for vaddr in self._text.restorers]
-        found, low, seen = [], ubp_x86.stack_pointer(thread.regs), set()
-        pending = [low]
+        found, seen = [], set()
+        pending = [ubp_x86.stack_pointer(thread.regs)]
         while pending and len(seen) < 64:
             low = pending.pop()
-            mapping = self._mapping(low)
-            if mapping is None or any(a <= low < b for a, b in seen):
+            if any(a <= low < b for a, b in seen):
                 continue
-            high = self._stack_end(thread, mapping, low)
+            high, memory = self._stack_from(thread, low)
+            if memory is None:
+                if not seen:
+                    raise Again("the stack of thread %d cannot be read"
+                                % thread.tid)
+                continue
             seen.add((low, high))
-            try:
-                memory = read_memory(thread.tid, low, high - low)
-            except OSError:
-                continue
             for vaddr, value, rsp in ubp_x86.frames_on_stack(
                     memory, low, words):
                 found.append((vaddr, value))
                 pending.append(rsp)
         return found
+
+    def _stack_from(self, thread, low):
+        """The stack that low is on, from there up. -> (its end, bytes)
+
+        (0, None) where there is none. The maps may be older than the stack.
+        """
+        mapping = self._mapping(low)
+        if mapping is None and not self._has_fresh_maps:
+            self.maps = read_maps(thread.tid) or self.maps
+            self._has_fresh_maps = True
+            mapping = self._mapping(low)
+        if mapping is None:
+            return 0, None
+        high = self._stack_end(thread, mapping, low)
+        try:
+            return high, read_memory(thread.tid, low, high - low)
+        except OSError:
+            return 0, None
 
     def _mapping(self, vaddr):
         starts = self.maps
@@ -4802,9 +4833,10 @@ def moves_out(records):
 def move_threads(tracer, inside, behind):
     """Move every program counter, saved ones too, out of the way.
 
-    -> [every program counter, as it is now]
+    -> [every program counter, as it is now]. First all is looked at, and
+    only then the first is moved: what refuses leaves them where they are.
     """
-    left = []
+    left, moves, words = [], [], []
     for thread in tracer.threads.values():
         if thread.state != STOPPED:     # refuse, never guess
             raise Again("thread %d is not stopped" % thread.tid)
@@ -4813,14 +4845,18 @@ def move_threads(tracer, inside, behind):
         if ubp_x86.will_restart(thread.regs):
             goal = behind.get(rip, goal)
         if goal is not None:
-            thread.regs = ubp_x86.with_program_counter(thread.regs, goal)
-            tracer.set_regs(thread.tid, thread.regs)
+            moves.append((thread, goal))
         left.append(rip if goal is None else goal)
         for vaddr, rip in tracer.signal_frames(thread):
             goal = inside.get(rip)
             if goal is not None:
-                write_memory(thread.tid, vaddr, struct.pack("<Q", goal))
+                words.append((thread.tid, vaddr, goal))
             left.append(rip if goal is None else goal)
+    for thread, goal in moves:
+        thread.regs = ubp_x86.with_program_counter(thread.regs, goal)
+        tracer.set_regs(thread.tid, thread.regs)
+    for tid, vaddr, goal in words:
+        write_memory(tid, vaddr, struct.pack("<Q", goal))
     return left
 
 
@@ -4842,42 +4878,55 @@ def check_arena(tracer, base, nonce):
     tracer.scratch = tracer.scratch or header.scratch
 
 
-def arm(tracer, arena, records, timeout):
-    """Patch the windows of records. -> those whose text had changed
+class _Arming:
+    """The steps of arm: what is decided outside the pause, and in it."""
 
-    Threads are moved before a byte changes: a kill in between leaves them
-    in trampolines that lead back to untouched text.
-    """
-    inside, behind = moves_in(records)
-    state = {"patches": None, "changed": []}
+    def __init__(self, tracer, records):
+        self.tracer, self.records = tracer, records
+        self.changed, self.patches = [], None
 
-    def survey():
-        state["changed"] = [
-            record for record in records
-            if not all(_text_at(tracer, vaddr, len(old)) == old
+    def survey(self):
+        """Compare the text with what was planned, and plan the writes."""
+        self.changed = [
+            record for record in self.records
+            if not all(_text_at(self.tracer, vaddr, len(old)) == old
                        for vaddr, old, _ in record.patches)]
-        state["patches"] = Patches(tracer, [
-            patch for record in records if record not in state["changed"]
+        self.patches = Patches(self.tracer, [
+            patch for record in self.records if record not in self.changed
             for patch in record.patches])
+
+    def write(self):
+        """Move the threads, then write. Raises Again.
+
+        Threads are moved before a byte changes: a kill in between leaves
+        them in trampolines that lead back to untouched text.
+        """
+        if self.patches is None:
+            self.survey()
+        try:
+            self.patches.verify()
+        except (Again, OSError):
+            self.patches = None
+            raise Again("its text changes")
+        move_threads(self.tracer, *moves_in(
+            [r for r in self.records if r not in self.changed]))
+        self.patches.write()
+
+
+def arm(tracer, arena, records, timeout):
+    """Patch the windows of records. -> those whose text had changed"""
+    steps = _Arming(tracer, records)
 
     def action():
         check_arena(tracer, arena.base, arena.nonce)
-        if state["patches"] is None:
-            survey()
-        try:
-            state["patches"].verify()
-        except (Again, OSError):
-            state["patches"] = None
-            raise Again("its text changes")
-        move_threads(tracer, inside, behind)
-        state["patches"].write()
+        steps.write()
 
     try:
-        survey()
+        steps.survey()
     except (Again, OSError):
-        state["patches"] = None     # it is surveyed again in the pause
+        steps.patches = None        # it is surveyed again in the pause
     tracer.pause(action, timeout, "patch")
-    return state["changed"]
+    return steps.changed
 
 
 class Restored(NamedTuple):
@@ -4902,6 +4951,7 @@ class _Restoring:
         self.tracer, self.records = tracer, records
         self.patches, self.is_done, self.modules = None, False, None
         self.n_sites, self.foreign = 0, []
+        self.restored = []          # records of sites with their old bytes
 
     def survey(self):
         """Compare the text with the journal, and plan the writes.
@@ -4911,6 +4961,7 @@ class _Restoring:
         of another ubp, which found the file's bytes there.
         """
         changes, self.foreign, self.n_sites = [], [], 0
+        self.restored = []
         sites = collections.OrderedDict()
         if self.modules is None:
             self.modules = _modules_or_none(self.tracer)
@@ -4922,6 +4973,7 @@ class _Restoring:
                 if armed is not None:
                     self.n_sites += bool(armed)
                     changes += armed
+                    self.restored += records
                     break
             else:
                 if not self._is_of_another_ubp(records[-1]):
@@ -4941,15 +4993,26 @@ class _Restoring:
                 if not self._is_of_file(vaddr, old):
                     return None     # the journal was forged
                 undo.append((vaddr, new, old))
-            elif text not in (old, None):
+            elif text is None:
+                if self._is_mapped(vaddr):
+                    raise Again("text at 0x%x cannot be read" % vaddr)
+            elif text != old:
                 return None
         return undo
 
+    def _is_mapped(self, vaddr):
+        return any(m.start <= vaddr < m.end and "r" in m.perms
+                   for m in read_maps(self.tracer.vm_tid()))
+
     def _is_of_file(self, vaddr, old):
-        """Are these the bytes of the file? They were when it was armed."""
+        """Are these the bytes of the file? They were when it was armed.
+
+        A file that cannot be read any more does not speak against them.
+        """
         for module in self.modules:
             if module.low <= vaddr < module.high and module.has_file:
-                return module.read_file(vaddr, len(old)) == old
+                data = module.read_file(vaddr, len(old))
+                return data == old or len(data) < len(old)
         return True
 
     def _is_of_another_ubp(self, record):
@@ -5001,9 +5064,7 @@ def restore(tracer, records, ranges, identity, timeout,
         check_arena(tracer, *identity)
         steps.write()
         # Only to text that is back: at a foreign site a thread stays.
-        foreign = {record.site for record in steps.foreign}
-        rips = move_threads(tracer, moves_out(
-            [r for r in records if r.site not in foreign]), {})
+        rips = move_threads(tracer, moves_out(steps.restored), {})
         if not ranges or steps.foreign:
             return False
         if any(low <= rip < high for rip in rips for low, high in ranges):
