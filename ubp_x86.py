@@ -23,6 +23,7 @@ Architecture Programmer's Manual, volume 3 (24594, "APM"). Vocabulary:
     copy     a displaced instruction relocated, in a trampoline
 """
 import array
+import ast
 import bisect
 import collections
 import re
@@ -3026,17 +3027,791 @@ def add_rsp_128():
 
 # ---- 7  Expressions -------------------------------------------------------
 #
-# A Python expression over signed 64-bit integers, parsed with ast into a
-# tree that can be printed, evaluated, and compiled. The one idea: Python's
-# meaning within 64 bits. Invariant: it always terminates, and its size is
-# bounded.
+# A Python expression over 64-bit integers, parsed with ast into a tree that
+# can be printed, evaluated, and compiled. The one idea: Python's meaning
+# within 64 bits, so // and % round down and nothing overflows but by
+# wrapping. Every value is signed, until u64() or u64[] or a literal beyond
+# 2**63 makes it unsigned; as in C, unsigned wins where the two meet.
+# Invariant: it always terminates, and its size is bounded.
+#
+#     (op, is_unsigned, argument, ...)      an inner node of the tree
+#     ("const", is_unsigned, value)         ("name", False, name)
+#     ("cast" or "load", u, type, tree)     ("chain", False, (op, ...), trees)
+#     ("and" "or" "if" "not", u, tree, …)   as in Python; not yields 0 or 1
+#     ("str", False, address, size)         ("buf", False, address, n, size)
+
+MAX_TEXT = 1000                 # characters of an expression
+MAX_DEPTH = 50                  # of its tree, and of its brackets
+MAX_STR = 1024                  # bytes of a str or buf
+STR_SIZE, BUF_SIZE = 64, 256    # bytes at most, where nothing else is said
+
+CONSTANTS = {"us": 1000, "ms": 10**6, "sec": 10**9, "KiB": 1 << 10,
+             "MiB": 1 << 20}
+REGISTERS = ("rax rcx rdx rbx rsp rbp rsi rdi "
+             "r8 r9 r10 r11 r12 r13 r14 r15").split()
+MAX_ARGS = 16                   # arg0 to arg15
+EXIT_NAMES = ("ret", "elapsed")
+INPUTS = frozenset(REGISTERS + list(EXIT_NAMES)
+                   + ["nsecs", "tid", "pid", "cpu", "caller"]
+                   + ["arg%d" % n for n in range(MAX_ARGS)])
+TYPES = {sign + str(bits): (bits // 8, sign == "s")
+         for sign in "us" for bits in (8, 16, 32, 64)}
+_OPERATORS = {
+    "Add": "+", "Sub": "-", "Mult": "*", "FloorDiv": "//", "Mod": "%",
+    "LShift": "<<", "RShift": ">>", "BitAnd": "&", "BitOr": "|",
+    "BitXor": "^", "Eq": "==", "NotEq": "!=", "Lt": "<", "LtE": "<=",
+    "Gt": ">", "GtE": ">="}
+_UNARY = {"USub": "neg", "Invert": "~", "Not": "not"}
+_UNSIGNED_END, _SIGNED_END = 1 << 64, 1 << 63
+_STRANGE = re.compile(r"[^A-Za-z0-9_ ()\[\]+\-*/%<>=!&|^~,.]")
+
+
+class ExpressionError(UbpError):
+    """An expression that cannot be used. column counts from 0."""
+
+    def __init__(self, text, column, why):
+        super().__init__("use", text, "%s (column %d)" % (why, column + 1))
+        self.text, self.column, self.why = text, column, why
+
+
+class Expression(NamedTuple):
+    """What parse_expression understood. tree: as drawn above."""
+    text: str
+    tree: tuple
+    kind: str               # "int", "str" or "buf"
+    size: int               # bytes at most of a str or buf; 8 of an int
+    is_unsigned: bool
+    form: str               # "hex", "sym" or "": how it wants to be printed
+    names: frozenset        # the inputs that it reads
+    reads_memory: bool      # through pointers: by a syscall, with faults
+    warnings: tuple = ()    # what the user probably did not mean
+
+
+def _nodes(tree):
+    """Yield a tree and every tree in it."""
+    pending = [tree]
+    while pending:
+        tree = pending.pop()
+        yield tree
+        pending += [part for part in (
+            tree[3] if tree[0] == "chain" else tree[2:])
+            if isinstance(part, tuple)]
+
+
+class _Fault(Exception):
+    """A division by zero, a negative shift, or memory that is not there."""
+
+
+def _wrapped(value, is_unsigned):
+    value &= _UNSIGNED_END - 1
+    return value - _UNSIGNED_END if (
+        value >= _SIGNED_END and not is_unsigned) else value
+
+
+def _converted(value, type_):
+    size, is_signed = TYPES[type_]
+    value &= (1 << 8 * size) - 1
+    return value - (1 << 8 * size) if (
+        is_signed and value >> 8 * size - 1) else value
+
+
+def _shifted(op, value, count):
+    if count < 0:
+        raise _Fault
+    return value << min(count, 64) if op == "<<" else value >> min(count, 64)
+
+
+def _divided(op, a, b):
+    if b == 0:
+        raise _Fault
+    return a // b if op == "//" else a % b
+
+
+_ARITHMETIC = {
+    "+": lambda a, b: a + b, "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b, "&": lambda a, b: a & b,
+    "|": lambda a, b: a | b, "^": lambda a, b: a ^ b,
+    "//": lambda a, b: _divided("//", a, b),
+    "%": lambda a, b: _divided("%", a, b),
+    "<<": lambda a, b: _shifted("<<", a, b),
+    ">>": lambda a, b: _shifted(">>", a, b)}
+_COMPARISON = {
+    "==": lambda a, b: a == b, "!=": lambda a, b: a != b,
+    "<": lambda a, b: a < b, "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b, ">=": lambda a, b: a >= b}
+
+
+def _load(read, vaddr, size):
+    try:
+        data = read(vaddr & _UNSIGNED_END - 1, size)
+    except OSError:
+        raise _Fault
+    if len(data) != size:
+        raise _Fault
+    return data
+
+
+def _computed(tree, values, read):
+    """The int that a tree stands for. Raises _Fault."""
+    op, is_unsigned = tree[:2]
+    if op == "const":
+        return tree[2]
+    if op == "name":
+        return _wrapped(values[tree[2]], False)
+    if op in ("and", "or", "if", "not", "chain"):
+        return _wrapped(_decided(tree, values, read), is_unsigned)
+    if op == "load":
+        vaddr = _computed(tree[3], values, read)
+        return _converted(int.from_bytes(
+            _load(read, vaddr, TYPES[tree[2]][0]), "little"), tree[2])
+    if op == "cast":
+        return _converted(_computed(tree[3], values, read), tree[2])
+    operand = _wrapped(_computed(tree[2], values, read), is_unsigned)
+    if op in ("neg", "~"):
+        return _wrapped(-operand if op == "neg" else ~operand, is_unsigned)
+    other = _computed(tree[3], values, read)
+    if op not in ("<<", ">>"):          # a shift's count keeps its own sign
+        other = _wrapped(other, is_unsigned)
+    return _wrapped(_ARITHMETIC[op](operand, other), is_unsigned)
+
+
+def _decided(tree, values, read):
+    """The value of a tree that chooses which of its parts to compute."""
+    op = tree[0]
+    if op == "chain":
+        left = tree[3][0]
+        a = _computed(left, values, read)
+        for sign, right in zip(tree[2], tree[3][1:]):
+            b = _computed(right, values, read)
+            is_unsigned = left[1] or right[1]
+            if not _COMPARISON[sign](_wrapped(a, is_unsigned),
+                                     _wrapped(b, is_unsigned)):
+                return 0
+            left, a = right, b
+        return 1
+    first = _computed(tree[2], values, read)
+    if op == "not":
+        return int(not first)
+    if op == "if":
+        return _computed(tree[3] if first else tree[4], values, read)
+    if bool(first) == (op == "or"):
+        return first
+    return _computed(tree[3], values, read)
+
+
+def _str_at(read, vaddr, size):
+    """At most size bytes up to a NUL. Raises _Fault if not one is there."""
+    data, end = b"", vaddr + size
+    while vaddr < end and b"\0" not in data:
+        step = min(end, (vaddr | PAGE_SIZE - 1) + 1) - vaddr
+        try:
+            data += _load(read, vaddr, step)
+        except _Fault:
+            if not data:
+                raise
+            break
+        vaddr += step
+    return data.split(b"\0")[0]
+
+
+def evaluate(expression, values, read):
+    """What a hit would compute. -> int, bytes, or None for a fault
+
+    values  {name: int} of expression.names
+    read    read(vaddr, size) -> bytes; raises OSError
+    """
+    tree = expression.tree
+    try:
+        if expression.kind == "int":
+            return _computed(tree, values, read)
+        vaddr = _computed(tree[2], values, read) & _UNSIGNED_END - 1
+        if expression.kind == "str":
+            return _str_at(read, vaddr, tree[3])
+        size = min(max(_computed(tree[3], values, read), 0), tree[4])
+        return _load(read, vaddr, size) if size else b""
+    except _Fault:
+        return None
+
+
+class _Parser:
+    """One expression on its way from ast to a tree."""
+
+    def __init__(self, text, is_exit, shown=None, column=0):
+        self.text, self.is_exit = text, is_exit
+        self.shown, self.column = shown or text, column
+        self.warnings = []
+
+    def fail(self, why, node=None, column=0):
+        """The error that points at a node, or at a column."""
+        if node is not None:
+            column = node.col_offset - 1        # of the bracket in syntax()
+        return ExpressionError(self.shown, self.column + column, why)
+
+    def check(self):
+        """Refuse what is no single line of brackets that match."""
+        text, depth = self.text, 0
+        if len(text) > MAX_TEXT:
+            raise self.fail("more than %d characters" % MAX_TEXT)
+        if not text.strip():
+            raise self.fail("nothing to compute")
+        strange = _STRANGE.search(text)
+        if strange:
+            raise self.fail("%r has no meaning here" % strange.group(),
+                            column=strange.start())
+        for column, char in enumerate(text):
+            depth += (char in "([") - (char in ")]")
+            if depth < 0:
+                raise self.fail("no bracket is open", column=column)
+            if depth > MAX_DEPTH:
+                raise self.fail("nested more than %d deep" % MAX_DEPTH,
+                                column=column)
+
+    def syntax(self):
+        """The ast of the text. Raises ExpressionError."""
+        self.check()
+        try:
+            return ast.parse("(" + self.text + "\n)", mode="eval").body
+        except SyntaxError as error:
+            column = (error.offset or 1) - 2
+            if (error.lineno or 1) > 1:
+                column = len(self.text)
+            raise self.fail("no Python expression: " + error.msg, None,
+                            min(max(column, 0), len(self.text)))
+        except (MemoryError, RecursionError, ValueError, OverflowError):
+            raise self.fail("too complicated")
+
+    def expression(self):
+        """The Expression of the text."""
+        node, form, size, kind = self.syntax(), "", 8, "int"
+        call = self.call_of(node)
+        if call in ("hex", "sym"):
+            form, node = call, self.arguments(node, 1, 1)[0]
+            call = self.call_of(node)
+        if call in ("str", "buf"):
+            if form:
+                raise self.fail("%s() takes a number" % form, node)
+            kind, tree = call, self.memory(node, call)
+            size = tree[-1]
+        else:
+            tree = self.tree(node, 1)
+        ops = list(_nodes(tree))
+        return Expression(
+            self.text.strip(), tree, kind, size,
+            kind == "int" and tree[1], form,
+            frozenset(each[2] for each in ops if each[0] == "name"),
+            any(each[0] in ("load", "str", "buf") for each in ops),
+            tuple(self.warnings))
+
+    @staticmethod
+    def call_of(node):
+        """The name that a node calls, or None."""
+        if type(node).__name__ == "Call":
+            return getattr(node.func, "id", None)
+        return None
+
+    def arguments(self, node, least, most):
+        """The arguments of a call, which must be least to most."""
+        if node.keywords or not least <= len(node.args) <= most:
+            raise self.fail("%s() takes %s" % (
+                node.func.id, "one argument" if most == 1 else
+                "%d or %d arguments" % (least, most)), node)
+        return node.args
+
+    def memory(self, node, call):
+        """The tree of str(address[, size]) or buf(address, n[, size])."""
+        args = self.arguments(node, *((1, 2) if call == "str" else (2, 3)))
+        trees = [self.tree(arg, 2) for arg in args]
+        size = STR_SIZE if call == "str" else BUF_SIZE
+        if call == "str" and len(args) == 2 or len(args) == 3:
+            size = self.size(args[-1], trees[-1])
+        elif call == "buf" and trees[1][0] == "const":
+            size = self.size(args[1], trees[1])
+        if call == "str":
+            return "str", False, trees[0], size
+        return "buf", False, trees[0], trees[1], size
+
+    def size(self, node, tree):
+        """The constant number of bytes that a tree must be."""
+        if tree[0] != "const" or not 1 <= tree[2] <= MAX_STR:
+            raise self.fail("the size must be a number from 1 to %d"
+                            % MAX_STR, node)
+        return tree[2]
+
+    def tree(self, node, depth):
+        """The tree of a node whose value is an integer."""
+        if depth > MAX_DEPTH:
+            raise self.fail("nested more than %d deep" % MAX_DEPTH, node)
+        kind = type(node).__name__
+        make = getattr(self, "make_" + kind.lower(), None)
+        if make is None:
+            raise self.fail("%s has no meaning here" % {
+                "Tuple": "a comma", "Attribute": "a dot",
+                "List": "a list"}.get(kind, kind), node)
+        return _simpler(make(node, depth + 1))
+
+    def make_constant(self, node, depth):
+        """A literal, since Python 3.8."""
+        return self.literal(node, node.value)
+
+    def make_num(self, node, depth):
+        """A literal, before Python 3.8."""
+        return self.literal(node, node.n)
+
+    def literal(self, node, value):
+        """A number that fits 64 bits."""
+        if type(value) is not int:
+            raise self.fail("%r is no integer" % (value,), node)
+        if value >= _UNSIGNED_END:
+            raise self.fail("more than 64 bits", node)
+        return "const", value >= _SIGNED_END, value
+
+    def make_name(self, node, depth):
+        """A constant or an input."""
+        name = node.id
+        if name in CONSTANTS:
+            return "const", False, CONSTANTS[name]
+        if name in EXIT_NAMES and not self.is_exit:
+            raise self.fail("%s is known at an exit only, where %%return or "
+                            "latency probes" % name, node)
+        if name not in INPUTS:
+            raise self.fail("%s is not known here: %s" % (
+                name, self.likely(name)), node)
+        return "name", False, name
+
+    @staticmethod
+    def likely(name):
+        """What to write instead of a name."""
+        if name in TYPES or name in ("str", "buf", "hex", "sym"):
+            return "it takes an argument, as in %s(arg0)" % name
+        if re.match(r"arg\d", name):
+            return "arguments are arg0 to arg%d" % (MAX_ARGS - 1)
+        return ("names are arg0…, ret, elapsed, nsecs, tid, pid, cpu, "
+                "caller, registers such as rdi, us, ms, sec, KiB, MiB")
+
+    def make_unaryop(self, node, depth):
+        """- ~ not; a + changes nothing."""
+        operand = self.tree(node.operand, depth)
+        op = _UNARY.get(type(node.op).__name__)
+        if op is None:
+            return operand
+        return op, op != "not" and operand[1], operand
+
+    def make_binop(self, node, depth):
+        """Arithmetic: unsigned if either operand is, a shift if its left."""
+        op = _OPERATORS.get(type(node.op).__name__)
+        if op is None:
+            raise self.fail({"Div": "/ makes fractions; // rounds down",
+                             "Pow": "** is not computed here"}.get(
+                type(node.op).__name__, "no such operator here"), node)
+        left = self.tree(node.left, depth)
+        right = self.tree(node.right, depth)
+        if op in ("//", "%") and right[:1] + right[2:] == ("const", 0):
+            self.warnings.append("%s by 0 is always a fault" % op)
+        return (op, left[1] or right[1] and op not in ("<<", ">>"), left,
+                right)
+
+    def make_boolop(self, node, depth):
+        """and, or: the value that decides, as in Python."""
+        op = type(node.op).__name__.lower()
+        if depth + len(node.values) > MAX_DEPTH + 2:
+            raise self.fail("more than %d parts" % (MAX_DEPTH // 2), node)
+        trees = [self.tree(value, depth) for value in node.values]
+        made = trees.pop()
+        while trees:
+            made = _simpler((op, trees[-1][1] or made[1], trees.pop(), made))
+        return made
+
+    def make_compare(self, node, depth):
+        """A chain of comparisons: each operand is computed once at most."""
+        signs = [_OPERATORS.get(type(op).__name__) for op in node.ops]
+        if None in signs:
+            raise self.fail("only == != < <= > >= compare", node)
+        trees = [self.tree(each, depth)
+                 for each in [node.left] + node.comparators]
+        for a, sign, b in zip(trees, signs, trees[1:]):
+            self.warn_of_int(a, sign, b)
+            self.warn_of_int(b, sign.translate(_SWAPPED), a)
+        return "chain", False, tuple(signs), tuple(trees)
+
+    def warn_of_int(self, a, sign, b):
+        """ret < 0 and ret == -5 are never true of a C int: see the ABI."""
+        if a == ("name", False, "ret") and b[0] == "const" and (
+                b[2] < 0 or b[2] == 0 and sign in ("<", ">=")):
+            self.warnings.append("ret has 64 bits: a function that returns "
+                                 "int needs s32(ret)")
+
+    def make_ifexp(self, node, depth):
+        """a if c else b."""
+        condition, a, b = [self.tree(each, depth) for each in (
+            node.test, node.body, node.orelse)]
+        return "if", a[1] or b[1], condition, a, b
+
+    def make_call(self, node, depth):
+        """A cast."""
+        call = self.call_of(node)
+        if call in TYPES:
+            operand = self.tree(self.arguments(node, 1, 1)[0], depth)
+            return "cast", call == "u64", call, operand
+        if call in ("str", "buf", "hex", "sym"):
+            raise self.fail("%s() can only be the whole of an expression"
+                            % call, node)
+        raise self.fail("no function but %s, str, buf, hex, sym"
+                        % ", ".join(sorted(TYPES)), node)
+
+    def make_subscript(self, node, depth):
+        """A load through a pointer."""
+        name = getattr(node.value, "id", None)
+        if name not in TYPES:
+            raise self.fail("loads are written as in u32[address]", node)
+        inner = node.slice
+        if type(inner).__name__ == "Index":             # before Python 3.9
+            inner = inner.value
+        address = self.tree(inner, depth)
+        return "load", name == "u64", name, address
+
+
+_SWAPPED = str.maketrans("<>", "><")
+
+
+def _simpler(tree):
+    """A tree of the same meaning, without what is known beforehand."""
+    op, is_unsigned = tree[:2]
+    if op in ("and", "or", "if") and tree[2][0] == "const":
+        if op == "if":
+            chosen = tree[3] if tree[2][2] else tree[4]
+        else:
+            chosen = tree[2] if bool(tree[2][2]) == (op == "or") else tree[3]
+        if chosen[1] == is_unsigned:
+            return chosen
+        tree = "cast", is_unsigned, "u64", chosen
+    parts = tree[3] if tree[0] == "chain" else tree[2:]
+    parts = [part for part in parts if isinstance(part, tuple)]
+    if not parts or op == "load" or any(p[0] != "const" for p in parts):
+        return tree
+    try:
+        return "const", is_unsigned, _computed(tree, {}, None)
+    except _Fault:
+        return tree                     # it faults whenever it is reached
+
+
+def parse_expression(text, is_exit=False):
+    """Understand one expression. -> Expression
+
+    is_exit  may it use what only an exit knows: ret, elapsed
+    Raises ExpressionError, which points at the column.
+    """
+    text = text.replace("\n", " ").replace("\t", " ")
+    return _Parser(text, is_exit).expression()
+
+
+def parse_expressions(text, is_exit=False):
+    """Understand "a, b, ...". -> (Expression, ...)"""
+    text = text.replace("\n", " ").replace("\t", " ")
+    start, depth, parts = 0, 0, []
+    for column, char in enumerate(text + ","):
+        depth += (char in "([") - (char in ")]")
+        if char == "," and (depth == 0 or column == len(text)):
+            parts.append((start, text[start:column]))
+            start = column + 1
+    return tuple(_Parser(part, is_exit, text, column).expression()
+                 for column, part in parts)
 
 
 # ---- 8  Bodies ------------------------------------------------------------
 #
 # What a probe does at a hit, as machine code: an action's updates of the
-# shared memory, around the values of its expressions. Invariant: behind a
+# shared memory, around the values of its expressions. A *block* is an
+# action's memory: the same bytes at the same offset of each processor's
+# shard, all zero at first, every number in it 64 bits wide. A hit counts
+# once: recorded, or in one of the words of the head. Invariant: behind a
 # body every register and flag is as before, or was proven dead.
+#
+#     word    +0   count           a count that cannot fault, by no key
+#
+#     head    +0   faults          hits whose expressions could not be had
+#             +8   dropped         hits for which there was no room
+#             +16  unmatched       exits without a frame: it ran when armed,
+#                                  or its entry was skipped, crowded
+#             +24  abandoned       frames never left: longjmp, exceptions
+#             +32  crowded         entries that found no free frame
+#             +40  skipped         entries whose condition was false
+#             +64  a payload, or a table, or a ring
+#
+#     count   +0   count
+#     sum     +0   count  +8 sum   +16 sum's upper 64 bits
+#     hist    +0   sum    +8 sum's upper 64 bits   +16 least  +24 most
+#             +32  496 buckets for values >= 0, then 496 for values < 0 if
+#                  the expression is signed: by bucket_index(abs(value))
+#             least and most are kept such that zero is "none yet":
+#             most = value ^ bias, least = ~(value ^ bias), where bias is
+#             2**63 of a signed value and 0 of an unsigned one
+#
+#     table   n_entries entries:
+#             +0   state           0 free, 1 being written, else table_tag
+#             +8   the keys        a word each; a str or buf as bytes, filled
+#                                  up with zeros to whole words
+#             +k   payload         count, sum or hist
+#
+#     ring    +0   reserved        tickets given out
+#             +8   full            hits that found no room and got none
+#             +64  consumed        tickets that the reader is done with
+#             +128 n_slots slots:
+#                  +0   sequence   0 never used, 2 * ticket + 1 being written,
+#                                  2 * ticket + 2 complete
+#                  +8   tsc
+#                  +16  tid (32 bits), cpu (32 bits)
+#                  +24  site index (32 bits), mask of values that faulted
+#                  +32  a word for each value: an int, or the number of
+#                       bytes of a str or buf
+#                  then the bytes of each str and buf, in whole words; then
+#                  the stack: a word of how many bytes, the registers of
+#                  STACK_REGISTERS, the bytes
+
+ACTIONS = ("count", "sum", "hist", "trace", "enter", "stack")
+POLICIES = ("drop", "overwrite", "block")
+HEAD_FAULTS, HEAD_DROPPED, HEAD_UNMATCHED = 0, 8, 16
+HEAD_ABANDONED, HEAD_CROWDED, HEAD_SKIPPED = 24, 32, 40
+HEAD_SIZE = 64
+SUM_COUNT, SUM_LOW, SUM_HIGH, SUM_SIZE = 0, 8, 16, 24
+HIST_LOW, HIST_HIGH, HIST_LEAST, HIST_MOST, HIST_BUCKETS = 0, 8, 16, 24, 32
+N_BUCKETS = 496
+ENTRY_STATE, ENTRY_KEYS = 0, 8
+STATE_FREE, STATE_BUSY = 0, 1
+N_PROBED = 8                    # entries of a table that a lookup tries
+RING_RESERVED, RING_FULL, RING_CONSUMED, RING_SLOTS = 0, 8, 64, 128
+SLOT_SEQUENCE, SLOT_TSC, SLOT_TID, SLOT_CPU = 0, 8, 16, 20
+SLOT_SITE, SLOT_FAULTS, SLOT_VALUES = 24, 28, 32
+# What a record with a copy of the stack begins it with; rip is the site's.
+STACK_REGISTERS = ("rsp", "rbp", "rbx", "r12", "r13", "r14", "r15")
+FRAME_SP, FRAME_TSC, FRAME_ARGS = 0, 8, 16
+N_NEIGHBOURS = 4                # frames that a lookup tries
+MAX_KEY_BYTES = 128
+MAX_VALUES = 16                 # of a record
+MAX_DEPTH_WALKED = 64           # frames of a stack walked in the body
+MAX_CODE = 4096                 # bytes of a body; expressions get half
+
+
+class Spec(NamedTuple):
+    """What a probe does at one kind of site.
+
+    "count" "sum" "hist" "trace" as they are named; "stack" is a count (sum
+    with a value) by the frames found by frame pointers; "enter" is what the
+    entries of a probe do whose exits need a frame: see entry_spec.
+    """
+    action: str
+    when: Optional[Expression] = None
+    keys: Tuple[Expression, ...] = ()
+    values: Tuple[Expression, ...] = ()     # summed, binned or recorded
+    policy: str = "drop"    # of a ring
+    n_slots: int = 4096     # of a ring; a power of two
+    n_entries: int = 1024   # of a table; a power of two
+    n_frames: int = 4096    # of a frame table; a power of two
+    depth: int = 0          # frames to walk by frame pointers
+    stack_size: int = 0     # bytes of the stack's top in each record
+    is_exit: bool = False   # the site is an exit of its function
+    kept: Tuple[str, ...] = ()              # arguments stored in a frame
+
+
+class Place(NamedTuple):
+    """Where a body's data is, in the target."""
+    shards: "Shards"
+    block: int              # offset of the block in every shard
+    site_index: int = 0     # of this site among its probe's
+    private: int = 0        # vaddr of the word that fork wipes: the pid
+    frames: int = 0         # vaddr of the probe's frame table; 0: none
+    tid_offset: Optional[int] = None        # of a thread's tid from fs base
+    tsc: Optional[Tuple[int, int]] = None   # (mult, base): ns = base +
+    #                         (tsc * mult >> 32). None: rdtsc is not allowed
+    tracer: int = 0         # vaddr of the word that holds the tracer's tid
+    direct: Tuple[Tuple[int, int], ...] = ()    # [low, high) that stay
+    can_stack: bool = True  # may a body use more than the red zone?
+
+
+class Layout(NamedTuple):
+    """Where things are in a block; offsets as drawn above."""
+    kind: str               # "word", "count", "sum", "hist", "table", "ring"
+    size: int               # bytes in each shard
+    start: int              # of the payload, the entries or the ring
+    payload: str = ""       # of a table's entry: "count", "sum" or "hist"
+    payload_offset: int = 0             # from the entry
+    is_unsigned: bool = False           # of what is summed or binned
+    n_entries: int = 0      # or slots
+    entry_size: int = 0     # or of a slot
+    fields: Tuple[Tuple[str, int, int], ...] = ()   # (kind, offset, size) of
+    #                         each key, or of each value's bytes in a slot
+    stack_offset: int = 0   # of a slot's stack; 0: none
+
+
+def can_fault(expression):
+    """May its value be impossible to have at a hit?"""
+    for tree in _nodes(expression.tree):
+        op, right = tree[0], tree[3] if len(tree) > 3 else None
+        if op in ("load", "str", "buf"):
+            return True
+        if op in ("//", "%") and (right[0] != "const" or right[2] == 0):
+            return True
+        if op in ("<<", ">>") and (right[0] != "const" or right[2] < 0):
+            return True
+    return False
+
+
+def entry_spec(spec):
+    """What the entries must do for an exit's spec. -> Spec or None"""
+    names = set()
+    for each in (spec.when,) + spec.keys + spec.values:
+        names |= each.names if each else frozenset()
+    kept = tuple(sorted((n for n in names if n.startswith("arg")),
+                        key=lambda name: int(name[3:])))
+    if not spec.is_exit or not (kept or "elapsed" in names):
+        return None
+    return Spec("enter", n_frames=spec.n_frames, kept=kept)
+
+
+def frames_layout(spec):
+    """(bytes of a frame, bytes of the table) for an "enter" spec.
+
+    A frame is rsp (0: free), tsc, then the kept arguments; all zero first.
+    """
+    size = FRAME_ARGS + 8 * len(spec.kept)
+    return size, size * (spec.n_frames + N_NEIGHBOURS - 1)
+
+
+def bucket_index(value):
+    """The bucket of a value >= 0: eight to each power of two."""
+    if value < 8:
+        return value
+    e = value.bit_length() - 1
+    return 8 * (e - 2) + (value >> e - 3 & 7)
+
+
+def bucket_range(index):
+    """The (lowest, highest) value of a bucket."""
+    if index < 8:
+        return index, index
+    e = index // 8 + 2
+    low = (8 + index % 8) << e - 3
+    return low, low + (1 << e - 3) - 1
+
+
+def _payload(spec):
+    """(kind, bytes, is it unsigned) of what a hit adds to."""
+    if spec.action == "hist":
+        is_unsigned = spec.values[0].is_unsigned
+        halves = 1 if is_unsigned else 2
+        return "hist", HIST_BUCKETS + 8 * N_BUCKETS * halves, is_unsigned
+    if spec.values:
+        return "sum", SUM_SIZE, spec.values[0].is_unsigned
+    return "count", 8, False
+
+
+def _rounded(size, unit=64):        # a cache line, so that no two share one
+    return (size + unit - 1) // unit * unit
+
+
+def _words(size):
+    return _rounded(size, 8)
+
+
+def block_layout(spec):
+    """What a spec's block looks like. -> Layout
+
+    A site's own, but that all sites of a trace probe share one ring. Raises
+    UbpError where a spec asks for more than a body does.
+    """
+    _check(spec)
+    if spec.action == "trace":
+        return _ring_layout(spec)
+    payload, size, is_unsigned = _payload(spec)
+    if spec.keys or spec.action == "stack":
+        return _table_layout(spec, payload, size, is_unsigned)
+    if payload == "count" and not spec.is_exit and not (
+            spec.when and can_fault(spec.when)):
+        return Layout("word", 8, 0)
+    return Layout(payload, _rounded(HEAD_SIZE + size), HEAD_SIZE,
+                  is_unsigned=is_unsigned)
+
+
+def _table_layout(spec, payload, size, is_unsigned):
+    at, fields = ENTRY_KEYS, []
+    for key in spec.keys:
+        fields.append((key.kind, at, key.size))
+        at += _words(key.size)
+    if spec.action == "stack":
+        fields.append(("stack", at, 8 * spec.depth))
+        at += 8 * spec.depth
+    entry_size = at + size
+    if entry_size <= CACHE_LINE:        # none straddles a line
+        entry_size = 1 << (entry_size - 1).bit_length()
+    n_entries = spec.n_entries + N_PROBED - 1       # a lookup never wraps
+    return Layout("table", _rounded(HEAD_SIZE + entry_size * n_entries),
+                  HEAD_SIZE, payload, at, is_unsigned, n_entries, entry_size,
+                  tuple(fields))
+
+
+def _ring_layout(spec):
+    at, fields = SLOT_VALUES + 8 * len(spec.values), []
+    for value in spec.values:
+        fields.append((value.kind, at, value.size))
+        if value.kind != "int":
+            at += _words(value.size)
+    stack_offset = at if spec.stack_size else 0
+    if spec.stack_size:
+        at += 8 + 8 * len(STACK_REGISTERS) + _words(spec.stack_size)
+    size = HEAD_SIZE + RING_SLOTS + at * spec.n_slots
+    return Layout("ring", _rounded(size), HEAD_SIZE, n_entries=spec.n_slots,
+                  entry_size=at, fields=tuple(fields),
+                  stack_offset=stack_offset)
+
+
+def _check(spec):
+    """Raise UbpError where a spec asks for more than a body does."""
+    def refuse(why):
+        raise UbpError("make", "a body for %s" % spec.action, why)
+    n_values = {"sum": 1, "hist": 1, "count": 0, "enter": 0}
+    if len(spec.values) != n_values.get(spec.action, len(spec.values)):
+        refuse("%d values" % len(spec.values))
+    if len(spec.values) > MAX_VALUES:
+        refuse("more than %d values" % MAX_VALUES)
+    if spec.action != "trace" and any(v.kind != "int" for v in spec.values):
+        refuse("a str or buf has no size to add up")
+    if spec.when and spec.when.kind != "int":
+        refuse("a str or buf is no condition")
+    if sum(_words(key.size) for key in spec.keys) > MAX_KEY_BYTES:
+        refuse("more than %d bytes of keys" % MAX_KEY_BYTES)
+    if spec.action == "stack" and not 1 <= spec.depth <= MAX_DEPTH_WALKED:
+        refuse("1 to %d frames" % MAX_DEPTH_WALKED)
+    for n in spec.n_slots, spec.n_entries, spec.n_frames:
+        if n < 2 or n & n - 1 or n > 1 << 24:
+            refuse("%d is no power of two up to 2**24" % n)
+
+
+_ARG_REGISTERS = (RDI, RSI, RDX, RCX, 8, 9)     # System V ABI, 3.2.3
+
+
+def input_registers(spec):
+    """The mask of registers whose values at the site a body reads."""
+    names = set(STACK_REGISTERS) if spec.stack_size or spec.depth else set()
+    for each in (spec.when,) + spec.keys + spec.values:
+        names |= each.names if each else frozenset()
+    mask = 0
+    for name in names | set(spec.kept):
+        if name in REGISTERS:
+            mask |= 1 << REGISTERS.index(name)
+        elif name == "ret":
+            mask |= 1 << RAX
+        elif name.startswith("arg") and not spec.is_exit \
+                and int(name[3:]) < len(_ARG_REGISTERS):
+            mask |= 1 << _ARG_REGISTERS[int(name[3:])]
+    return mask
+
+
+def body(spec, place, window, vaddr):
+    """The machine code of an action at a window. -> bytes
+
+    Its size does not depend on vaddr or on numbers in place. Raises UbpError
+    where the place lacks what an expression reads, or it is too long.
+    """
+    raise UbpError("make", "a body for %s" % spec.action, "not yet")
 
 
 # ---- 9  Trampolines -------------------------------------------------------
@@ -3153,7 +3928,12 @@ def count_trampoline(window, vaddr, index, shards):
     index   of this site's counter within a shard
     Its size does not depend on vaddr or index. Raises RelocationError.
     """
-    code = count_body(window, vaddr, index, shards)
+    return _with_copies(window, vaddr,
+                        count_body(window, vaddr, index, shards))
+
+
+def _with_copies(window, vaddr, code):
+    """A Trampoline of a body, the displaced instructions, the way back."""
     copies = []
     for insn in window.insns:
         moved = relocate(insn, vaddr + len(code))
@@ -3162,6 +3942,22 @@ def count_trampoline(window, vaddr, index, shards):
         code += moved
     code += jmp_rel32(vaddr + len(code), window.site + window.size)
     return Trampoline(vaddr, code, tuple(copies))
+
+
+def trampoline(window, vaddr, parts):
+    """Several bodies, in order of arming, then the window. -> Trampoline
+
+    parts   [(Spec, Place), ...]
+    What a body reads, those before it leave alone even where it is dead.
+    """
+    code = b""
+    for n, (spec, place) in enumerate(parts):
+        kept = 0
+        for later, _ in parts[n + 1:]:
+            kept |= input_registers(later)
+        narrowed = window._replace(dead_regs=window.dead_regs & ~kept)
+        code += body(spec, place, narrowed, vaddr + len(code))
+    return _with_copies(window, vaddr, code)
 
 
 CACHE_LINE = 64
