@@ -5425,6 +5425,13 @@ class Planner:
             taken.add(low, high)
         return SitePlan(site, "jump", window, size, "", "", old)
 
+    def close(self):
+        """Let go of the modules' code now, not when garbage is collected.
+
+        A scan asks its planner for functions: each keeps the other.
+        """
+        self._scans.clear()
+
     def keep_only(self, armed):
         """Give back the bytes of every window but these: [(module, window)].
         """
@@ -5852,7 +5859,10 @@ class Target:
     def plan(self, pattern):
         """What would be done at each site. -> [SitePlan]. Stops nothing."""
         planner = Planner(self.pid, self._read)
-        return [planner.plan(site) for site in self._sites(pattern)]
+        try:
+            return [planner.plan(site) for site in self._sites(pattern)]
+        finally:
+            planner.close()
 
     def _read(self, vaddr, size):
         try:
@@ -6078,6 +6088,8 @@ class Target:
         self._worker.stop()
         for module in self._modules or ():
             module.close()
+        if self._planner is not None:
+            self._planner.close()
         self._modules = self._planner = None
 
     def _check_process(self, what):
