@@ -6650,7 +6650,1051 @@ def _close_descriptors(tracer, limit):
 #
 # Results as text, pictures and files for other tools. Invariant: pure; a
 # picture is a function of results, and of the width and the characters
-# that may be used.
+# that may be used. All names come from a target that may be hostile: they
+# are escaped here, at the last moment, for the place they are put in.
+#
+#     row     a Row: what one probed function computed, for one key
+#     hit     a Hit: one record of a trace
+#     stack   a tuple of frames "MODULE:FUNCTION", the outermost first
+#     glyphs  the characters that pictures may be made of
+
+class Glyphs(NamedTuple):
+    """The characters that pictures are made of."""
+    dots: str           # where text was left out
+    bar: str            # a cell of a bar, from least filled to full
+    branch: tuple       # in front of a child; of the last one; below both
+
+
+UNICODE = Glyphs("…", "▏▎▍▌▋▊▉█", ("├─ ", "└─ ", "│  ", "   "))
+ASCII = Glyphs("...", "#", ("|- ", "`- ", "|  ", "   "))
+
+
+def escape(text):
+    r"""Return text fit for any terminal: what cannot be printed as \xNN.
+
+    Names, paths and errors come from a target that may be hostile; an escape
+    sequence in one of them would be obeyed by the reader's terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else _escape_char(ord(char))
+                   for char in text)
+
+
+def _escape_char(code):
+    """Return a code point as an escape; an undecodable byte as that byte."""
+    if 0xdc80 <= code <= 0xdcff:       # PEP 383: what surrogateescape made
+        code -= 0xdc00
+    return ("\\x%02x" if code < 0x100 else
+            "\\u%04x" if code < 0x10000 else "\\U%08x") % code
+
+
+def elide(text, size, dots="..."):
+    """Return text in at most size characters, its middle given up."""
+    if len(text) <= size:
+        return text
+    if size <= len(dots) + 1:
+        return text[:max(size, 0)]
+    n_head = (size - len(dots) + 1) // 2
+    return text[:n_head] + dots + text[len(text) - (size - len(dots)
+                                                    - n_head):]
+
+
+def plural(n, noun):
+    """Return "1 site", "2 sites"."""
+    return "%d %s%s" % (n, noun, "" if n == 1 else "s")
+
+
+def json_text(value):
+    r"""Return text of a target for JSON: undecodable bytes as \xNN."""
+    return "".join(_escape_char(ord(char)) if "\ud800" <= char <= "\udfff"
+                   else char for char in value)
+
+
+class Where(NamedTuple):
+    """The function that a result is about, and the process it is of."""
+    host: str
+    pid: int
+    module: str
+    build_id: str
+    function: str
+    address: int        # None: results of several processes, added up
+
+    def label(self):
+        """Return "libc.so.6:malloc+0x4", escaped."""
+        return escape("%s:%s" % (self.module, self.function))
+
+
+class Row(NamedTuple):
+    """What one probed function computed, for one key."""
+    where: Where
+    key: tuple          # of text and ints; a stack: its frames
+    now: object         # in the interval: an int, a Sum, a Histogram
+    total: object       # the same since it was armed
+
+
+class Hit(NamedTuple):
+    """One record of a trace, from this process or another host."""
+    time_ns: int        # CLOCK_REALTIME
+    where: Where
+    tid: int
+    cpu: int
+    kind: str           # "entry", "exit" or "hit"
+    values: tuple       # of (expression, int | text | None for a fault)
+    stack: tuple        # of frames, the outermost first; () without
+
+
+def weight(value):
+    """Return the number by which results are put in order."""
+    return value.count if isinstance(value, Histogram) else int(value)
+
+
+# -- numbers with units -----------------------------------------------------
+
+_TIMES = ((10 ** 9, "s"), (10 ** 6, "ms"), (1000, "us"))
+
+
+def quantity(value, unit=""):
+    """Return an int with its unit, three digits of it at least.
+
+    unit   "ns", of which there are us, ms and s too; "" for plain numbers
+    """
+    if unit != "ns":
+        return "%d" % value
+    for size, name in _TIMES:
+        if abs(value) >= size:
+            scaled = value / size
+            n_digits = 2 if abs(scaled) < 9.995 else 1 if abs(
+                scaled) < 99.95 else 0
+            return "%.*f %s" % (n_digits, scaled, name)
+    return "%d ns" % value
+
+
+def bound(value, unit=""):
+    """Return a bucket's bound: a power of two as 4Ki, a time as 4.10 us."""
+    if unit == "ns":
+        return quantity(value, unit)
+    for shift, name in ((60, "Ei"), (50, "Pi"), (40, "Ti"), (30, "Gi"),
+                        (20, "Mi"), (10, "Ki")):
+        scaled = value / (1 << shift)
+        if abs(scaled) >= 1 and scaled * 8 == int(scaled * 8):
+            return "%g%s" % (scaled, name)
+    return "%d" % value
+
+
+def is_time(expression):
+    """Is the value of this expression a number of nanoseconds?"""
+    return expression.strip() == "elapsed"
+
+
+def value_text(expression, value):
+    """Return "arg0=24", "elapsed=1.20 us", 'str(arg1)="x"' for a value."""
+    if value is None:
+        text = "<fault>"
+    elif not isinstance(value, str):
+        text = quantity(value, "ns" if is_time(expression) else "")
+    elif re.match(r"(hex|sym)\(|caller\Z", expression):
+        text = escape(value)
+    else:
+        text = '"%s"' % escape(value).replace('"', '\\"')
+    return "%s=%s" % (escape(expression), text)
+
+
+# -- tables -----------------------------------------------------------------
+
+def bar(part, whole, width, glyphs):
+    """Return part/whole of a bar of so many columns; never empty if part."""
+    n = len(glyphs.bar)
+    cells = int(part * width * n / whole + 0.5) if whole and width > 0 else 0
+    cells = min(max(cells, 1 if part and width > 0 else 0), max(width, 0) * n)
+    return glyphs.bar[-1] * (cells // n) + (
+        glyphs.bar[cells % n - 1] if cells % n else "")
+
+
+class TableHead(NamedTuple):
+    """What the columns of a table are called."""
+    value: str = "calls"        # "sum" where values were added up
+    keys: tuple = ()            # the expressions of --by
+
+
+def table_lines(rows, seconds, is_final, size=None, n_top=None, glyphs=ASCII,
+                head=TableHead()):
+    """Return the lines of a table of calls or sums, the largest first.
+
+    rows      Rows; `now` was counted in so many seconds
+    is_final  the first column is `total`, not `now`
+    size      (columns, rows) that the lines must fit, or None
+    """
+    columns, n_lines = size or (0, 0)
+    rows = sorted(rows, key=lambda row: (
+        -row.total, row.where.label(), row.where.pid or 0, repr(row.key)))
+    whole = sum(abs(row.total if is_final else row.now) for row in rows) or 1
+    extra = _extra_columns(rows)
+    cells = [_table_cells(row, seconds, is_final, whole, extra)
+             for row in rows]
+    n_shown = min(n_top or len(cells), len(cells))
+    if not n_top and len(cells) > 20:  # a pattern's many that were not called
+        n_shown = max(20, sum(row.total != 0 for row in rows))
+    if n_lines:
+        n_shown = min(n_shown, max(n_lines - 3, 1))
+    title = [head.value, head.value + "/s", "share"] + extra + [
+        escape(key) for key in head.keys] + ["function"]
+    if seconds <= 0:
+        del title[1]
+    n_numbers = len(title) - 1 - len(head.keys)
+    lines = layout([title] + cells[:n_shown], columns, glyphs.dots,
+                   n_numbers)
+    if n_shown < len(cells):
+        hidden = sum(row.total if is_final else row.now
+                     for row in rows[n_shown:])
+        words = "%s not shown, with %s" % (
+            plural(len(cells) - n_shown, "key" if head.keys else "function"),
+            "a sum of %d" % hidden if head.value == "sum"
+            else plural(hidden, "call"))
+        lines.append(words[:columns or None])
+    return lines
+
+
+def _extra_columns(rows):
+    """Return which of host and pid tell rows of a table apart."""
+    return (["host"] * (len({row.where.host for row in rows}) > 1)
+            + ["pid"] * (len({row.where.pid for row in rows}) > 1))
+
+
+def _table_cells(row, seconds, is_final, whole, extra):
+    value = row.total if is_final else row.now
+    rate = row.now / max(seconds, 1e-3)
+    return (["%d" % value]
+            + ["%.*f" % (abs(rate) < 100, rate)] * (seconds > 0)
+            + ["%.1f%%" % (100.0 * value / whole)]
+            + [escape(str(getattr(row.where, name))) for name in extra]
+            + [key_text(part) for part in row.key] + [row.where.label()])
+
+
+def key_text(part):
+    """Return one part of a key as a cell of a table, never empty."""
+    if part is None:
+        return "<fault>"
+    return escape(str(part)) if part != "" else '""'
+
+
+def layout(cells, columns, dots, n_numbers=None):
+    """Return rows of cells as lines: numbers right-aligned, a name last.
+
+    n_numbers   columns of numbers; between them and the name are keys
+    Where columns leave no room for names, numbers give way, the last first.
+    """
+    n_numbers = len(cells[0]) - 1 if n_numbers is None else n_numbers
+    while columns and columns < 14 * len(cells[0]) and n_numbers > 1:
+        cells = [row[:n_numbers - 1] + row[n_numbers:] for row in cells]
+        n_numbers -= 1
+    leasts = (10, 9, 6, 5) + (0,) * len(cells[0])
+    widths = [max([len(row[i]) for row in cells] + [least])
+              for i, least in zip(range(len(cells[0]) - 1), leasts)]
+    key_room = (columns - sum(widths[:n_numbers])) // 2 if columns else 40
+    lines = []
+    for row in cells:
+        text = "".join(cell.rjust(width) + "  "
+                       for cell, width in zip(row[:n_numbers], widths))
+        for cell, width in zip(row[n_numbers:-1], widths[n_numbers:]):
+            width = min(width, max(key_room, 6))
+            text += elide(cell, width, dots).ljust(width) + "  "
+        name = row[-1]
+        if columns:
+            name = elide(name, columns - len(text), dots)
+        lines.append((text + name)[:columns or None].rstrip())
+    return lines
+
+
+# -- histograms -------------------------------------------------------------
+
+def _octave(low, high):
+    """Return which power of two a bucket is in: 0, ±1, ±2, …; see below."""
+    return low.bit_length() if low >= 0 else -(-high).bit_length()
+
+
+def _octave_bounds(n):
+    """Return the (low, high) of an octave: 0; 1; 2 to 3; 4 to 7; …"""
+    if n < 0:
+        low, high = _octave_bounds(-n)
+        return -high, -low
+    return (1 << n >> 1, (1 << n) - 1)
+
+
+def histogram_rows(histogram):
+    """Return ((low, high, n) | None, …), a row for each power of two.
+
+    Where all values are in two of them, a row for each bucket of those that
+    are recorded. None stands for a long run of rows that are empty.
+    """
+    octaves = {}
+    for low, high, n in histogram.buckets:
+        each = _octave(low, high)
+        octaves[each] = octaves.get(each, 0) + n
+    if not octaves:
+        return []
+    present = sorted(octaves)
+    if present[0] >= 4 and present[-1] - present[0] < 2:
+        return _fine_rows(histogram.buckets)
+    rows = []
+    for each, after in zip(present, present[1:] + [None]):
+        rows.append(_octave_bounds(each) + (octaves[each],))
+        if after is not None and after - each > 4:
+            rows.append(None)
+        elif after is not None:
+            rows += [_octave_bounds(n) + (0,)
+                     for n in range(each + 1, after)]
+    return rows
+
+
+def _fine_rows(buckets):
+    """Return rows from the first bucket to the last, the empty ones too."""
+    step = buckets[-1][1] - buckets[-1][0] + 1
+    counts = collections.Counter()
+    for low, _, n in buckets:
+        counts[low // step] += n
+    return [(each * step, (each + 1) * step - 1, counts[each])
+            for each in range(min(counts), max(counts) + 1)]
+
+
+def histogram_lines(histogram, unit="", columns=79, glyphs=ASCII):
+    """Return a Histogram as lines: a row of bars each, then percentiles."""
+    rows = histogram_rows(histogram)
+    bounds = [None if row is None else (
+        bound(row[0], unit), bound(row[1] + 1, unit)) for row in rows]
+    widths = [max([len(each[i]) for each in bounds if each] + [1])
+              for i in range(2)]
+    most = max([row[2] for row in rows if row] + [1])
+    n_digits = max(len("%d" % most), 5)
+    lines = []
+    for row, each in zip(rows, bounds):
+        if row is None:
+            lines.append(("  " + glyphs.dots)[:columns])
+            continue
+        if row[0] == row[1] and unit != "ns":
+            label = "[%s]" % each[0].rjust(widths[0])
+        else:
+            label = "[%s, %s)" % (each[0].rjust(widths[0]),
+                                  each[1].rjust(widths[1]))
+        text = "  %-*s %*d %5.1f%%  " % (
+            sum(widths) + 4, label, n_digits, row[2],
+            100.0 * row[2] / histogram.count)
+        text += bar(row[2], most, columns - len(text), glyphs)
+        lines.append(text.rstrip()[:columns])
+    return lines + [("  " + line)[:columns] for line in percentile_lines(
+        histogram, unit, max(columns - 2, 1))]
+
+
+def percentile_lines(histogram, unit="", columns=77):
+    """Return the lines that tell min, percentiles and max."""
+    if not histogram.count:
+        return ["nothing recorded"[:columns]]
+    parts = [("min", histogram.min)] + [
+        ("p%g" % p, histogram.percentile(p))
+        for p in (50, 90, 99, 99.9)] + [("max", histogram.max)]
+    lines = [""]
+    for name, value in parts:
+        part = "%s %s" % (name, quantity(value, unit))
+        if lines[-1] and len(lines[-1]) + 2 + len(part) > columns:
+            lines.append("")
+        lines[-1] += ("  " if lines[-1] else "") + part
+    return [line[:columns] for line in lines]
+
+
+def histogram_title(row, expression, keys=(), extra=(), columns=0,
+                    dots="..."):
+    """Return "libc.so.6:malloc, caller main: arg0, 12 hits, mean 24.0"."""
+    histogram, unit = row.total, "ns" if is_time(expression) else ""
+    parts = [row.where.label()]
+    parts += ["%s %s" % (name, escape(str(getattr(row.where, name))))
+              for name in extra]
+    parts += ["%s %s" % (escape(name), key_text(part))
+              for name, part in zip(keys, row.key)]
+    text = "%s: %s, %s" % (", ".join(parts), escape(expression),
+                           plural(histogram.count, "hit"))
+    if histogram.count:
+        mean = histogram.mean
+        text += ", mean %s" % (quantity(mean, unit) if unit
+                               else "%.*f" % (abs(mean) < 1e6, mean))
+    return elide(text, columns, dots) if columns else text
+
+
+def histograms_lines(rows, expression, keys=(), size=None, n_top=None,
+                     glyphs=ASCII):
+    """Return the lines of histograms, the one of most hits first.
+
+    size   (columns, rows) that the lines must fit: the histograms that do
+           not fit are named by their titles, then by their number
+    """
+    columns, n_lines = size or (79, 0)
+    rows = sorted(rows, key=lambda row: (
+        -row.total.count, row.where.label(), repr(row.key)))
+    extra, lines = _extra_columns(rows), []
+    unit = "ns" if is_time(expression) else ""
+    recorded = [row for row in rows if row.total.count] or rows[:1]
+    shown = recorded[:n_top]
+    n_shown = 0
+    for row in shown:
+        block = [histogram_title(row, expression, keys, extra, columns,
+                                 glyphs.dots)]
+        block += histogram_lines(row.total, unit, columns, glyphs) + [""]
+        if n_lines and lines and len(lines) + len(block) + 2 > n_lines:
+            break
+        lines += block
+        n_shown += 1
+    if lines and not lines[-1]:
+        del lines[-1]
+    if n_lines:
+        del lines[max(n_lines - 2, 1):]
+    if n_shown < len(rows):
+        n_hits = sum(row.total.count for row in rows) - sum(
+            row.total.count for row in shown[:n_shown])
+        lines.append(("%s not shown, with %s" % (
+            plural(len(rows) - n_shown, "key" if keys else "function"),
+            plural(n_hits, "hit")))[:columns])
+    return lines
+
+
+# -- stacks -----------------------------------------------------------------
+
+class Node:
+    """A frame of a tree of stacks, and all that was called from there."""
+
+    __slots__ = ("frame", "total", "own", "children")
+
+    def __init__(self, frame=""):
+        self.frame, self.total, self.own = frame, 0, 0
+        self.children = {}             # {frame: Node}
+
+    def ordered(self):
+        """Return the children, the largest first."""
+        return sorted(self.children.values(),
+                      key=lambda node: (-node.total, node.frame))
+
+
+def stack_tree(stacks):
+    """Return the root Node of {stack: n}, the outermost frames below it."""
+    root = Node()
+    for stack, n in stacks.items():
+        node = root
+        node.total += n
+        for frame in stack:
+            child = node.children.get(frame)
+            if child is None:
+                child = node.children[frame] = Node(frame)
+            child.total += n
+            node = child
+        node.own += n
+    return root
+
+
+def frame_function(frame):
+    """Return the function of a frame "MODULE:FUNCTION"."""
+    return frame.partition(":")[2] or frame
+
+
+def tree_lines(stacks, size=None, n_top=None, glyphs=ASCII, least=0.005):
+    """Return the lines of a text tree of {stack: n}, the largest first.
+
+    least   branches below this share of the whole are added up in a line
+    n_top   lines at most, whatever their share
+    """
+    columns, n_lines = size or (0, 0)
+    root = stack_tree(stacks)
+    whole = root.total or 1
+    most = min(each for each in (n_top, n_lines and n_lines - 2, 10 ** 6)
+               if each)
+    width = max(len("%d" % root.total), 5)
+    lines, n_left = [], 0
+    # (node, what is in front of it, what is in front of its children)
+    todo = [(node, "", "") for node in reversed(root.ordered())]
+    while todo:
+        node, front, below = todo.pop()
+        if abs(node.total) < least * whole or len(lines) >= most:
+            n_left += 1
+            continue
+        text = "%6.1f%%  %*d  %s" % (100.0 * node.total / whole, width,
+                                     node.total, front)
+        name = escape(node.frame)
+        lines.append((text + (elide(name, columns - len(text), glyphs.dots)
+                              if columns else name))[:columns or None])
+        todo += _branches(node, below, glyphs, least * whole)
+    if n_left:
+        lines.append(("%s not shown" % plural(n_left, "smaller branch")
+                      .replace("branchs", "branches"))[:columns or None])
+    return lines
+
+
+def _branches(node, below, glyphs, least):
+    """Return a node's children as tree_lines() wants them, last first.
+
+    A chain of only children, the usual stack, goes straight down.
+    """
+    children = node.ordered()
+    if len(children) == 1 and abs(node.own) < max(least, 1):
+        return [(children[0], below, below)]
+    branch, last, line, space = glyphs.branch
+    found = [(child, below + branch, below + line) for child in children]
+    if found:
+        found[-1] = (children[-1], below + last, below + space)
+    return found[::-1]
+
+
+def folded_lines(stacks):
+    """Return {stack: n} as folded lines, "main;parse;malloc 12".
+
+    Functions of equal names are one to whoever reads these. What a name may
+    not contain here is replaced: a semicolon by a colon, a line's end by an
+    escape.
+    """
+    found = {}
+    for stack, n in stacks.items():
+        text = ";".join(escape(frame_function(frame)).replace(";", ":")
+                        for frame in stack) or "[no stack]"
+        found[text] = found.get(text, 0) + n
+    return ["%s %d" % item for item in sorted(found.items())]
+
+
+# -- flame graphs -----------------------------------------------------------
+
+FLAME_FRAMES = 20000    # that a browser draws without making anybody wait
+FLAME_ROW = 17          # pixels
+FLAME_HEAD = 64         # pixels above the frames
+_FLAME_COLUMNS = 165    # characters in a frame of full width, without script
+
+_FLAME_STYLE = """
+svg { background: #fff; font: 12px monospace; }
+text { fill: #111; pointer-events: none; white-space: pre; }
+#title { font-size: 15px; font-weight: bold; }
+.f rect { stroke: #fff; stroke-width: .6; }
+.f { cursor: pointer; outline: none; }
+.f:hover rect, .f:focus rect { stroke: #000; stroke-width: 1.4; }
+.f.above rect { opacity: .45; }
+.f.match rect { fill: #b0f; }
+.f.match text { fill: #fff; }
+#tools { text-align: right; }
+input, button { font: 12px monospace; }
+@media (prefers-color-scheme: dark) {
+  svg { background: #16181c; } .f rect { stroke: #16181c; }
+  #title, #info, #found { fill: #ddd; }
+  .f:hover rect, .f:focus rect { stroke: #fff; }
+}
+"""
+
+_FLAME_SCRIPT = r"""
+"use strict";
+(function () {
+  const svg = document.documentElement, find = id =>
+    document.getElementById(id);
+  const frames = Array.from(document.querySelectorAll(".f"), g => {
+    const lines = g.querySelector("title").textContent.split("\n");
+    const box = g.querySelector("rect"), text = g.querySelector("text");
+    return {g, box, text, name: lines[0], about: lines.join(", "),
+            key: (lines[1] + ":" + lines[0]).toLowerCase(),
+            x: +g.dataset.x, w: +g.dataset.w, d: +g.dataset.d};
+  });
+  const of = new Map(frames.map(f => [f.g, f])), root = frames[0];
+  const input = find("search"), info = find("info"), found = find("found");
+  const help = info.textContent;
+  let zoomed = root, width = 7.2, timer = 0;
+
+  function fit(f, pixels) {
+    const n = Math.floor((pixels - 6) / width);
+    f.text.textContent = n < 3 ? "" : f.name.length <= n ? f.name :
+      f.name.slice(0, n - 1) + "\u2026";
+  }
+  function draw() {
+    const page = svg.getBoundingClientRect().width || 1200, z = zoomed;
+    for (const f of frames) {
+      const above = f.d < z.d && f.x <= z.x && f.x + f.w >= z.x + z.w;
+      const below = f.d >= z.d && f.x >= z.x && f.x + f.w <= z.x + z.w;
+      const x = above ? 0 : (f.x - z.x) / z.w, w = above ? 1 : f.w / z.w;
+      const shown = above || below && w * page >= 0.3;
+      f.g.style.display = shown ? "" : "none";
+      f.g.classList.toggle("above", above);
+      if (!shown) continue;
+      f.box.setAttribute("x", 100 * x + "%");
+      f.box.setAttribute("width", 100 * w + "%");
+      f.text.setAttribute("x", 100 * x + "%");
+      fit(f, w * page);
+    }
+    find("reset").disabled = z === root;
+  }
+  function zoom(f) { zoomed = f; draw(); focus(f); }
+  function focus(f) {
+    for (const g of document.querySelectorAll(".f[tabindex='0']"))
+      g.setAttribute("tabindex", "-1");
+    f.g.setAttribute("tabindex", "0");
+    f.g.focus({preventScroll: false});
+    info.textContent = f.about;
+  }
+  function search() {
+    const word = input.value.trim();
+    let test = () => false, sum = 0, end = -1;
+    if (word) {
+      try {
+        const re = new RegExp(word, "i");
+        test = f => re.test(f.key);
+      } catch (e) {
+        test = f => f.key.includes(word.toLowerCase());
+      }
+    }
+    for (const f of frames) {         // parents come before their children
+      const is = f !== root && test(f);
+      f.g.classList.toggle("match", is);
+      if (is && f.x >= end) { sum += f.w; end = f.x + f.w; }
+    }
+    found.textContent = word ?
+      "matched " + (100 * sum / root.w).toFixed(2) + " %" : "";
+  }
+  function step(f, key) {
+    const near = frames.filter(g => g.g.style.display !== "none" &&
+      g.d === f.d + ({ArrowUp: 1, ArrowDown: -1}[key] || 0));
+    if (key === "ArrowUp")
+      return near.filter(g => g.x >= f.x && g.x + g.w <= f.x + f.w)
+        .sort((a, b) => b.w - a.w)[0];
+    if (key === "ArrowDown")
+      return near.find(g => g.x <= f.x && g.x + g.w >= f.x + f.w);
+    return near[near.indexOf(f) + (key === "ArrowRight" ? 1 : -1)];
+  }
+  svg.addEventListener("click", e => {
+    const g = e.target.closest(".f");
+    if (g) zoom(of.get(g));
+  });
+  svg.addEventListener("mouseover", e => {
+    const g = e.target.closest(".f");
+    info.textContent = g ? of.get(g).about : help;
+  });
+  window.addEventListener("keydown", e => {
+    if (e.target === input) {
+      if (e.key === "Escape") { input.value = ""; search(); zoom(zoomed); }
+      return;
+    }
+    const f = of.get(document.activeElement) || zoomed;
+    if (e.key === "/") input.focus();
+    else if (e.key === "Escape") zoom(root);
+    else if (e.key.startsWith("Arrow")) {
+      const next = step(f, e.key);
+      if (next) focus(next);
+    } else if ((e.key === "Enter" || e.key === " ") &&
+               of.has(document.activeElement)) zoom(f);
+    else return;
+    e.preventDefault();
+  });
+  input.addEventListener("input", () => {
+    clearTimeout(timer);
+    timer = setTimeout(search, 80);
+  });
+  find("reset").addEventListener("click", () => zoom(root));
+  window.addEventListener("resize", draw);
+  const probe = root.text.textContent;
+  root.text.textContent = "0".repeat(40);
+  width = root.text.getComputedTextLength() / 40 || width;
+  root.text.textContent = probe;
+  find("tools").style.display = "";
+  draw();
+})();
+"""
+
+
+def _xml(text):
+    """Return text as XML wants it, in an element or an attribute."""
+    return (escape(text).replace("&", "&amp;").replace("<", "&lt;")
+            .replace(">", "&gt;").replace('"', "&quot;"))
+
+
+def _flame_colour(frame):
+    """Return a frame's colour: a hue per module, a shade per function."""
+    module, _, function = frame.partition(":")
+    numbers = []
+    for text in module, function:
+        number = 7
+        for char in text:
+            number = (number * 33 + ord(char)) & 0xffffffff
+        numbers.append(number)
+    return "hsl(%d,%d%%,%d%%)" % (numbers[0] * 47 % 360,
+                                  66 + numbers[1] % 20,
+                                  64 + numbers[1] // 32 % 14)
+
+
+def _flame_nodes(root):
+    """Return [(node, x, depth)] of the frames to draw, parents first.
+
+    The largest; one that is too many takes what is above it along.
+    """
+    sizes, todo = [], [root]
+    while todo:
+        node = todo.pop()
+        sizes.append(node.total)
+        todo += node.children.values()
+    least = (sorted(sizes, reverse=True)[FLAME_FRAMES]
+             if len(sizes) > FLAME_FRAMES else 0)
+    found, todo = [], [(root, 0, 0)]
+    while todo:
+        node, x, depth = todo.pop()
+        found.append((node, x, depth))
+        children = sorted(node.children.values(), key=lambda n: n.frame)
+        places = []
+        for child in children:
+            if child.total > least:
+                places.append((child, x, depth + 1))
+            x += max(child.total, 0)
+        todo += places[::-1]
+    return found, len(sizes) - len(found)
+
+
+def flame_graph(stacks, title, unit="hits"):
+    """Return {stack: n} as an SVG that a browser shows and lets one explore.
+
+    unit   what n counts
+    One file: no script, font or picture from elsewhere. Without scripts it
+    is a picture whose frames still tell their names and numbers.
+    """
+    root = stack_tree({stack: n for stack, n in stacks.items() if n > 0})
+    root.frame = ":all"
+    nodes, n_hidden = _flame_nodes(root)
+    depth = max(depth for _, _, depth in nodes) + 1
+    # Numbers in a script are exact up to 2 ** 53.
+    scale = max(1, root.total >> 52)
+    whole = max(root.total, 1)
+    height = FLAME_HEAD + depth * FLAME_ROW + 10
+    text = ('<?xml version="1.0" encoding="UTF-8" standalone="no"?>\n'
+            '<svg xmlns="http://www.w3.org/2000/svg" width="100%%" '
+            'height="%d" role="application" aria-label="flame graph">\n'
+            '<style><![CDATA[%s]]></style>\n' % (height, _FLAME_STYLE))
+    text += ('<text id="title" x="10" y="22">%s</text>\n'
+             '<text id="info" x="10" y="42">%s, %s%s; click or Enter zooms, '
+             'Esc resets, arrows move, / searches</text>\n'
+             '<text id="found" x="100%%" y="58" dx="-10" text-anchor="end">'
+             '</text>\n' % (_xml(title), plural(len(stacks), "stack"),
+                            "%d %s" % (root.total, _xml(unit)),
+                            ", %s too small to draw" % plural(
+                                n_hidden, "frame") if n_hidden else ""))
+    text += ('<foreignObject id="tools" x="100%" y="6" width="320" '
+             'height="28" transform="translate(-330 0)" '
+             'style="display:none"><div xmlns="http://www.w3.org/1999/xhtml" '
+             'style="text-align:right"><input id="search" type="search" '
+             'placeholder="search (regex)" aria-label="search"/> '
+             '<button id="reset" type="button" disabled="disabled">reset zoom'
+             '</button></div></foreignObject>\n')
+    parts = [text]
+    for node, x, level in nodes:
+        parts.append(_flame_frame(node, x, level, whole, scale,
+                                  height - 10 - (level + 1) * FLAME_ROW,
+                                  unit))
+    parts.append("<script><![CDATA[%s]]></script>\n</svg>\n" % _FLAME_SCRIPT)
+    return "".join(parts)
+
+
+def _flame_frame(node, x, level, whole, scale, y, unit):
+    """Return one frame: a box, its name, and what it tells when asked."""
+    module, _, name = node.frame.partition(":")
+    name = escape(name)
+    about = "%s\n%s\n%d %s, %.2f %%" % (
+        name, escape(module), node.total, escape(unit),
+        100.0 * node.total / whole)
+    share = node.total / whole
+    n = int(share * _FLAME_COLUMNS)
+    return ('<g class="f" role="button" tabindex="%d" data-x="%d" '
+            'data-w="%d" data-d="%d"><title>%s</title>'
+            '<rect x="%.5f%%" y="%d" width="%.5f%%" height="%d" fill="%s"/>'
+            '<text x="%.5f%%" dx="3" y="%d">%s</text></g>\n' % (
+                0 if level == 0 else -1, x // scale, node.total // scale,
+                level, "\n".join(_xml(line) for line in about.split("\n")),
+                100.0 * x / whole, y, 100 * share, FLAME_ROW - 1,
+                _flame_colour(node.frame), 100.0 * x / whole, y + 12,
+                _xml(elide(name, n, "…")) if n > 2 else ""))
+
+
+# -- traces -----------------------------------------------------------------
+
+def clock(time_ns):
+    """Return a time as "12:34:56.123456", local."""
+    return "%s.%06d" % (time.strftime("%H:%M:%S", time.localtime(
+        time_ns // 10 ** 9)), time_ns % 10 ** 9 // 1000)
+
+
+def hit_words(hit, skip=()):
+    """Return a Hit's values, "arg0=24 str(arg1)="x""."""
+    return " ".join(value_text(name, value) for name, value in hit.values
+                    if name not in skip)
+
+
+def hit_lines(hit, host="", has_pid=False):
+    """Return the lines of one Hit: time, tid, function, values; its stack.
+
+    host, has_pid   where several are traced: which it is from
+    """
+    thread = "%d/%d" % (hit.where.pid, hit.tid) if has_pid else "%d" % hit.tid
+    text = "%s  %s%7s  %s%s" % (
+        clock(hit.time_ns), escape(host) + "  " if host else "", thread,
+        hit.where.label(), "%return" if hit.kind == "exit" else "")
+    words = hit_words(hit)
+    lines = [text + ("  " + words if words else "")]
+    lines += ["    " + escape(frame) for frame in hit.stack[::-1]]
+    return lines
+
+
+class CallTree:
+    """Entries and exits of functions as lines, nested by indentation.
+
+    A call without calls in it is one line; so an entry waits for what comes
+    next in its thread, or for flush(). Exits alone (of slow calls, say) are
+    nested by the time that they took: a thread's calls wait until one is
+    known to be the outermost, which flush(now) decides.
+    """
+
+    QUIET_NS = 10 ** 9      # without exits of a thread: it was the outermost
+
+    def __init__(self, has_pid=False, is_exits_only=False):
+        self.has_pid, self.is_exits_only = has_pid, is_exits_only
+        self.open = {}          # {tid: [entry Hits that have no exit yet]}
+        self.held = {}          # {tid: the last entry, not printed yet}
+        self.done = {}          # {tid: [[exit Hit, its calls]]}
+
+    def feed(self, hit):
+        """Return the lines that a Hit, in time order, makes certain."""
+        key = hit.where.host, hit.where.pid, hit.tid
+        if self.is_exits_only:
+            return self._feed_exit(key, hit)
+        entries = self.open.setdefault(key, [])
+        if hit.kind != "exit":
+            lines = self._release(key)
+            self.held[key] = hit
+            entries.append(hit)
+            return lines
+        depth = next((n for n in range(len(entries) - 1, -1, -1)
+                      if entries[n].where.label() == hit.where.label()), None)
+        if depth is None:       # entered before the trace began
+            return self._release(key) + [self._line(
+                hit, "} " + hit.where.label(), 0)]
+        entry, elapsed = entries[depth], hit.time_ns - entries[depth].time_ns
+        if self.held.get(key) is entry:
+            del self.held[key]
+            del entries[depth:]
+            return [self._line(entry, self._call(entry, hit), depth, elapsed)]
+        lines = self._release(key)
+        del entries[depth:]     # what longjmp or an exception left, too
+        return lines + [self._line(
+            hit, "} %s" % self._exit_words(hit), depth, elapsed)]
+
+    def flush(self, now_ns=None):
+        """Return what waited: all of it, or what is certain at now_ns."""
+        lines = [line for key in list(self.held)
+                 for line in self._release(key)]
+        for key, calls in list(self.done.items()):
+            if calls and (now_ns is None or calls[-1][0].time_ns
+                          + self.QUIET_NS < now_ns):
+                del self.done[key]
+                for call in calls:
+                    lines += self._nested(call, 0)
+        return lines
+
+    def _release(self, key):
+        """Return the line of the entry that waited in this thread."""
+        hit = self.held.pop(key, None)
+        if hit is None:
+            return []
+        return [self._line(hit, self._call(hit) + " {",
+                           len(self.open[key]) - 1)]
+
+    def _feed_exit(self, key, hit):
+        """Put the calls that happened within this one below it."""
+        calls = self.done.setdefault(key, [])
+        began = self._began(hit)
+        n = len(calls)
+        while n and self._began(calls[n - 1][0]) >= began:
+            n -= 1
+        calls[n:] = [[hit, calls[n:]]]
+        return []
+
+    @staticmethod
+    def _began(hit):
+        return hit.time_ns - (dict(hit.values).get("elapsed") or 0)
+
+    def _nested(self, call, depth):
+        hit, calls = call
+        elapsed = hit.time_ns - self._began(hit)
+        lines = [self._line(hit._replace(time_ns=self._began(hit)),
+                            self._call(hit, hit), depth, elapsed)]
+        for each in calls:
+            lines += self._nested(each, depth + 1)
+        return lines
+
+    def _line(self, hit, text, depth, elapsed=None):
+        thread = ("%d/%d" % (hit.where.pid, hit.tid) if self.has_pid
+                  else "%d" % hit.tid)
+        return "%s  %7s  %9s  %s%s" % (
+            clock(hit.time_ns), thread,
+            "" if elapsed is None else quantity(elapsed, "ns"),
+            "  " * depth, text)
+
+    @staticmethod
+    def _call(entry, leave=None):
+        """Return "libc.so.6:malloc(arg0=24)", and " ret=5" when it left."""
+        arguments = [value_text(name, value) for name, value in entry.values
+                     if name not in ("elapsed", "ret")]
+        text = "%s(%s)" % (entry.where.label(), ", ".join(arguments))
+        words = hit_words(leave, ("elapsed",) + tuple(
+            name for name, _ in entry.values if name != "ret")
+        ) if leave else ""
+        return text + (" " + words if words else "")
+
+    @staticmethod
+    def _exit_words(hit):
+        words = hit_words(hit, ("elapsed",))
+        return hit.where.label() + (" " + words if words else "")
+
+
+def chrome_events(hits):
+    """Yield the objects of a Chrome trace, for hits in order of time.
+
+    ph B and E for entries and exits, X for an exit that knows its duration,
+    i for what is neither; ts and dur are microseconds, since the first hit:
+    CLOCK_REALTIME in a double would lose the nanoseconds. Source: Trace
+    Event Format, by the authors of Catapult.
+    """
+    base, names, began = None, set(), set()
+    pids = {}               # a pid of each host, as the viewer knows none
+    for hit in hits:
+        base = hit.time_ns if base is None else base
+        process = hit.where.host, hit.where.pid
+        pid = pids.setdefault(process, hit.where.pid
+                              if hit.where.pid not in pids.values()
+                              else max(pids.values()) + 1)
+        if process not in names:
+            names.add(process)
+            yield {"ph": "M", "name": "process_name", "pid": pid, "tid": 0,
+                   "args": {"name": "%s pid %d" % process}}
+        values = dict(hit.values)
+        elapsed = values.pop("elapsed", None)
+        event = {"name": hit.where.label(), "cat": escape(hit.where.module),
+                 "ph": "i", "ts": (hit.time_ns - base) / 1000, "pid": pid,
+                 "tid": hit.tid, "args": values}
+        if hit.stack:
+            event["args"]["stack"] = list(hit.stack)
+        thread = process + (hit.tid, hit.where.label())
+        if hit.kind == "entry":
+            event["ph"] = "B"
+            began.add(thread)
+        elif hit.kind == "exit" and thread in began:
+            event["ph"] = "E"
+        elif hit.kind == "exit" and isinstance(elapsed, int):
+            event.update(ph="X", ts=(hit.time_ns - elapsed - base) / 1000,
+                         dur=elapsed / 1000)
+        else:
+            event["s"] = "t"
+        yield event
+
+
+# -- OpenMetrics ------------------------------------------------------------
+
+def metric_labels(*pairs):
+    """Return {a="1",b="2"} of (name, value); values escaped as they must."""
+    return "{%s}" % ",".join('%s="%s"' % (
+        name, escape(str(value)).replace("\\", "\\\\").replace('"', '\\"'))
+        for name, value in pairs if value is not None)
+
+
+def _row_labels(row, keys):
+    """Return the labels of a Row as pairs; --by's expressions are key0…"""
+    where = row.where
+    pairs = [("host", where.host), ("pid", where.pid),
+             ("module", where.module), ("build_id", where.build_id or None),
+             ("function", where.function)]
+    for n, part in enumerate(row.key):
+        pairs += [("by%d" % n, keys[n] if n < len(keys) else ""),
+                  ("key%d" % n, "<fault>" if part is None else part)]
+    return pairs
+
+
+def _metric_head(name, kind, text, unit=""):
+    lines = ["# TYPE %s %s" % (name, kind)]
+    if unit:
+        lines.append("# UNIT %s %s" % (name, unit))
+    return lines + ["# HELP %s %s" % (name, text)]
+
+
+def metric_histogram(name, labels, histogram, is_ns):
+    """Return the samples of one Histogram: cumulative, le at 2 ** k - 1.
+
+    Where values were negative there is no _sum, and so no _count: it would
+    not only grow.
+    """
+    counts = {}
+    for low, high, n in histogram.buckets:
+        last = _octave_bounds(_octave(low, high))[1]
+        counts[last] = counts.get(last, 0) + n
+    lines, total = [], 0
+    for last in sorted(counts):
+        total += counts[last]
+        lines.append("%s_bucket%s %d" % (name, metric_labels(
+            *labels + [("le", repr(last / 1e9 if is_ns else float(last)))]),
+            total))
+    lines.append("%s_bucket%s %d" % (
+        name, metric_labels(*labels + [("le", "+Inf")]), histogram.count))
+    if not histogram.count or histogram.min >= 0:
+        lines.append("%s_sum%s %s" % (
+            name, metric_labels(*labels), repr(histogram.sum / 1e9)
+            if is_ns else "%d" % histogram.sum))
+        lines.append("%s_count%s %d" % (name, metric_labels(*labels),
+                                        histogram.count))
+    return lines
+
+
+class Loss(NamedTuple):
+    """What one process lost, for the last line and for metrics."""
+    host: str
+    pid: int
+    hits: int
+    dropped: int
+    refused: int
+
+
+def open_metrics(kind, rows, losses, expression="", keys=()):
+    """Return results as OpenMetrics text, for a textfile collector.
+
+    kind     "count", "sum", "hist" or "latency";   losses  a Loss a process
+    Times are in seconds, the base unit that OpenMetrics asks for. Source:
+    OpenMetrics 1.0, "Overall Structure", "Histogram", "Counter".
+    """
+    lines, is_ns = [], kind == "latency" or is_time(expression)
+    if kind == "count":
+        lines += _metric_head("ubp_calls", "counter", "Calls of a function "
+                              "since it was probed.")
+        lines += ["ubp_calls_total%s %d" % (metric_labels(
+            *_row_labels(row, keys)), row.total) for row in rows]
+    elif kind == "sum":             # may fall: values may be negative
+        lines += _metric_head("ubp_sum", "gauge", "Sum of an expression over "
+                              "the calls of a function since it was probed.")
+        lines += ["ubp_sum%s %d" % (metric_labels(*_row_labels(row, keys) + [
+            ("expression", expression)]), row.total) for row in rows]
+    else:
+        name = ("ubp_latency_seconds" if kind == "latency" else
+                "ubp_value_seconds" if is_ns else "ubp_value")
+        lines += _metric_head(
+            name, "histogram", "Time from entry to exit of a function."
+            if kind == "latency" else "Values of an expression at the calls "
+            "of a function.", "seconds" if is_ns else "")
+        for row in rows:
+            lines += metric_histogram(
+                name, _row_labels(row, keys) + (
+                    [] if kind == "latency" else [("expression",
+                                                   expression)]),
+                row.total, is_ns)
+    for name, text, field in (
+            ("ubp_hits", "How often probed places were passed.", "hits"),
+            ("ubp_dropped", "Hits that were not recorded.", "dropped")):
+        lines += _metric_head(name, "counter", text)
+        lines += ["%s_total%s %d" % (name, metric_labels(
+            ("host", loss.host), ("pid", loss.pid)), getattr(loss, field))
+            for loss in losses]
+    lines += _metric_head("ubp_refused_sites", "gauge",
+                          "Places that could not be probed.")
+    lines += ["ubp_refused_sites%s %d" % (metric_labels(
+        ("host", loss.host), ("pid", loss.pid)), loss.refused)
+        for loss in losses]
+    return "\n".join(lines + ["# EOF", ""])
 
 
 # ---- 12  Command line -----------------------------------------------------
@@ -6725,37 +7769,6 @@ class HelpWanted(UbpError):
         self.text = text
 
 
-def escape(text):
-    r"""Return text fit for any terminal: what cannot be printed as \xNN.
-
-    Names, paths and errors come from a target that may be hostile; an escape
-    sequence in one of them would be obeyed by the reader's terminal.
-    """
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else _escape_char(ord(char))
-                   for char in text)
-
-
-def _escape_char(code):
-    """Return a code point as an escape; an undecodable byte as that byte."""
-    if 0xdc80 <= code <= 0xdcff:       # PEP 383: what surrogateescape made
-        code -= 0xdc00
-    return ("\\x%02x" if code < 0x100 else
-            "\\u%04x" if code < 0x10000 else "\\U%08x") % code
-
-
-def elide(text, size, dots="..."):
-    """Return text in at most size characters, its middle given up."""
-    if len(text) <= size:
-        return text
-    if size <= len(dots) + 1:
-        return text[:max(size, 0)]
-    n_head = (size - len(dots) + 1) // 2
-    return text[:n_head] + dots + text[len(text) - (size - len(dots)
-                                                    - n_head):]
-
-
 def say(text, hint=""):
     """Talk to the user: a line to stderr, or a hint, or both.
 
@@ -6786,16 +7799,13 @@ def report_all(errors, is_success):
         report(error)
 
 
-def plural(n, noun):
-    """Return "1 site", "2 sites"."""
-    return "%d %s%s" % (n, noun, "" if n == 1 else "s")
-
-
 def describe(pid, name=None):
     """Return "pid 4242 (redis-server)"."""
     return "pid %d (%s)" % (pid, name or comm(pid))
 
 
+# Terminals whose fonts are not known to have blocks and branches, terminfo(5).
+ASCII_TERMS = ("", "dumb", "unknown", "linux", "vt100", "vt102", "vt220")
 # The reader's end of a pipe, socket or terminal is gone.
 READER_GONE = (errno.EPIPE, errno.ECONNRESET)
 POLL_GONE = select.POLLERR | select.POLLHUP | select.POLLNVAL
@@ -6826,13 +7836,16 @@ class Output:
         self.chunk_size = (1 << 20 if is_file else
                            512 if self.is_terminal else select.PIPE_BUF)
 
-    def dots(self):
-        """Return the mark of elision that this output's encoding has."""
+    def glyphs(self):
+        """Return the Glyphs that this output's encoding and TERM allow."""
+        if self.is_terminal and os.environ.get("TERM", "") in ASCII_TERMS:
+            return ASCII
         try:
-            "\u2026".encode(self.encoding)
-            return "\u2026"
+            "".join((UNICODE.dots, UNICODE.bar) + UNICODE.branch).encode(
+                self.encoding)
+            return UNICODE
         except UnicodeEncodeError:
-            return "..."
+            return ASCII
 
     def has_reader(self):
         """Is somebody still there to read? False for a broken pipe."""
@@ -7217,90 +8230,30 @@ def complete_options(options):
 
 # -- tables and JSON --------------------------------------------------------
 
-class Row(NamedTuple):
-    """One function's line in a table, or object in JSON."""
-    pid: int
-    site: object                       # a Site
-    label: str                         # escaped
-    calls: int                         # in the interval
-    total: int                         # since it was armed
-
-
 def site_label(site):
     """Return "libc.so.6:malloc+0x4" for a site, escaped."""
     return escape("%s:%s" % (site.module.name, site_name(site)))
 
 
-def table_lines(rows, seconds, is_final, size=None, n_top=None, dots="..."):
-    """Return the lines of a table of calls, the most called function first.
-
-    rows      Rows; `calls` were made in so many seconds
-    is_final  the column of calls is `total`, not `calls`
-    size      (columns, rows) that the lines must fit, or None
-    """
-    columns, n_lines = size or (0, 0)
-    rows = sorted(rows, key=lambda row: (-row.total, row.label, row.pid))
-    all_calls = sum(row.total if is_final else row.calls for row in rows) or 1
-    has_pid = len({row.pid for row in rows}) > 1
-    cells = []
-    for row in rows:
-        calls = row.total if is_final else row.calls
-        rate = row.calls / max(seconds, 1e-3)
-        cells.append(["%d" % calls, "%.*f" % (rate < 100, rate),
-                      "%.1f%%" % (100.0 * calls / all_calls)]
-                     + ["%d" % row.pid] * has_pid + [row.label])
-    n_shown = min(n_top or len(cells), len(cells))
-    if not n_top and len(cells) > 20:  # a pattern's many that were not called
-        n_shown = max(20, sum(row.total > 0 for row in rows))
-    if n_lines:
-        n_shown = min(n_shown, max(n_lines - 3, 1))
-    head = ["calls", "calls/s", "share"] + ["pid"] * has_pid + ["function"]
-    lines = layout([head] + cells[:n_shown], columns, dots)
-    if n_shown < len(cells):
-        hidden = sum(int(cell[0]) for cell in cells[n_shown:])
-        words = "%s not shown, with %s" % (
-            plural(len(cells) - n_shown, "function"), plural(hidden, "call"))
-        lines.append(words[:columns or None])
-    return lines
+def place(pid, site):
+    """Return the Where of a Site in one process of this host."""
+    return Where(os.uname().nodename, pid, site.module.name,
+                 site.module.build_id, site_name(site), site.vaddr)
 
 
-def layout(cells, columns, dots):
-    """Return rows of cells as lines: numbers right-aligned, a name last.
-
-    Where columns leave no room for names, numbers give way, the last first.
-    """
-    while columns and columns < 14 * len(cells[0]) and len(cells[0]) > 2:
-        cells = [row[:-2] + row[-1:] for row in cells]
-    widths = [max([len(row[i]) for row in cells] + [least])
-              for i, least in zip(range(len(cells[0]) - 1), (10, 9, 6, 5))]
-    lines = []
-    for row in cells:
-        text = "".join(cell.rjust(width) + "  "
-                       for cell, width in zip(row, widths))
-        name = row[-1]
-        if columns:
-            name = elide(name, columns - len(text), dots)
-        lines.append((text + name)[:columns or None])
-    return lines
-
-
-def json_text(value):
-    r"""Return text of a target for JSON: undecodable bytes as \xNN."""
-    return "".join(_escape_char(ord(char)) if "\ud800" <= char <= "\udfff"
-                   else char for char in value)
-
-
-def json_line(kind, pid, site=None, **fields):
+def json_line(kind, pid, where=None, **fields):
     """Return one JSON object as a line. Fields are added, never renamed."""
     record = collections.OrderedDict([
         ("v", 1), ("kind", kind), ("time_ns", int(time.time() * 1e9)),
         ("host", os.uname().nodename), ("pid", pid), ("module", None),
         ("build_id", None), ("function", None)])
-    if site is not None:
-        record["module"] = json_text(site.module.name)
-        record["build_id"] = site.module.build_id
-        record["function"] = json_text(site_name(site))
-        record["address"] = "0x%x" % site.vaddr
+    if where is not None:
+        record["host"] = where.host
+        record["module"] = json_text(where.module)
+        record["build_id"] = where.build_id
+        record["function"] = json_text(where.function)
+        if where.address is not None:
+            record["address"] = "0x%x" % where.address
     record.update(fields)
     return json.dumps(record) + "\n"
 
@@ -7474,7 +8427,8 @@ def verb_list(options, signals):
             lines.insert(0, escape(describe(target.pid, target.comm)))
         if out.is_terminal:
             columns, _ = out.screen()
-            lines = [elide(line, columns, out.dots()) for line in lines]
+            lines = [elide(line, columns, out.glyphs().dots)
+                     for line in lines]
         out.write("".join(line + "\n" for line in lines))
 
     return each_target(options, visit)
@@ -7857,7 +8811,7 @@ class Counting:
         for watched in self.watched:
             for site, total in watched.probe.counts().items():
                 key = watched.pid, site
-                rows.append(Row(watched.pid, site, site_label(site),
+                rows.append(Row(place(watched.pid, site), (),
                                 total - before.get(key, 0), total))
                 before[key] = total
         return rows
@@ -7870,7 +8824,7 @@ class Counting:
             self.live.draw(table_lines(
                 self._rows(self.drawn), seconds, True,
                 self.live.out.screen(), self.options.top,
-                self.live.out.dots()))
+                self.live.out.glyphs()))
 
     def _print_interval(self):
         """Print an interval's calls, where intervals were asked for."""
@@ -7881,7 +8835,7 @@ class Counting:
         seconds, self.printed_at = now - self.printed_at, now
         rows = self._rows(self.printed)
         if self.is_json:
-            self._print_json([row for row in rows if row.calls])
+            self._print_json([row for row in rows if row.now])
         else:
             self._print_lines(
                 ["%s, %.1f s" % (time.strftime("%H:%M:%S"), seconds)]
@@ -7895,7 +8849,7 @@ class Counting:
         """Print one object per row, the most called first."""
         rows = sorted(rows, key=lambda row: -row.total)[:self.options.top]
         self.out.write("".join(
-            json_line("count", row.pid, row.site, calls=row.calls,
+            json_line("count", row.where.pid, row.where, calls=row.now,
                       total=row.total) for row in rows))
 
     def _hint_no_hit(self):
@@ -7908,15 +8862,15 @@ class Counting:
             self.talk("no hit yet at any of %d sites" % len(silent))
             return
         for row in silent:
-            name = site_name(row.site)
+            name = row.where.function
             target = [watched.target for watched in self.watched
-                      if watched.pid == row.pid][0]
+                      if watched.pid == row.where.pid][0]
             try:
                 others = {site.module.name for site in target.find(name)}
             except UbpError:
                 others = set()
-            others.discard(row.site.module.name)
-            self.talk("no hit yet at %s" % row.label + (
+            others.discard(row.where.module)
+            self.talk("no hit yet at %s" % row.where.label() + (
                 ". Also named %s: %s" % (name, ", ".join(sorted(others)))
                 if others else ""))
 
@@ -7969,7 +8923,7 @@ class Counting:
             self._print_lines(table_lines(
                 self._rows({}), self.elapsed, True,
                 self.out.is_terminal and (self.out.screen()[0], 0) or None,
-                self.options.top, self.out.dots()))
+                self.options.top, self.out.glyphs()))
         if self.out.pending and not self.out.is_gone:
             say("the reader stood still: %s of results were not written"
                 % plural(len(self.out.pending), "byte"))
@@ -7985,7 +8939,8 @@ class Counting:
         """Print JSON for what was refused, and the last object."""
         probe = watched.probe
         for plan in probe.refused:
-            self.out.write(json_line("refused", watched.pid, plan.site,
+            self.out.write(json_line("refused", watched.pid,
+                                     place(watched.pid, plan.site),
                                      rule=json_text(plan.rule),
                                      why=json_text(plan.why)))
         self.out.write(json_line(

@@ -123,9 +123,8 @@ class Pure(unittest.TestCase):
         self.assertFalse(options.json)
 
     def test_table_fits_every_window(self):
-        module = collections_namespace(name="libc.so.6")
-        rows = [ubp.Row(7 + n % 2, collections_namespace(module=module),
-                        "libc.so.6:function_%d_%s" % (n, "x" * n),
+        rows = [ubp.Row(ubp.Where("host", 7 + n % 2, "libc.so.6", "",
+                                  "function_%d_%s" % (n, "x" * n), n), (),
                         n * 10 ** (n // 5), n * 10 ** (n // 3))
                 for n in range(60)]
         for columns in (1, 5, 20, 39, 40, 55, 56, 80, 132, 300):
@@ -135,17 +134,13 @@ class Pure(unittest.TestCase):
                 self.assertLess(len(lines), max(n_lines, 4))
 
     def test_table_is_sorted_and_tells_what_it_hides(self):
-        rows = [ubp.Row(7, None, "f%d" % n, n, n) for n in range(1, 6)]
+        rows = [ubp.Row(ubp.Where("host", 7, "m", "", "f%d" % n, n), (), n,
+                        n) for n in range(1, 6)]
         lines = ubp.table_lines(rows, 2.0, True, None, 2)
         self.assertEqual([line.split() for line in lines], [
             ["calls", "calls/s", "share", "function"],
-            ["5", "2.5", "33.3%", "f5"], ["4", "2.0", "26.7%", "f4"],
+            ["5", "2.5", "33.3%", "m:f5"], ["4", "2.0", "26.7%", "m:f4"],
             "3 functions not shown, with 6 calls".split()])
-
-
-def collections_namespace(**fields):
-    """Return an object with these attributes."""
-    return type("Namespace", (), fields)()
 
 
 class Misuse(unittest.TestCase):
