@@ -70,6 +70,7 @@ import bisect                                                   # noqa: E402
 import collections                                              # noqa: E402
 import ctypes                                                   # noqa: E402
 import errno                                                    # noqa: E402
+import fcntl                                                    # noqa: E402
 import fnmatch                                                  # noqa: E402
 import json                                                     # noqa: E402
 import logging                                                  # noqa: E402
@@ -179,6 +180,26 @@ SYSCALL_EVENT_SIGNAL = signal.SIGTRAP | 0x80    # ptrace(2), TRACESYSGOOD
 SYS_close, SYS_stat, SYS_mmap, SYS_munmap = 3, 4, 9, 11
 SYS_sched_setscheduler, SYS_gettid, SYS_tgkill = 144, 186, 234
 SYS_getdents64, SYS_kcmp, SYS_memfd_create = 217, 312, 319
+SYS_perf_event_open = 298
+
+PERF_TYPE_SOFTWARE, PERF_TYPE_BREAKPOINT = 1, 5     # <linux/perf_event.h>
+PERF_COUNT_SW_DUMMY    = 9
+PERF_SAMPLE_IP, PERF_SAMPLE_TID, PERF_SAMPLE_TIME = 1, 2, 4
+PERF_SAMPLE_CPU        = 1 << 7
+PERF_SAMPLE_REGS_USER  = 1 << 12
+PERF_SAMPLE_STACK_USER = 1 << 13
+PERF_SAMPLE_IDENTIFIER = 1 << 16
+PERF_FLAG_FD_CLOEXEC   = 8
+PERF_EVENT_IOC_DISABLE = 0x2401
+PERF_EVENT_IOC_SET_OUTPUT = 0x2405
+PERF_EVENT_IOC_ID      = 0x80082407
+PERF_RECORD_SAMPLE     = 9
+HW_BREAKPOINT_W, HW_BREAKPOINT_RW, HW_BREAKPOINT_X = 2, 3, 4
+#                          <linux/hw_breakpoint.h>
+# Bits of perf_event_attr's flags, in the order of the header.
+PERF_INHERIT, PERF_EXCLUDE_KERNEL, PERF_EXCLUDE_HV = 1 << 1, 1 << 5, 1 << 6
+PERF_WATERMARK, PERF_USE_CLOCKID, PERF_REMOVE_ON_EXEC = (
+    1 << 14, 1 << 25, 1 << 36)
 
 
 class Iovec(ctypes.Structure):
@@ -206,6 +227,28 @@ class SudConfig(ctypes.Structure):
                 ("offset", ctypes.c_uint64), ("len", ctypes.c_uint64)]
 
 
+class PerfEventAttr(ctypes.Structure):
+    """struct perf_event_attr, <linux/perf_event.h>, up to its VER5."""
+    _fields_ = [("type", ctypes.c_uint32), ("size", ctypes.c_uint32),
+                ("config", ctypes.c_uint64),
+                ("sample_period", ctypes.c_uint64),
+                ("sample_type", ctypes.c_uint64),
+                ("read_format", ctypes.c_uint64),
+                ("flags", ctypes.c_uint64),         # its bit field
+                ("wakeup_watermark", ctypes.c_uint32),
+                ("bp_type", ctypes.c_uint32),
+                ("bp_addr", ctypes.c_uint64), ("bp_len", ctypes.c_uint64),
+                ("branch_sample_type", ctypes.c_uint64),
+                ("sample_regs_user", ctypes.c_uint64),
+                ("sample_stack_user", ctypes.c_uint32),
+                ("clockid", ctypes.c_int32),
+                ("sample_regs_intr", ctypes.c_uint64),
+                ("aux_watermark", ctypes.c_uint32),
+                ("sample_max_stack", ctypes.c_uint16),
+                ("reserved", ctypes.c_uint16)]
+
+
+assert ctypes.sizeof(PerfEventAttr) == 112
 assert ctypes.sizeof(SudConfig) == 32
 assert ctypes.sizeof(Iovec) == 16 and ctypes.sizeof(RseqConfiguration) == 24
 
@@ -518,6 +561,7 @@ DT_PLTRELSZ, DT_HASH, DT_STRTAB, DT_SYMTAB, DT_RELA = 2, 4, 5, 6, 7
 DT_RELASZ, DT_STRSZ, DT_INIT, DT_FINI, DT_SONAME = 8, 10, 12, 13, 14
 DT_JMPREL, DT_RELRSZ, DT_RELR, DT_GNU_HASH = 23, 35, 36, 0x6ffffef5
 STT_NOTYPE, STT_OBJECT, STT_FUNC, STT_GNU_IFUNC = 0, 1, 2, 10
+STT_TLS      = 6
 STB_LOCAL = 0
 R_X86_64_64, R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT = 1, 6, 7     # psABI 4.4
 R_X86_64_RELATIVE, R_X86_64_IRELATIVE = 8, 37
@@ -2117,6 +2161,27 @@ class Module:
             starts |= table.matching(match)
         return [self.symbol(start) for start in sorted(starts)]
 
+    def objects(self, text):
+        """{(the file's vaddr, size)} of the variables of exactly that name.
+
+        Mangled or not. vaddr is None for one that each thread has.
+        """
+        name, found = text.encode("utf-8", "surrogateescape"), set()
+        for table in [c[0] for c in self._functions.columns]:
+            indices = table.named(name)
+            if "::" in text:
+                indices += [index for index, info in enumerate(table.infos)
+                            if info & 0xf == STT_OBJECT
+                            and _decode(table.name(index)) == text]
+            for index in indices:
+                kind, section = table.type(index), table.infos[index] >> 16
+                if not 0 < section < 0xff00:            # SHN_LORESERVE
+                    continue
+                if kind in (STT_OBJECT, STT_NOTYPE, STT_TLS):
+                    found.add((None if kind == STT_TLS
+                               else table.values[index], table.sizes[index]))
+        return found
+
     def names(self):
         """Every name of a function, with repetitions (bytes)."""
         for table, order, _ in self._functions.columns:
@@ -2364,16 +2429,17 @@ class Spec(NamedTuple):
     offset: int             # bytes behind the function's start
     is_return: bool
     vaddr: Optional[int]    # nm's address in module, else of the process
+    watch: tuple = ()       # of memory: (bytes or 0, "w" or "rw")
 
 
 _NOT_BUILT = (              # (pattern, what it is)
     (re.compile(r"usdt:"), "static probes (usdt:)"),
-    (re.compile(r"mem:"), "watching memory (mem:)"),
     (re.compile(r".*%return$"), "probing returns (%return)"),
     (re.compile(r".*[^:]:[0-9]+$"), "probing source lines (FILE:LINE)"))
 _ADDRESS = re.compile(r"0[xX][0-9a-fA-F]{1,16}$")
 _OFFSET = re.compile(r"(.+)\+(0[xX][0-9a-fA-F]{1,8}|[0-9]{1,9})$", re.S)
 _MODULE = re.compile(r"(?<!:):(?!:)")
+_MEMORY = re.compile(r"mem:(.*?)(?:/([0-9]{1,9}))?(?::(w|rw))?$", re.S)
 
 
 def _malformed(text, column, why):
@@ -2397,6 +2463,8 @@ def parse_probe(text):
         raise _malformed(text, 0, "it is empty")
     if len(probe) > MAX_NAME or "\0" in probe:
         raise _malformed(text, 0, "it is too long, or has a NUL")
+    if probe.startswith("mem:"):
+        return _parse_memory(probe)
     for pattern, what in _NOT_BUILT:
         if pattern.match(probe):
             raise ProbeError("use the probe", _quote(probe),
@@ -2423,6 +2491,23 @@ def parse_probe(text):
         return Spec(probe, module, tail.group(1), int(tail.group(2), 0),
                     False, None)
     return Spec(probe, module, function, 0, False, None)
+
+
+def _parse_memory(probe):
+    """mem:[MODULE:]SYMBOL[+OFFSET]|0xADDRESS[/BYTES][:w|rw] -> Spec"""
+    form = "mem:0xADDRESS|SYMBOL[/BYTES][:w|rw]"
+    place, size, access = _MEMORY.match(probe).groups()
+    if not place:
+        raise ProbeError("parse the probe", _quote(probe),
+                         "column 5: no address and no symbol", form)
+    spec = parse_probe(place) if not place.startswith("mem:") else None
+    if spec is None or is_pattern(spec.function):
+        raise ProbeError("parse the probe", _quote(probe), "column 5: one "
+                         "address or one symbol is watched", form)
+    if size is not None and int(size) not in (1, 2, 4, 8):
+        raise ProbeError("parse the probe", _quote(probe), "%s bytes: a "
+                         "debug register watches 1, 2, 4 or 8" % size, form)
+    return spec._replace(text=probe, watch=(int(size or 0), access or "w"))
 
 
 def is_module_named(module, text):
@@ -2469,6 +2554,8 @@ def find(modules, spec, read_memory=None, notes=None, max_sites=None):
                           % (_quote(spec.module) if spec.module
                              else "of x86-64"), _closest(
                               spec.module, (m.name for m in modules)))
+    if spec.watch:
+        return [_memory_site(modules, chosen, spec)]
     if spec.vaddr is not None:
         return [_address_site(chosen, spec)]
     symbols = _matching_symbols(chosen, spec, max_sites)
@@ -2580,6 +2667,82 @@ def _address_site(chosen, spec):
     raise SymbolError("find", _quote(spec.text),
                       "no module has code at 0x%x" % vaddr,
                       "MODULE:0xA takes the address that nm prints")
+
+
+class Memory(NamedTuple):
+    """What stands for the module where memory belongs to no file."""
+    name: str
+    build_id: str = ""
+    soname: str = ""
+    bias: int = 0
+
+
+def is_watch(site):
+    """Is it memory that is watched, and no instruction?"""
+    return site.function is not None and site.function.kind in ("w", "rw")
+
+
+def _memory_site(all_modules, chosen, spec):
+    """The Site of mem:…; its function is the range that is watched."""
+    size, access = spec.watch
+    if spec.vaddr is None:
+        module, vaddr, natural = _object(chosen, spec)
+        vaddr += spec.offset
+        if not size and (spec.offset or natural not in (1, 2, 4, 8)):
+            raise SymbolError("watch", _quote(spec.text), "%s has %d bytes; "
+                              "a debug register watches 1, 2, 4 or 8"
+                              % (spec.function, natural),
+                              "say which: mem:%s/8" % spec.function)
+        size = size or natural
+    else:
+        vaddr = spec.vaddr + (chosen[0].bias if spec.module else 0)
+        module = next((m for m in all_modules if m.low <= vaddr < m.high),
+                      None) or _memory_at(all_modules[0].pid, vaddr)
+        size = size or next(n for n in (8, 4, 2, 1) if vaddr % n == 0)
+    if not 0 < vaddr <= VADDR_END - size or vaddr % size:
+        raise SymbolError("watch", _quote(spec.text), "%d bytes at 0x%x: a "
+                          "debug register watches an aligned range of user "
+                          "memory" % (size, vaddr))
+    name = "mem:%s%s/%d:%s" % (
+        spec.function or "0x%x" % (vaddr - module.bias),
+        "+0x%x" % spec.offset if spec.offset else "", size, access)
+    return Site(vaddr, Symbol(vaddr, size, name, (name,), module, access, ""),
+                0, (name,), module)
+
+
+def _memory_at(pid, vaddr):
+    """The Memory that stands for the vma at vaddr."""
+    for m in read_maps(memory_tid(pid)):
+        if m.start <= vaddr < m.end:
+            return Memory(_printable(os.path.basename(m.path)) or "[anon]")
+    raise SymbolError("watch", "0x%x" % vaddr, "nothing is mapped there")
+
+
+def _object(chosen, spec):
+    """(module, vaddr, size) of the one variable that a Spec names.
+
+    A variable of the program hides the libraries' of that name, as it does
+    for the linker; other variables of one name are told apart by address.
+    """
+    found = [(module, vaddr, size) for module in chosen
+             for vaddr, size in module.objects(spec.function)]
+    found = [item for item in found if item[0].is_exe] or found
+    places = {module.bias + vaddr for module, vaddr, _ in found
+              if vaddr is not None}
+    if not found:
+        why = "no variable of that name has an address"
+    elif not places:
+        why = "it is thread-local: each thread has its own"
+    elif len(places) > 1:
+        why = "%d variables have that name: at %s" % (len(places), ", ".join(
+            "%s:0x%x" % (module.name, vaddr) for module, vaddr, _
+            in found[:5] if vaddr is not None))
+    else:
+        module, vaddr, size = next(item for item in found
+                                   if item[1] is not None)
+        return module, module.bias + vaddr, size
+    raise SymbolError("watch", _quote(spec.text), why,
+                      "name its module, or its address: mem:MODULE:0xADDRESS")
 
 
 def _parts(symbols, spec):
@@ -5409,6 +5572,9 @@ class Planner:
 
     def plan(self, site):
         """-> SitePlan; never raises for what the target's code is like."""
+        if is_watch(site):
+            return SitePlan(site, "", None, 0, "memory", "memory takes no "
+                            "jump; --strategy hw watches it", ())
         try:
             window = self._window(site)
             vaddr = (window.site & -PAGE) - PAGE
@@ -5605,6 +5771,7 @@ class Probe:
         self._target, self.where, self.action = target, where, action
         self.sites, self.refused = [], []
         self._armed = []            # (Site, Arena, Record, module, window)
+        self._parts = []            # what holds the sites that take no jump
         self._is_removed = False
 
     def __repr__(self):
@@ -5618,6 +5785,8 @@ class Probe:
             if arena not in totals:
                 totals[arena] = arena.totals()
             found[site] = totals[arena][record.index]
+        for part in self._parts:
+            found.update(part.counts())
         return found
 
     def read(self):
@@ -5646,6 +5815,244 @@ class Probe:
 # target, the tracer computes here from the registers of each hit, so every
 # strategy gives the same results. Invariant: hits = recorded + dropped is
 # counted by the kernel, not by whoever reads the records.
+
+STRATEGIES = ("jump", "hw")
+N_DEBUG_REGISTERS = 4           # DR0 to DR3, SDM 18.2.1
+_OPEN_ATTEMPTS = 8              # before a target that starts threads all the
+#                                 time is stopped while they are equipped
+
+
+def strategies_of(text):
+    """"jump,hw" -> ("jump", "hw"): to be tried at each site, in order."""
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in STRATEGIES:
+            raise ProbeError("use the strategy", _quote(name), "no strategy: "
+                             "there are " + ", ".join(STRATEGIES),
+                             "jump is the fast one, and the default")
+    if len(set(names)) < len(names):
+        raise ProbeError("use the strategies", _quote(text),
+                         "one of them is named twice")
+    return names
+
+
+def perf_event_open(attr, tid, cpu):
+    """perf_event_open(2). -> descriptor. Raises OSError."""
+    attr.size = ctypes.sizeof(attr)
+    return syscall(SYS_perf_event_open, ctypes.addressof(attr), tid, cpu, -1,
+                   PERF_FLAG_FD_CLOEXEC)
+
+
+def _breakpoint_attr(site):
+    """The perf_event_attr that counts how often a site is hit."""
+    attr = PerfEventAttr(type=PERF_TYPE_BREAKPOINT, bp_addr=site.vaddr)
+    attr.flags = PERF_EXCLUDE_HV | PERF_INHERIT | PERF_REMOVE_ON_EXEC
+    if is_watch(site):
+        attr.bp_len = site.function.size
+        attr.bp_type = (HW_BREAKPOINT_W if site.function.kind == "w"
+                        else HW_BREAKPOINT_RW)
+    else:
+        attr.bp_type, attr.bp_len = HW_BREAKPOINT_X, ctypes.sizeof(_long)
+        attr.flags |= PERF_EXCLUDE_KERNEL
+    return attr
+
+
+_has_debug_registers = []       # of this machine, once it is known
+
+
+def check_debug_registers():
+    """Raise ProbeError unless a breakpoint works on our own memory.
+
+    Some virtual machines take the debug registers and never trap.
+    """
+    if not _has_debug_registers:
+        word = ctypes.c_uint64()
+        attr = PerfEventAttr(
+            type=PERF_TYPE_BREAKPOINT, bp_addr=ctypes.addressof(word),
+            bp_len=8, bp_type=HW_BREAKPOINT_W,
+            flags=PERF_EXCLUDE_HV | PERF_EXCLUDE_KERNEL)
+        try:
+            fd = perf_event_open(attr, 0, -1)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise _perf_refusal(error, "our own memory")
+            return              # taken, so others found that they work
+        try:
+            for n in range(3):
+                word.value = n
+            n_hits = int.from_bytes(os.read(fd, 8), "little")
+        finally:
+            os.close(fd)
+        _has_debug_registers.append(n_hits == 3)
+    if not _has_debug_registers[0]:
+        raise ProbeError("use", "hardware breakpoints", "this machine takes "
+                         "them, but a test on ubp's own memory did not trap",
+                         "a virtual machine without debug registers? use "
+                         "--strategy jump")
+
+
+def _perf_refusal(error, whom):
+    """The ProbeError for what perf_event_open(2) would not do."""
+    name = errno.errorcode.get(error.errno, str(error.errno))
+    why, hint = "perf_event_open: " + name, ""
+    level = read_proc("/proc/sys/kernel/perf_event_paranoid").decode().strip()
+    if error.errno in (errno.EACCES, errno.EPERM):
+        why += ": kernel.perf_event_paranoid is %s" % (level or "unknown")
+        hint = "sudo; a container needs --cap-add PERFMON and a seccomp " \
+               "profile that allows perf_event_open"
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        why += ": a descriptor is needed for each thread and site"
+        hint = "ulimit -n 100000"
+    elif error.errno in (errno.ENOSYS, errno.ENOENT, errno.ENODEV,
+                         errno.EOPNOTSUPP):
+        why += ": this kernel or machine has no hardware breakpoints"
+        hint = "--strategy jump"
+    return ProbeError("set a breakpoint at", whom, why, hint)
+
+
+def _all_threads(tgid):
+    """The tids of a process, as a set that misses none.
+
+    A folder of /proc that is read while threads end can be cut short, so
+    the names must be as many as the kernel says; proc(5), num_threads.
+    """
+    for _ in range(20):
+        tids, fields = set(thread_ids(tgid)), read_stat(tgid)
+        if len(fields) < 18 or len(tids) >= int(fields[17]):
+            break
+    return tids
+
+
+class HardwarePart:
+    """The sites of one probe that are in debug registers.
+
+    Nothing is written to the target and none of its threads is stopped:
+    the kernel counts. It has them follow to threads and processes that are
+    started later, and takes them out when our descriptors close, in
+    whatever way we end.
+
+    notes   what the user should know
+    """
+
+    def __init__(self, sites):
+        self.sites, self.notes = list(sites), []
+        self._events = {}           # descriptor -> Site
+        self._final = None          # {Site: hits}, once it is taken out
+        self._lock = threading.Lock()
+
+    def arm(self, tracer, in_pause):
+        """Equip every thread. Raises ProbeError, TraceeGone.
+
+        in_pause   calls a function while every thread is stopped: only for
+                   a target that starts threads faster than they are listed
+        """
+        check_debug_registers()
+        for attempt in range(_OPEN_ATTEMPTS):
+            tids = _all_threads(tracer.tgid)
+            self._open(tids, tracer)
+            if _all_threads(tracer.tgid) <= tids:
+                break
+            # Started by a thread that was equipped, it inherited the
+            # breakpoints; by one that was not, it did not. Begin again.
+            self._close()
+        else:
+            in_pause(lambda: self._open(_all_threads(tracer.tgid), tracer))
+        if not self._events:
+            raise TraceeGone("probe", tracer.name(), "it has no threads left")
+
+    def _open(self, tids, tracer):
+        """A breakpoint at each site for each of the threads, or none."""
+        try:
+            for site in self.sites:
+                attr = _breakpoint_attr(site)
+                for tid in tids:
+                    self._open_one(attr, tid, site)
+        except OSError as error:
+            self._close()
+            if error.errno == errno.ENOSPC:
+                raise
+            raise _perf_refusal(error, "%s of %s" % (
+                site_name(site), tracer.name()))
+
+    def _open_one(self, attr, tid, site):
+        """perf_event_open, with less where the kernel allows less."""
+        while True:
+            try:
+                self._events[perf_event_open(attr, tid, -1)] = site
+                return
+            except OSError as error:
+                if error.errno == errno.ESRCH:
+                    return          # it has ended
+                if (error.errno in (errno.EACCES, errno.EPERM)
+                        and not attr.flags & PERF_EXCLUDE_KERNEL):
+                    attr.flags |= PERF_EXCLUDE_KERNEL
+                    self._note("what the kernel writes there for a syscall "
+                               "is not seen: that needs privilege")
+                elif (error.errno == errno.EINVAL
+                        and attr.flags & PERF_REMOVE_ON_EXEC):
+                    attr.flags &= ~PERF_REMOVE_ON_EXEC
+                    self._note("this kernel (before 5.13) keeps breakpoints "
+                               "through exec: do not count on what children "
+                               "that exec add")
+                else:
+                    raise
+
+    def _note(self, text):
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def counts(self):
+        """{Site: hits}, over all threads and the children of them."""
+        with self._lock:
+            if self._final is not None:
+                return dict(self._final)
+            return self._read()
+
+    def _read(self):
+        found = collections.OrderedDict((site, 0) for site in self.sites)
+        for fd, site in self._events.items():
+            found[site] += int.from_bytes(os.read(fd, 8), "little")
+        return found
+
+    def remove(self):
+        """Take the breakpoints out; what they counted is kept."""
+        with self._lock:
+            if self._final is None:
+                for fd in self._events:
+                    fcntl.ioctl(fd, PERF_EVENT_IOC_DISABLE, 0)
+                self._final = self._read()
+                self._close()
+
+    def _close(self):
+        for fd in self._events:
+            os.close(fd)
+        self._events = {}
+
+
+def no_register_left(where, taken, wanted, error=None):
+    """The ProbeError for a breakpoint more than there are registers.
+
+    taken    the sites of this ubp that have one;   wanted   those that lack
+    error    what the kernel said, if it was asked
+    """
+    names = [site_name(site) for site in list(taken) + list(wanted)]
+    if error is None:
+        why = "hw: a thread has %d debug registers, and %s" % (
+            N_DEBUG_REGISTERS, "all are taken: by " if len(taken) ==
+            N_DEBUG_REGISTERS else "%d are wanted: the first %d by " % (
+                len(names), N_DEBUG_REGISTERS))
+        why += ", ".join(names[:N_DEBUG_REGISTERS])
+    else:
+        why = "perf_event_open: %s: of %d debug registers ubp has %d%s" % (
+            errno.errorcode.get(error.errno, error), N_DEBUG_REGISTERS,
+            len(taken), ", others the rest")
+    return ProbeError("probe", _where_text(where), why, "remove one, or use "
+                      "--strategy jump, which has no such limit")
+
+
+def _where_text(where):
+    """What a user asked to be probed, in a line."""
+    return where if isinstance(where, str) else ", ".join(where)
 
 
 # ---- 10  Library ----------------------------------------------------------
@@ -5802,7 +6209,8 @@ class Target:
         self.close()
 
     def __del__(self):
-        if not getattr(self, "_is_closed", True) and self._arenas:
+        if not getattr(self, "_is_closed", True) and (
+                self._arenas or self._probes):
             warnings.warn("%r was not closed; its probes stay in place"
                           % self, ResourceWarning)
 
@@ -5856,11 +6264,12 @@ class Target:
             self._note(note)
         return sites
 
-    def plan(self, pattern):
+    def plan(self, pattern, strategy="jump"):
         """What would be done at each site. -> [SitePlan]. Stops nothing."""
         planner = Planner(self.pid, self._read)
         try:
-            return [planner.plan(site) for site in self._sites(pattern)]
+            return [_plan_site(planner, site, strategies_of(strategy))
+                    for site in self._sites(pattern)]
         finally:
             planner.close()
 
@@ -5900,10 +6309,10 @@ class Target:
         if not isinstance(action, Count) or action.by or action.sum:
             raise ProbeError("probe", str(where),
                              "the action %r is not built yet" % (action,))
-        if when is not None or strategy != "jump":
-            raise ProbeError("probe", str(where), "%s is not built yet" % (
-                "a condition" if when is not None
-                else "strategy %s" % strategy))
+        strategies = strategies_of(strategy)
+        if when is not None:
+            raise ProbeError("probe", str(where),
+                             "a condition is not built yet")
         with self._lock:
             sites = self._sites(where)
             if len(sites) > max_sites:
@@ -5913,9 +6322,12 @@ class Target:
             probe = Probe(self, where, action)
             if self._planner is None:
                 self._planner = Planner(self.pid, self._read)
-            plans = [self._planner.plan(site) for site in sites]
+            plans = [_plan_site(self._planner, site, strategies)
+                     for site in sites]
             probe.refused = [plan for plan in plans if not plan.strategy]
-            good = [plan for plan in plans if plan.strategy]
+            good = [plan for plan in plans if plan.strategy == "jump"]
+            self._arm_hardware(probe, [plan.site for plan in plans
+                                       if plan.strategy == "hw"], timeout)
             if good:
                 self._worker.call(lambda: self._arm(probe, good, timeout),
                                   timeout)
@@ -5923,6 +6335,28 @@ class Target:
                 raise _none_armed(where, probe.refused)
             self._probes.append(probe)
             return probe
+
+    def _arm_hardware(self, probe, sites, timeout):
+        """Debug registers for sites: for all of them, or none."""
+        if not sites:
+            return
+        taken = [site for other in self._probes for part in other._parts
+                 for site in part.sites]
+        if len(taken + sites) > N_DEBUG_REGISTERS:
+            raise no_register_left(probe.where, taken, sites)
+
+        def in_pause(action):
+            self._worker.call(lambda: self._tracer.pause(
+                action, timeout, "arm"), timeout)
+        part = HardwarePart(sites)
+        try:
+            part.arm(self._tracer, in_pause)
+        except OSError as error:
+            raise no_register_left(probe.where, taken, sites, error)
+        probe._parts.append(part)
+        probe.sites += sites
+        for note in part.notes:
+            self._note(note)
 
     def _arm(self, probe, plans, timeout):
         """In the worker: all of it, or, if that fails, nothing."""
@@ -6016,6 +6450,9 @@ class Target:
         """In the worker: restore every process, then forget the probes."""
         limit = time.monotonic() + timeout
         total = Removal(0, 0, 0, 0, (), ())
+        for probe in probes:
+            for part in probe._parts:
+                part.remove()
         for arena in list(self._arenas):
             records = [armed[2] for probe in probes
                        for armed in probe._armed if armed[1] is arena]
@@ -6058,6 +6495,10 @@ class Target:
         read() goes on reading; status() and clean() find them too.
         """
         self._check_process("detach from")
+        if any(probe._parts for probe in self._probes):
+            raise ProbeError("detach from", "pid %d (%s)" % (
+                self.pid, self.comm), "breakpoints end with the process that "
+                "set them", "remove() those probes first")
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True
@@ -6076,7 +6517,7 @@ class Target:
             return
         with self._lock:
             try:
-                if self._arenas:
+                if self._arenas or self._probes:
                     self._remove(self._probes, timeout)
                 self._is_closed = not self._arenas
             finally:
@@ -6105,6 +6546,18 @@ class Target:
                              "the target is closed")
 
 
+def _plan_site(planner, site, strategies):
+    """The SitePlan of the first strategy that does not refuse a site."""
+    refused = None
+    for name in strategies:
+        plan = (planner.plan(site) if name == "jump"
+                else SitePlan(site, name, None, 0, "", "", ()))
+        if plan.strategy:
+            return plan
+        refused = refused or plan
+    return refused
+
+
 def _is_mapped_still(tracer, arena):
     try:
         check_arena(tracer, arena.base, arena.nonce)
@@ -6114,7 +6567,7 @@ def _is_mapped_still(tracer, arena):
 
 
 def _none_armed(where, refused):
-    where = where if isinstance(where, str) else ", ".join(where)
+    where = _where_text(where)
     why = refused[0].why if refused else "no site"
     if len(refused) > 1:
         why = "%d sites, all refused; the first: %s" % (len(refused), why)
@@ -7712,7 +8165,6 @@ def open_metrics(kind, rows, losses, expression="", keys=()):
 
 import argparse                                                 # noqa: E402
 import contextlib                                               # noqa: E402
-import fcntl                                                    # noqa: E402
 import select                                                   # noqa: E402
 import shutil                                                   # noqa: E402
 
@@ -7725,7 +8177,7 @@ clean    take out probes that were left, or whose owner died
 """
 LATER_VERBS = "hist trace latency stack show".split()
 LATER_OPTIONS = "-e --if --by --sum --stack --hits --max-rate".split()
-LATER_STRATEGIES = ("int3", "hw")
+LATER_STRATEGIES = ("int3",)
 
 HELP = """\
 usage: ubp VERB -p PID[,PID...] [OPTION...] PROBE...
@@ -8054,15 +8506,15 @@ def parse_pids(text):
 
 
 def parse_strategy(text):
-    """Return the strategies to try in order."""
-    names = text.split(",")
-    for name in names:
+    """Return the strategies to try in order, as they are written."""
+    for name in text.split(","):
         if name in LATER_STRATEGIES:
             raise argparse.ArgumentTypeError("%s is not built yet" % name)
-        if name != "jump":
-            raise argparse.ArgumentTypeError(
-                "%r is no strategy: jump is the one that is built" % name)
-    return names[0]
+    try:
+        strategies_of(text)
+    except ProbeError as error:
+        raise argparse.ArgumentTypeError(str(error))
+    return text
 
 
 def parse_output(text):
@@ -8105,7 +8557,8 @@ OPTIONS = collections.OrderedDict([
         help="refuse probes that name more functions (default 10000)"))),
     ("--strategy", ("count plan", dict(
         metavar="LIST", type=parse_strategy, default="jump",
-        help="how to probe; jump is the only one built"))),
+        help="how to probe, tried in order: jump (the default), hw (debug "
+             "registers, four per thread)"))),
     ("--all", ("clean", dict(
         action="store_true",
         help="take out also what a running ubp of others put in"))),
@@ -8450,7 +8903,8 @@ def verb_plan(options, signals):
     def visit(target):
         name = describe(target.pid, target.comm)
         with Progress("planning %s" % name), expansion_told(options.probes):
-            plans = sorted(target.plan(options.probes),
+            plans = sorted(target.plan(options.probes,
+                                       options.strategy),
                            key=lambda plan: plan.site.vaddr)
         if options.verb == "count" and len(plans) > options.max_sites:
             raise ProbeError("probe", name, "%s match, and --max-sites is %d"
@@ -8472,6 +8926,8 @@ def plan_text(plan):
     if not plan.strategy:
         return head + "    refused, %s: %s\n" % (escape(plan.rule),
                                                  escape(plan.why))
+    if plan.strategy == "hw":
+        return head + "    hw: a debug register of each thread\n"
     behind = window.site - plan.site.vaddr
     slot = getattr(window, "slot", 0)
     return head + "    %s%s over %s: %s (%s)%s; trampoline %s\n" % (
@@ -8485,13 +8941,15 @@ def plan_text(plan):
 
 def plan_summary(plans):
     """Return "9 sites: 8 jump, 1 refused (too short: 1)" as a line."""
+    n_hw = sum(plan.strategy == "hw" for plan in plans)
     refused = collections.Counter(plan.rule for plan in plans
                                   if not plan.strategy)
     n_refused = sum(refused.values())
     rules = ", ".join("%s: %d" % (escape(rule), n)
                       for rule, n in refused.most_common())
-    return "%s: %d jump, %d refused%s\n" % (
-        plural(len(plans), "site"), len(plans) - n_refused, n_refused,
+    return "%s: %d jump, %s%d refused%s\n" % (
+        plural(len(plans), "site"), len(plans) - n_refused - n_hw,
+        "%d hw, " % n_hw if n_hw else "", n_refused,
         " (%s)" % rules if rules else "")
 
 
@@ -8527,11 +8985,21 @@ class Progress:
             os.write(2, b"\r\x1b[K")
 
 
+def strategies_told(probe):
+    """Return "3 sites by jump, 1 site by hw"."""
+    n_hw = sum(len(part.sites) for part in probe._parts)
+    counts = [(len(probe.sites) - n_hw, "jump"), (n_hw, "hw")]
+    return ", ".join("%s by %s" % (plural(n, "site"), name)
+                     for n, name in counts if n)
+
+
 def pages_equal(removal):
     """Return what a Removal, or a CleanResult, says of the text."""
     if removal.n_equal != removal.n_pages:
         return "%d of %s equal their files" % (
             removal.n_equal, plural(removal.n_pages, "page"))
+    if not removal.n_pages:
+        return "no page was written"
     if removal.n_pages == 1:
         return "1 page equals its file"
     return "%d pages equal their files" % removal.n_pages
@@ -8719,8 +9187,8 @@ class Counting:
                                  max_sites=options.max_sites)
             self.watched.append(Watched(target, probe))
         n_refused = len(probe.refused)
-        say("%s: %s by jump%s; stopped %.2f ms; %s" % (
-            name, plural(len(probe.sites), "site"),
+        say("%s: %s%s; stopped %.2f ms; %s" % (
+            name, strategies_told(probe),
             ", %d refused (plan shows why)" % n_refused if n_refused else "",
             target.pause_us / 1e3,
             "left in place" if options.leave else

@@ -4106,6 +4106,22 @@ def is_32bit(regs):
     return _U64.unpack_from(regs, 8 * _CS)[0] & 0xffff == _USER_CS_32
 
 
+# What perf_event_open(2) is asked for, PERF_SAMPLE_REGS_USER, and the order
+# in which it comes: <asm/perf_regs.h>, without ds to gs.
+PERF_REGS = 0xff0fff
+_PERF_ORDER = (_RAX, _RBX, _RCX, _RDX, _RSI, _RDI, _RBP, _RSP, _PC, _EFLAGS,
+               _CS, _SS, _R8, _R9, _R10, _R11, _R12, _R13, _R14, _R15)
+_PERF_IMAGE = struct.Struct("<%dQ" % len(_PERF_ORDER))
+PERF_REGS_SIZE = _PERF_IMAGE.size
+
+
+def regs_of_sample(data):
+    """The regset that the registers of a perf sample make; fs base: 0."""
+    values = dict(zip(_PERF_ORDER, _PERF_IMAGE.unpack(data)))
+    values[_ORIG_RAX] = _U64_MAX
+    return _REGS.pack(*[values.get(n, 0) for n in range(27)])
+
+
 def _replaced(regs, changes):
     """A regset with {index: value} put in."""
     image = bytearray(regs)

@@ -53,8 +53,26 @@ main.c:42        | (FILE:LINE) is planned but not built yet
 /src/a/main.c:42 | (FILE:LINE) is planned but not built yet
 usdt:python:gc   | (usdt:) is planned but not built yet
 usdt:gc          | (usdt:) is planned but not built yet
-mem:0x10/8:w     | (mem:) is planned but not built yet
-mem:counter      | (mem:) is planned but not built yet
+mem:             | column 5: no address and no symbol
+mem:/8:w         | column 5: no address and no symbol
+mem:mem:f        | column 5: one address or one symbol
+mem:coun*        | column 5: one address or one symbol
+mem:counter/3    | 3 bytes: a debug register watches 1, 2, 4 or 8
+mem:counter/16:w | 16 bytes: a debug register watches 1, 2, 4 or 8
+mem:f%return     | (%return) is planned but not built yet
+"""
+
+
+# text | module, symbol, offset, address, bytes (0: by its size), access
+WATCHES = """
+mem:counter               |      | counter    | 0 |    | 0 | w
+mem:counter:rw            |      | counter    | 0 |    | 0 | rw
+mem:counter/8             |      | counter    | 0 |    | 8 | w
+mem:a::b/2:rw             |      | a::b       | 0 |    | 2 | rw
+mem:libc:environ/8:w      | libc | environ    | 0 |    | 8 | w
+mem:/lib/x.so:table+16/4  | /lib/x.so | table | 16 |   | 4 | w
+mem:0x10/8:w              |      |            | 0 | 16 | 8 | w
+mem:exe:0x10              | exe  |            | 0 | 16 | 0 | w
 """
 
 
@@ -73,6 +91,14 @@ class Grammar(unittest.TestCase):
                     ubp.parse_probe(text),
                     ubp.Spec(text, module, function, int(offset), False,
                              vaddr))
+
+    def test_memory_is_named_with_its_size_and_access(self):
+        for text, module, function, offset, vaddr, *watch in rows(WATCHES):
+            with self.subTest(text):
+                self.assertEqual(ubp.parse_probe(text), ubp.Spec(
+                    text, module, function, int(offset), False,
+                    int(vaddr) if vaddr else None,
+                    (int(watch[0]), watch[1])))
 
     def test_bad_probes_say_why_and_where(self):
         for text, why in rows(BAD):

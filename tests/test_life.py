@@ -1,0 +1,222 @@
+"""The slower strategies, and targets that fork, exec and start threads.
+
+A target says itself how often it did what was counted (targets/life.c), in
+primes; what may not change is read from /proc.
+"""
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import unittest
+
+import live
+
+TOP = os.path.dirname(live.HERE)
+
+
+def setUpModule():
+    global ubp
+    ubp = live.core()
+
+
+class Hardware(unittest.TestCase):
+    """Debug registers by perf_event_open."""
+
+    @classmethod
+    def setUpClass(cls):
+        try:
+            ubp.check_debug_registers()
+        except ubp.ProbeError as refusal:
+            raise unittest.SkipTest("%s (%s)" % (refusal, refusal.hint))
+
+    # what is probed | what the target is told | which hits that are
+    COUNTS = """
+    exe:step               | c   | calls
+    exe:step               | ct  | calls in threads that start later
+    exe:step               | tcf | calls in a forked child too
+    exe:step               | vc  | calls of a child that then becomes another
+    mem:counter            | w   | writes
+    mem:counter/4          | w   | writes of eight bytes to a watched half
+    mem:exe:counter/8:rw   | wr  | writes and reads
+    mem:buffer/8           | z   | writes by the kernel
+    """
+
+    def test_counts_what_the_target_did(self):
+        for line in self.COUNTS.strip().splitlines():
+            where, commands, what = [w.strip() for w in line.split("|")]
+            if what == "writes by the kernel" and not live.IS_ROOT:
+                continue
+            with self.subTest(what), live.Target("life") as process, \
+                    ubp.attach(process.pid) as target:
+                probe = target.probe(where, ubp.Count(), strategy="hw")
+                n = sum(process.ask(c)["n"] for c in commands)
+                self.assertEqual((n, n, 0),
+                                 (probe.read(), probe.hits, probe.dropped))
+                target.close()
+                process.ask("c")
+                process.ask("w")
+                self.assertEqual(n, probe.read(), "counted after removal")
+                process.quit()
+
+    def test_watch_of_writes_ignores_reads_and_neighbours(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            writes = target.probe("mem:counter:w", ubp.Count(), strategy="hw")
+            beside = target.probe("mem:odd_sized+4/4:rw", ubp.Count(),
+                                  strategy="hw")
+            process.ask("r")
+            self.assertEqual((0, 0), (writes.read(), beside.read()))
+            process.quit()
+
+    def test_nothing_of_the_target_changes_while_armed(self):
+        with live.Target("life") as process:
+            before = live.Snapshot(process.pid)
+            with ubp.attach(process.pid) as target:
+                target.probe(["exe:step", "mem:counter"], ubp.Count(),
+                             strategy="hw")
+                live.Snapshot(process.pid).compare(self, before)
+                self.assertEqual(0.0, target.pause_us)
+                process.ask("c")
+            live.Snapshot(process.pid).compare(self, before)
+            process.quit()
+
+    def test_agrees_with_a_jump_at_the_same_site(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            by_hw = target.probe("exe:step", ubp.Count(), strategy="hw")
+            by_jump = target.probe("exe:step", ubp.Count())
+            for command in "cftc":
+                process.ask(command)
+                self.assertEqual(by_jump.read(), by_hw.read())
+            by_jump.remove()
+            process.ask("c")
+            self.assertEqual(by_jump.read() + 1009, by_hw.read())
+            process.quit()
+
+    def test_a_fifth_is_refused_and_names_the_four(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            first = target.probe("exe:step", ubp.Count(), strategy="hw")
+            target.probe(["exe:main", "mem:counter", "mem:buffer/8"],
+                         ubp.Count(), strategy="hw")
+            with self.assertRaises(ubp.ProbeError) as caught:
+                target.probe("libc:write", ubp.Count(), strategy="hw")
+            for name in ("step", "main", "mem:counter/8:w", "mem:buffer/8:w"):
+                self.assertIn(name, str(caught.exception))
+            first.remove()
+            probe = target.probe("libc:write", ubp.Count(), strategy="hw")
+            process.ask("c")
+            self.assertEqual(1, probe.read())
+            process.quit()
+
+    def test_registers_that_others_hold_are_told(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as one, \
+                ubp.attach(process.pid) as other:
+            one.probe(["exe:main", "mem:counter", "mem:buffer/8"],
+                      ubp.Count(), strategy="hw")
+            with self.assertRaises(ubp.ProbeError) as caught:
+                other.probe(["exe:step", "libc:write"], ubp.Count(),
+                            strategy="hw")
+            self.assertRegex(str(caught.exception), "ENOSPC.*others")
+            self.assertEqual([], other.probes)
+            other.probe("exe:step", ubp.Count(), strategy="hw")
+            process.quit()
+
+    REFUSED = """
+    mem:odd_sized           | odd_sized has 12 bytes
+    mem:own                 | thread-local
+    mem:counter+1/8         | aligned
+    mem:nonesuch            | no variable of that name
+    mem:0x10/8              | nothing is mapped there
+    """
+
+    def test_what_cannot_be_watched_says_why(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            for line in self.REFUSED.strip().splitlines():
+                where, why = [w.strip() for w in line.split("|")]
+                with self.subTest(where):
+                    with self.assertRaises(ubp.UbpError) as caught:
+                        target.probe(where, ubp.Count(), strategy="hw")
+                    self.assertIn(why, str(caught.exception))
+            process.quit()
+
+    def test_memory_without_hw_is_refused(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            with self.assertRaises(ubp.ProbeError) as caught:
+                target.probe("mem:counter", ubp.Count())
+            self.assertIn("--strategy hw", str(caught.exception))
+
+    def test_tried_in_order_a_jump_comes_first(self):
+        with live.Target("busy", 1) as process, \
+                ubp.attach(process.pid) as target:
+            plans = {plan.site.function.name: plan.strategy for plan in
+                     target.plan(["exe:hot", "exe:shorty"], "jump,hw")}
+            self.assertEqual({"hot": "jump", "shorty": "hw"}, plans)
+
+    def test_no_thread_of_a_storm_is_missed_or_counted_twice(self):
+        for _ in range(5):
+            with live.Target("children", "threads") as process, \
+                    ubp.attach(process.pid) as target:
+                probe = target.probe("exe:hot", ubp.Count(), strategy="hw")
+                start = process.ask("p")["hot"], probe.read()
+                process.send("g")
+                process.answer()
+                time.sleep(0.05)
+                end = process.ask("p")["hot"], probe.read()
+                self.assertGreater(end[0], start[0])
+                self.assertEqual(end[0] - start[0], end[1] - start[1])
+                target.close()
+                process.send("g")
+                process.answer()
+                process.quit()
+
+    def test_breakpoints_end_with_a_tracer_that_is_killed(self):
+        with live.Target("life") as process:
+            before = live.Snapshot(process.pid)
+            with live.python(
+                    "t = ubp.attach(%d)\n"
+                    "p = t.probe(['exe:step', 'exe:main', 'mem:counter',"
+                    " 'mem:buffer/8'], ubp.Count(), strategy='hw')\n"
+                    "print('armed', flush=True)\n"
+                    "time.sleep(60)\n" % process.pid) as tracer:
+                self.assertEqual("armed", tracer.line())
+                tracer.kill()
+            live.Snapshot(process.pid).compare(self, before)
+            with ubp.attach(process.pid) as target:     # all four are free
+                probe = target.probe(
+                    ["exe:step", "exe:main", "mem:counter", "mem:buffer/8"],
+                    ubp.Count(), strategy="hw")
+                self.assertEqual(process.ask("c")["n"], probe.read())
+            process.quit()
+
+    def test_the_command_says_that_nothing_was_written(self):
+        with live.Target("life") as process:
+            with live.Process([sys.executable, TOP + "/ubp.py", "count", "-p",
+                               process.pid, "--strategy", "hw", "exe:step",
+                               "mem:counter"]) as ubp_process:
+                self.assertTrue(live.settled(
+                    lambda: "2 sites by hw" in ubp_process.stderr(), 10))
+                process.ask("c")
+                process.ask("w")
+                ubp_process.process.send_signal(signal.SIGINT)
+                self.assertEqual(0, ubp_process.wait())
+                text = ubp_process.stderr()
+            self.assertIn("removed, no page was written; hits 1110 = "
+                          "recorded 1110 + dropped 0", text)
+            process.quit()
+
+    def test_breakpoints_are_not_left_behind(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            target.probe("exe:step", ubp.Count(), strategy="hw")
+            with self.assertRaises(ubp.ProbeError):
+                target.detach()
+
+
+if __name__ == "__main__":
+    unittest.main()
