@@ -5156,6 +5156,12 @@ class _Restoring:
                 if not self._is_of_file(vaddr, old):
                     return None     # the journal was forged
                 undo.append((vaddr, new, old))
+            elif (text is not None and text[1:] == new[1:] != old[1:]
+                    and text[:1] in (old[:1], ubp_x86.BREAKPOINT)
+                    and self._is_of_file(vaddr, old)):
+                # A uprobe was set on our jump, and may be gone again: the
+                # kernel owns the first byte, and puts the file's back.
+                undo.append((vaddr + 1, new[1:], old[1:]))
             elif text is None:
                 if self._is_mapped(vaddr):
                     raise Again("text at 0x%x cannot be read" % vaddr)

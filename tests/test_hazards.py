@@ -431,6 +431,34 @@ class ForeignCode(unittest.TestCase):
             process.quit()
 
     @unittest.skipUnless(live.IS_ROOT, "needs root to set a kernel uprobe")
+    def test_18_removal_mends_a_jump_that_a_uprobe_was_set_on(self):
+        for is_gone_first in (False, True):
+            with self.subTest(is_gone_first), \
+                    live.Target("busy", 1) as process:
+                vaddr, offset = live.symbol(process.path, "hot")
+                with ubp.attach(process.pid) as target:
+                    probe = target.probe("exe:hot", ubp.Count())
+                    site = probe.sites[0].vaddr
+                    uprobe = live.KernelUprobe(process.pid, process.path,
+                                               offset)
+                    self.assertEqual(b"\xcc", ubp.read_memory(
+                        process.pid, site, 1))
+                    if is_gone_first:   # the kernel puts one byte back
+                        uprobe.__exit__()
+                    probe.remove()
+                    self.assertEqual((), target.removal.notes)
+                    if not is_gone_first:
+                        process.ask("c")
+                        n_hits = uprobe.count()
+                        uprobe.__exit__()
+                    n = process.ask("c")
+                    self.assertEqual(0, n["wrong"])
+                    if not is_gone_first:
+                        self.assertEqual(n["hot"] // 2, n_hits)
+                self.assertEqual([], live.changed_text(process.pid))
+                process.quit()
+
+    @unittest.skipUnless(live.IS_ROOT, "needs root to set a kernel uprobe")
     def test_18_a_site_with_a_kernel_uprobe_is_refused(self):
         with live.Target("busy", 1) as process:
             with live.KernelUprobe(
