@@ -572,6 +572,7 @@ MAX_TABLE = 1 << 28      # bytes of one table; a 500 000-symbol one has 2^25
 MAX_SYMBOLS = 1 << 22
 MAX_HEADERS = 1 << 16    # sections, as e_shnum is 16 bits
 MAX_LOADS = 64           # PT_LOAD segments; linkers write four or five
+MAX_FRAME_ENTRY = 1 << 18    # bytes of one FDE; the longest in gcc has 20 000
 MAX_ALIASES = 1000       # symbols at one address that are looked at
 MAX_NAME = 4096          # bytes of a name that are looked at
 MAX_LINKS = 40           # symbolic links in a path, as in path_resolution(7)
@@ -1101,6 +1102,27 @@ class Fde(NamedTuple):
     lsda: int               # vaddr of its exception table, 0 if none
 
 
+class Cie(NamedTuple):
+    """What the FDEs of one compiler have in common, LSB 5.0, 10.6.1.1."""
+    encoding: int           # of vaddrs, DW_EH_PE
+    lsda_encoding: int      # 0xff: there are none
+    is_augmented: bool
+    code_unit: int          # what advances count in
+    data_unit: int          # what offsets count in
+    return_column: int      # the "register" that is the return address
+    is_signal: bool         # frames that a signal has pushed
+    program: bytes          # CFA instructions for the first row
+    vaddr: int              # where the program is
+
+
+class CallFrame(NamedTuple):
+    """The call frame information of a function: see cfa_rows."""
+    fde: Fde
+    cie: Cie
+    program: bytes
+    vaddr: int              # where the program is
+
+
 class Unwind:
     """.eh_frame, found through the table of .eh_frame_hdr if there is one.
 
@@ -1163,26 +1185,39 @@ class Unwind:
 
     def _parse(self, vaddr):
         """The Fde at a vaddr of .eh_frame, or None."""
-        cursor = Cursor(self.elf.read_vaddr(vaddr, 64), vaddr)
+        parts = self._parts(Cursor(self.elf.read_vaddr(vaddr, 64), vaddr))
+        return parts and parts[0]
+
+    def _parts(self, cursor):
+        """(Fde, Cie, where its program begins) of an FDE, or None."""
         try:
             size, cie_distance = cursor.number(4), cursor.number(4)
             if size == 0xffffffff or cie_distance == 0:
                 return None
-            encoding, lsda_encoding, is_augmented = self._cie(
-                vaddr + 4 - cie_distance)
-            start = cursor.pointer(encoding)
-            size = cursor.pointer(encoding & 0x0f)
+            cie = self._cie(cursor.vaddr + 4 - cie_distance)
+            start = cursor.pointer(cie.encoding)
+            size = cursor.pointer(cie.encoding & 0x0f)
             lsda = 0
-            if is_augmented and cursor.uleb() and lsda_encoding != 0xff:
-                lsda = cursor.pointer(lsda_encoding)
+            behind = cursor.uleb() if cie.is_augmented else 0
+            behind += cursor.at
+            if behind > cursor.at and cie.lsda_encoding != 0xff:
+                lsda = cursor.pointer(cie.lsda_encoding)
         except _Truncated:
             return None
         if not size or start + size > VADDR_END:
             return None
-        return Fde(start, size, lsda)
+        return Fde(start, size, lsda), cie, behind
+
+    def _entry(self, vaddr):
+        """A Cursor on a CIE or FDE, which ends where that does."""
+        data = self.elf.read_vaddr(vaddr, 256)
+        size = 4 + int.from_bytes(data[:4], "little")
+        if len(data) < size <= MAX_FRAME_ENTRY:
+            data = self.elf.read_vaddr(vaddr, size)
+        return Cursor(data[:size], vaddr)
 
     def _cie(self, vaddr):
-        """(pointer encoding, LSDA encoding or 0xff, has augmentation)."""
+        """The Cie at a vaddr of .eh_frame. Raises _Truncated."""
         if vaddr not in self._cies:
             if len(self._cies) > 10000:
                 self._cies.clear()
@@ -1190,27 +1225,21 @@ class Unwind:
         return self._cies[vaddr]
 
     def _parse_cie(self, vaddr):
-        data = self.elf.read_vaddr(vaddr, 128)
-        cursor = Cursor(data, vaddr)
+        cursor = self._entry(vaddr)
         _, identity, version = (cursor.number(4), cursor.number(4),
                                 cursor.number(1))
-        text = _c_string(data, cursor.at)
+        text = _c_string(cursor.data, cursor.at)
         cursor.at += len(text) + 1
         if identity != 0 or version not in (1, 3, 4):
             raise _Truncated()
         if version == 4:
             cursor.number(2)            # sizes of addresses and segments
-        cursor.uleb()                   # code alignment
-        cursor.uleb(signed=True)        # data alignment
-        if version == 1:
-            cursor.number(1)            # the return address's column
-        else:
-            cursor.uleb()
-        encoding, lsda = 0, 0xff
-        if not text.startswith(b"z"):
-            return encoding, lsda, False
-        cursor.uleb()
-        for letter in text[1:].decode("latin-1"):
+        code_unit, data_unit = cursor.uleb(), cursor.uleb(signed=True)
+        column = cursor.number(1) if version == 1 else cursor.uleb()
+        encoding, lsda, is_augmented = 0, 0xff, text.startswith(b"z")
+        behind = cursor.uleb() if is_augmented else 0
+        behind += cursor.at
+        for letter in text[1:].decode("latin-1") if is_augmented else "":
             if letter == "R":
                 encoding = cursor.number(1)
             elif letter == "L":
@@ -1219,7 +1248,23 @@ class Unwind:
                 cursor.pointer(cursor.number(1))
             elif letter not in "SBG":
                 raise _Truncated()
-        return encoding, lsda, True
+        return Cie(encoding, lsda, is_augmented, code_unit, data_unit,
+                   column, is_augmented and b"S" in text,
+                   cursor.data[behind:], vaddr + behind)
+
+    def call_frame(self, vaddr):
+        """The CallFrame of the function that holds vaddr, or None."""
+        starts, fdes = self._index
+        index = bisect.bisect_right(starts, vaddr) - 1
+        if index < 0:
+            return None
+        cursor = self._entry(fdes[index])
+        parts = self._parts(cursor)
+        if not parts or not 0 <= vaddr - parts[0].vaddr < parts[0].size:
+            return None
+        fde, cie, behind = parts
+        return CallFrame(fde, cie, cursor.data[behind:],
+                         fdes[index] + behind)
 
     def at(self, vaddr):
         """The Fde whose range holds vaddr, or None."""
@@ -1281,8 +1326,8 @@ class Functions:
     Symbols of all tables, and FDEs where no symbol is. vaddrs: the file's.
     """
 
-    def __init__(self, elf, tables):
-        self.elf, self.unwind = elf, Unwind(elf)
+    def __init__(self, elf, tables, unwind):
+        self.elf, self.unwind = elf, unwind
         self.ranges = elf.code_ranges
         self.columns = []               # (table, indices, values), by value
         for table in tables:
@@ -2118,9 +2163,14 @@ class Module:
         return list(self.elf.notes)
 
     @_Lazy
+    def unwind(self):
+        """What .eh_frame says, with the file's vaddrs."""
+        return Unwind(self.elf)
+
+    @_Lazy
     def _functions(self):
         tables = self.elf.symtabs or debug_tables(self.pid, self)
-        return Functions(self.elf, tables + [self.elf.dynsym])
+        return Functions(self.elf, tables + [self.elf.dynsym], self.unwind)
 
     @_Lazy
     def _pointers(self):
@@ -2840,9 +2890,942 @@ def _closest(wanted, names):
     return "did you mean %s?" % ", ".join(best) if best else ""
 # ---- 4  Stacks ------------------------------------------------------------
 #
-# From a copy of a stack's top to the functions that are on it. The one
-# idea: what a C++ exception finds, .eh_frame tells us too. Invariant: all
-# of it is hostile input, so a walk is bounded and ends at what is unknown.
+# From a copy of a thread's registers and of its stack's top to the functions
+# that are on it. The one idea: what a C++ exception finds, .eh_frame tells
+# us too. For each range of code it has a row: how to compute the CFA (the
+# canonical frame address: rsp as it was before the call) and where, seen from
+# there, the caller's registers and the return address are. Rows come from
+# small programs, and a step of a walk is a row made ready, kept by address.
+#
+#     higher  | caller's frame        |
+#             +-----------------------+ <- CFA, the caller's rsp
+#             | return address        |    CFA-8
+#             | saved registers, data |
+#     rsp  -> +-----------------------+ <- where the copy begins
+#
+# Invariant: the target wrote all of it, so every loop has a bound, memory is
+# what the copy holds, and a walk ends where something is unknown, saying why.
+# No return address is guessed: it follows from CFI or from the frame pointer
+# of code that is seen to keep one.
+# Sources: DWARF 5, 6.4 and 2.5; LSB 5.0, 10.6; psABI, 3.6 and 3.7.
+
+_U64, _U64_MAX = struct.Struct("<Q"), (1 << 64) - 1
+RBP, RSP, RA = 6, 7, 16             # DWARF register numbers, psABI 3.6.2
+N_REGISTERS = 17                    # rax ... r15 and the return address
+_CALLER_SAVED = (0, 1, 2, 4, 5, 8, 9, 10, 11)    # psABI figure 3.4
+MAX_STATES = 256        # remembered rows; compilers nest two
+MAX_EXPRESSION = 1000   # operations of an expression, loops included
+MAX_EXPRESSION_STACK = 64
+MAX_STEPS = 1 << 16     # ready steps that are kept
+MAX_PERF_MAP = 1 << 26  # bytes of a JIT's map that are read
+_LOOK_AGAIN_S = 1.0     # before maps are read again for an unknown address
+
+# How a walk ended.
+END = "end"                         # the outermost frame
+DEPTH = "depth"                     # as many frames as were wanted
+TRUNCATED = "truncated"             # what is needed lies outside the copy
+NO_UNWIND_INFO = "no unwind info"
+UNKNOWN_CODE = "unknown code"       # a return address that is in no code
+UNKNOWN_REGISTER = "unknown register"
+DAMAGED = "damaged unwind info"     # or a stack that contradicts it
+
+# Operands: r register, u number, f number * data_unit, s the same signed,
+# b block, 1 2 4 8 an advance in so many bytes, a address. DWARF 5, 7.24.
+CFA_OPCODES = """
+00 nop                  0b restore_state            16 val_expression r b
+01 set_location a       0c define r u               1d advance 8
+02 advance 1            0d define_register r        2e args_size u
+03 advance 2            0e define_offset u          2f offset_negative r f
+04 advance 4            0f define_expression b
+05 offset r f           10 expression r b
+06 restore r            11 offset r s
+07 undefined r          12 define r s
+08 same_value r         13 define_offset s
+09 register r r         14 val_offset r f
+0a remember_state       15 val_offset r s
+"""
+# DWARF 5, 7.7.1. Operands: 1 2 4 8 bytes, + signed, u and s LEB128.
+EXPRESSION_OPCODES = """
+06 deref       0e const 8    17 rot      20 not      28 bra 2+   90 value u
+08 const 1     0f const 8+   19 abs      21 or       29 eq       92 value u s
+09 const 1+    10 const u    1a and      22 plus     2a ge       94 deref 1
+0a const 2     11 const s    1b div      23 plus u   2b gt       96 nop
+0b const 2+    12 dup        1c minus    24 shl      2c le
+0c const 4     13 drop       1d mod      25 shr      2d lt
+0d const 4+    14 over       1e mul      26 shra     2e ne
+15 pick 1      16 swap       1f neg      27 xor      2f skip 2+
+"""                     # and literals 30-4f, registers 50-6f, based 70-8f
+
+
+def _opcode_table(text):
+    """{opcode: (name, operands)} of a table with several columns."""
+    cells = (cell.split() for cell in re.split(r" {2,}|\n", text) if cell)
+    return {int(cell[0], 16): (cell[1], tuple(cell[2:])) for cell in cells}
+
+
+_CFA = _opcode_table(CFA_OPCODES)
+_EXPRESSION = _opcode_table(EXPRESSION_OPCODES)
+assert (len(_CFA), len(_EXPRESSION)) == (26, 44)
+
+
+class _Ended(Exception):
+    """A walk goes no further. Its one argument is one of the reasons."""
+
+
+class CfaRow(NamedTuple):
+    """What holds from a vaddr on.
+
+    cfa     (register, offset), or (None, expression)
+    rules   {register: (kind, value)}: "offset" from the CFA of where it is
+            saved, "val_offset" from the CFA to its value, "register",
+            "expression", "val_expression", or "undefined". Not listed:
+            the register has kept its value.
+    """
+    vaddr: int
+    cfa: tuple
+    rules: dict
+
+
+class _CfaMachine:
+    """Runs the program of a CallFrame; one method for each instruction."""
+
+    def __init__(self, frame):
+        self.frame, self.cie = frame, frame.cie
+        self.vaddr = frame.fde.vaddr
+        self.cfa, self.rules, self.initial, self.states = None, {}, {}, []
+
+    def rows(self):
+        """Yield the CfaRows. Raises _Truncated where it makes no sense."""
+        for _ in self._run(self.cie.program, self.cie.vaddr):
+            raise _Truncated()          # an advance before there is a row
+        self.initial = dict(self.rules)
+        for row in self._run(self.frame.program, self.frame.vaddr):
+            yield row
+        yield self._row()
+
+    def _row(self):
+        if self.cfa is None:
+            raise _Truncated()
+        return CfaRow(self.vaddr, self.cfa, dict(self.rules))
+
+    def _run(self, program, vaddr):
+        """Execute a program; yield a row before the vaddr changes."""
+        cursor = Cursor(program, vaddr)
+        while cursor.at < len(program):
+            opcode = program[cursor.at]
+            cursor.at += 1
+            high, low = opcode & 0xc0, opcode & 0x3f
+            if high == 0x40:
+                name, operands = "advance", [low]
+            elif high == 0x80:
+                name, operands = "offset", [low, self._operand(cursor, "f")]
+            elif high == 0xc0:
+                name, operands = "restore", [low]
+            else:
+                if low not in _CFA:
+                    raise _Truncated()
+                name, forms = _CFA[low]
+                operands = [self._operand(cursor, form) for form in forms]
+            if name in ("advance", "set_location"):
+                to = (operands[0] if name == "set_location" else
+                      self.vaddr + operands[0] * self.cie.code_unit)
+                if to != self.vaddr:
+                    yield self._row()
+                if not self.vaddr <= to < VADDR_END:
+                    raise _Truncated()
+                self.vaddr = to
+            else:
+                getattr(self, name)(*operands)
+
+    def _operand(self, cursor, form):
+        """Read one operand, by its letter in CFA_OPCODES."""
+        if form in "ru":
+            return cursor.uleb()
+        if form in "fs":
+            return cursor.uleb(signed=form == "s") * self.cie.data_unit
+        if form == "a":
+            return cursor.pointer(self.cie.encoding)
+        if form == "b":
+            size = cursor.uleb()
+            block = cursor.data[cursor.at:cursor.at + size]
+            if len(block) < size:
+                raise _Truncated()
+            cursor.at += size
+            return block
+        return cursor.number(int(form))
+
+    def _set(self, register, *rule):
+        if register < N_REGISTERS:      # others (vector ones) are not needed
+            self.rules[register] = rule
+
+    def nop(self):
+        pass
+
+    def args_size(self, size):
+        pass
+
+    def remember_state(self):
+        if len(self.states) >= MAX_STATES:
+            raise _Truncated()
+        self.states.append((self.cfa, dict(self.rules)))
+
+    def restore_state(self):
+        if not self.states:
+            raise _Truncated()
+        self.cfa, self.rules = self.states.pop()
+
+    def define(self, register, offset):
+        self.cfa = register, offset
+
+    def define_register(self, register):
+        if self.cfa is None or self.cfa[0] is None:
+            raise _Truncated()
+        self.cfa = register, self.cfa[1]
+
+    def define_offset(self, offset):
+        if self.cfa is None or self.cfa[0] is None:
+            raise _Truncated()
+        self.cfa = self.cfa[0], offset
+
+    def define_expression(self, block):
+        self.cfa = None, block
+
+    def offset(self, register, offset):
+        self._set(register, "offset", offset)
+
+    def offset_negative(self, register, offset):
+        self._set(register, "offset", -offset)
+
+    def val_offset(self, register, offset):
+        self._set(register, "val_offset", offset)
+
+    def register(self, register, other):
+        self._set(register, "register", other)
+
+    def expression(self, register, block):
+        self._set(register, "expression", block)
+
+    def val_expression(self, register, block):
+        self._set(register, "val_expression", block)
+
+    def undefined(self, register):
+        self._set(register, "undefined", 0)
+
+    def same_value(self, register):
+        self.rules.pop(register, None)
+
+    def restore(self, register):
+        self.rules.pop(register, None)
+        if register in self.initial:
+            self.rules[register] = self.initial[register]
+
+
+def cfa_rows(frame):
+    """Yield the CfaRows of a CallFrame, in order.
+
+    Raises SymbolError where its program cannot be understood.
+    """
+    try:
+        for row in _CfaMachine(frame).rows():
+            yield row
+    except _Truncated:
+        raise SymbolError("unwind from", "0x%x" % frame.fde.vaddr,
+                          "its call frame information is damaged")
+
+
+def row_at(frame, vaddr):
+    """The CfaRow of a CallFrame that holds at a vaddr, the file's."""
+    found = None
+    for row in cfa_rows(frame):
+        if row.vaddr > vaddr:
+            break
+        found = row
+    return found
+
+
+def _signed(value):
+    return value - (1 << 64) if value >> 63 else value
+
+
+_BINARY = {
+    "and": lambda a, b: a & b, "or": lambda a, b: a | b,
+    "xor": lambda a, b: a ^ b, "plus": lambda a, b: a + b,
+    "minus": lambda a, b: a - b, "mul": lambda a, b: a * b,
+    "mod": lambda a, b: a % b, "div": lambda a, b: _divide(a, b),
+    "shl": lambda a, b: a << b if b < 64 else 0,
+    "shr": lambda a, b: a >> b if b < 64 else 0,
+    "shra": lambda a, b: _signed(a) >> min(b, 63),
+    "eq": lambda a, b: a == b, "ne": lambda a, b: a != b,
+    "ge": lambda a, b: _signed(a) >= _signed(b),
+    "gt": lambda a, b: _signed(a) > _signed(b),
+    "le": lambda a, b: _signed(a) <= _signed(b),
+    "lt": lambda a, b: _signed(a) < _signed(b)}
+
+
+def _divide(a, b):
+    """Signed division that truncates, as C's."""
+    a, b = _signed(a), _signed(b)
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+class _StackMachine:
+    """Evaluates the DWARF expressions of CFI.
+
+    read        (vaddr, size) -> int
+    registers   values by number, None where unknown
+    """
+
+    def __init__(self, registers, read):
+        self.registers, self.read = registers, read
+        self.stack = []
+
+    def evaluate(self, block, *stack):
+        """The value on top at the end. Raises _Ended."""
+        self.stack, cursor = list(stack), Cursor(block, 0)
+        try:
+            for _ in range(MAX_EXPRESSION):
+                if cursor.at == len(block):
+                    return self.stack[-1]
+                self._step(cursor, cursor.number(1))
+                if len(self.stack) > MAX_EXPRESSION_STACK:
+                    break
+        except (_Truncated, IndexError, ZeroDivisionError):
+            pass                        # IndexError: the stack was empty
+        raise _Ended(DAMAGED)
+
+    def _step(self, cursor, opcode):
+        push = self.stack.append
+        if 0x30 <= opcode < 0x50:
+            return push(opcode - 0x30)
+        if 0x50 <= opcode < 0x70:
+            return push(self._register(opcode - 0x50))
+        if 0x70 <= opcode < 0x90:
+            offset = cursor.uleb(signed=True)
+            return push(self._register(opcode - 0x70) + offset & _U64_MAX)
+        if opcode not in _EXPRESSION:
+            raise _Truncated()
+        name, forms = _EXPRESSION[opcode]
+        operands = [cursor.uleb(form == "s") if form in "us" else
+                    cursor.number(int(form[0]), len(form) == 2)
+                    for form in forms]
+        if name in _BINARY:
+            b = operands[0] if operands else self.stack.pop()
+            push(int(_BINARY[name](self.stack.pop(), b)) & _U64_MAX)
+        elif name in ("skip", "bra"):
+            if name == "skip" or self.stack.pop():
+                cursor.at += operands[0]
+            if not 0 <= cursor.at <= len(cursor.data):
+                raise _Truncated()
+        else:
+            getattr(self, "_" + name)(*operands)
+
+    def _register(self, number):
+        value = (self.registers[number] if number < N_REGISTERS else None)
+        if value is None:
+            raise _Ended(UNKNOWN_REGISTER)
+        return value
+
+    def _const(self, value):
+        self.stack.append(value & _U64_MAX)
+
+    def _value(self, number, offset=0):
+        self.stack.append(self._register(number) + offset & _U64_MAX)
+
+    def _deref(self, size=8):
+        if size not in (1, 2, 4, 8):
+            raise _Truncated()
+        self.stack.append(self.read(self.stack.pop(), size))
+
+    def _nop(self):
+        pass
+
+    def _dup(self):
+        self.stack.append(self.stack[-1])
+
+    def _drop(self):
+        self.stack.pop()
+
+    def _over(self):
+        self.stack.append(self.stack[-2])
+
+    def _pick(self, n):
+        self.stack.append(self.stack[-1 - n])
+
+    def _swap(self):
+        self.stack[-2:] = self.stack[-1], self.stack[-2]
+
+    def _rot(self):
+        self.stack[-3:] = (self.stack[-1], self.stack[-3], self.stack[-2])
+
+    def _abs(self):
+        self.stack.append(abs(_signed(self.stack.pop())) & _U64_MAX)
+
+    def _neg(self):
+        self.stack.append(-self.stack.pop() & _U64_MAX)
+
+    def _not(self):
+        self.stack.append(~self.stack.pop() & _U64_MAX)
+
+
+class CodeMap:
+    """Which code of one process lies where, read again where it grows.
+
+    modules   a list of Module; kept up to date in .modules
+    """
+
+    def __init__(self, pid, modules):
+        self.pid, self.birth = pid, start_time(pid)
+        self.generation = 0             # changes with the modules
+        self._looked = None             # when the maps were read
+        self._starts, self._mappings = [], []
+        self._set_modules(modules)
+
+    def _set_modules(self, modules):
+        self.modules = list(modules)
+        rows = sorted((vaddr, vaddr + size, index)
+                      for index, module in enumerate(self.modules)
+                      for vaddr, size, _ in module.text)
+        self._lows = [low for low, _, _ in rows]
+        self._rows = rows
+        self.generation += 1
+
+    def at(self, vaddr):
+        """The Module, or executable Mapping of none, that holds a vaddr.
+
+        None if there is no code.
+        """
+        found = self._known(vaddr)
+        if found is None and self._may_look():
+            self._look()
+            found = self._known(vaddr)
+        return found
+
+    def _known(self, vaddr):
+        index = bisect.bisect_right(self._lows, vaddr) - 1
+        if index >= 0 and vaddr < self._rows[index][1]:
+            return self.modules[self._rows[index][2]]
+        index = bisect.bisect_right(self._starts, vaddr) - 1
+        if index >= 0 and vaddr < self._mappings[index].end:
+            return self._mappings[index]
+        return None
+
+    def _may_look(self):
+        now = time.monotonic()
+        if self._looked is not None and now < self._looked + _LOOK_AGAIN_S:
+            return False
+        self._looked = now
+        return self.birth != 0 and start_time(self.pid) == self.birth
+
+    def _look(self):
+        """Read the maps again, and the modules if there are new ones."""
+        code = [m for m in read_maps(memory_tid(self.pid)) if "x" in m.perms]
+        if any(m.path.startswith("/") and self._known(m.start) is None
+               for m in code):
+            try:
+                self._merge(modules(self.pid))
+            except SymbolError:
+                return                  # it has just ended
+        self._mappings = [m for m in code if m.end > m.start and not any(
+            m.start < high and low < m.end for low, high, _ in self._rows)]
+        self._starts = [m.start for m in self._mappings]
+
+    def _merge(self, found):
+        """Take over what is new; what was known keeps what it has read."""
+        known = {(m.path, m.low, m.high, m.build_id): m for m in self.modules}
+        merged = []
+        for module in found:
+            old = known.get((module.path, module.low, module.high,
+                             module.build_id))
+            if old:
+                module.close()
+            merged.append(old or module)
+        if merged != self.modules:
+            self._set_modules(merged)
+
+    def code_at(self, vaddr, size):
+        """size bytes of code before a vaddr, or fewer: from the file, or,
+        where a JIT has written them, from memory."""
+        owner = self.at(vaddr - 1)
+        if isinstance(owner, Module):
+            return owner.read_file(vaddr - size, size)
+        if owner is None or start_time(self.pid) != self.birth:
+            return b""
+        low = max(owner.start, vaddr - size)
+        return _peek(self.pid, low, vaddr - low)
+
+
+class Walk(NamedTuple):
+    """What is on a stack.
+
+    addresses     the pc, then a return address for each caller
+    interrupted   indices of those where no call was: the first, and frames
+                  that a signal has interrupted
+    why           how it ended: END, TRUNCATED ...
+    """
+    addresses: tuple
+    interrupted: tuple
+    why: str
+
+
+class _Position:
+    """Where a walk is: a frame's registers, and the copied stack."""
+    __slots__ = ("registers", "low", "stack", "pc", "is_return")
+
+    def __init__(self, pc, registers, low, stack):
+        self.registers = [None] * N_REGISTERS
+        for number, value in registers.items():
+            if 0 <= number < N_REGISTERS:
+                self.registers[number] = value & _U64_MAX
+        if self.registers[RSP] is None:
+            self.registers[RSP] = low
+        self.low, self.stack = low, stack
+        self.pc, self.is_return = pc, False
+
+    def read(self, vaddr, size=8):
+        """A number of the copy. Raises _Ended outside of it."""
+        at = vaddr - self.low
+        if at < 0 or at + size > len(self.stack):
+            raise _Ended(TRUNCATED)
+        return int.from_bytes(self.stack[at:at + size], "little")
+
+    def forget(self, registers):
+        """These have no known value in the caller."""
+        for register in registers:
+            self.registers[register] = None
+
+
+class _SavedRegisters:
+    """A step by a row as almost all are: the CFA is a register and an
+    offset, and what is saved lies at fixed offsets from it."""
+
+    def __init__(self, row, column):
+        self.register, self.offset = row.cfa
+        self.return_offset = row.rules[column][1]
+        self.saved = [(register, rule[1]) for register, rule
+                      in row.rules.items() if register != column]
+
+    @staticmethod
+    def is_fit(row, column):
+        return (row.cfa[0] is not None and row.cfa[0] < N_REGISTERS
+                and column in row.rules and RSP not in row.rules
+                and all(kind == "offset" for kind, _ in row.rules.values()))
+
+    def take(self, position):
+        """Turn a position into its caller's; the caller's address."""
+        registers, base = position.registers, None
+        base = registers[self.register]
+        if base is None:
+            raise _Ended(UNKNOWN_REGISTER)
+        cfa, low, stack = base + self.offset, position.low, position.stack
+        sp, size = registers[RSP], len(stack) - 8
+        if cfa <= sp or cfa + self.return_offset < sp:
+            raise _Ended(DAMAGED)
+        for register, offset in self.saved:
+            at = cfa + offset - low
+            if at > size:
+                raise _Ended(TRUNCATED)
+            if cfa + offset >= sp and at >= 0:
+                registers[register] = _U64.unpack_from(stack, at)[0]
+            elif position.is_return:
+                raise _Ended(DAMAGED)
+            # else an epilogue has popped it already: the register has it
+        at = cfa + self.return_offset - low
+        if not 0 <= at <= size:
+            raise _Ended(TRUNCATED)
+        registers[RSP] = cfa
+        return _U64.unpack_from(stack, at)[0]
+
+
+class _AnyRow:
+    """A step by a row of any kind."""
+
+    def __init__(self, row, column, is_signal):
+        self.row, self.column, self.is_signal = row, column, is_signal
+
+    def take(self, position):
+        position.registers[RA] = position.pc
+        before = list(position.registers)
+        machine = _StackMachine(before, position.read)
+        register, value = self.row.cfa
+        if register is None:
+            cfa = machine.evaluate(value)
+        else:
+            cfa = machine._register(register) + value & _U64_MAX
+        if cfa <= before[RSP] and RSP not in self.row.rules:
+            raise _Ended(DAMAGED)
+        if self.row.rules.get(self.column, (None,))[0] == "undefined":
+            raise _Ended(END)           # as in _start and clone
+        if self.column not in self.row.rules:
+            raise _Ended(NO_UNWIND_INFO)
+        after = position.registers
+        after[RSP] = cfa
+        for register, rule in self.row.rules.items():
+            after[register] = self._value(position, machine, cfa,
+                                          before[register], *rule)
+        if after[RSP] is None or after[self.column] is None:
+            raise _Ended(UNKNOWN_REGISTER)
+        return after[self.column]
+
+    @staticmethod
+    def _value(position, machine, cfa, before, kind, value):
+        """The caller's value of a register, None if there is none."""
+        if kind == "undefined":
+            return None
+        if kind == "register":
+            return (machine.registers[value] if value < N_REGISTERS
+                    else None)
+        if kind == "val_offset":
+            return cfa + value & _U64_MAX
+        if kind == "val_expression":
+            return machine.evaluate(value, cfa)
+        if kind == "expression":
+            return position.read(machine.evaluate(value, cfa))
+        slot = cfa + value & _U64_MAX
+        if slot < machine.registers[RSP] and not position.is_return:
+            return before               # popped already
+        return position.read(slot)
+
+
+class _TopOfStack:
+    """A step where the return address is on top: at an entry, at a ret."""
+
+    def take(self, position):
+        sp = position.registers[RSP]
+        position.registers[RSP] = sp + 8
+        return position.read(sp)
+
+
+class _FramePointer:
+    """A step by rbp, in code that keeps a frame pointer but has no CFI.
+
+    The address found must be behind a call, and rbp must rise.
+    """
+
+    def __init__(self, code):
+        self.code = code
+
+    def take(self, position):
+        registers = position.registers
+        frame = registers[RBP]
+        if frame is None:
+            raise _Ended(UNKNOWN_REGISTER)
+        if frame == 0:                  # the outermost frame's, psABI 3.4.1
+            raise _Ended(END)
+        if frame % 8 or frame < registers[RSP]:
+            raise _Ended(NO_UNWIND_INFO)
+        caller, vaddr = position.read(frame), position.read(frame + 8)
+        if caller and caller <= frame:
+            raise _Ended(NO_UNWIND_INFO)
+        if vaddr and not ubp_x86.ends_in_call(self.code.code_at(vaddr, 8)):
+            raise _Ended(NO_UNWIND_INFO)
+        position.forget(range(N_REGISTERS))     # what it saved, who knows
+        registers[RBP], registers[RSP] = caller, frame + 16
+        return vaddr
+
+
+class _SignalFrame:
+    """A step out of a signal handler whose restorer has no CFI (musl's)."""
+    is_signal = True
+
+    def take(self, position):
+        low = position.registers[RSP]
+        position.read(low + ubp_x86.SIGNAL_CONTEXT, 8)
+        size = ubp_x86.SIGNAL_CONTEXT + ubp_x86.SIGNAL_CONTEXT_SIZE
+        position.read(low + size - 8)
+        at = low - position.low
+        found = ubp_x86.interrupted_registers(position.stack[at:at + size])
+        for register, value in found.items():
+            position.registers[register] = value
+        return found[RA]
+
+
+class _Stop:
+    """No step: the walk ends here."""
+
+    def __init__(self, why):
+        self.why = why
+
+    def take(self, position):
+        raise _Ended(self.why)
+
+
+class Unwinder:
+    """Walks the stacks of one process.
+
+    modules   a list of Module, or a CodeMap to be shared
+    """
+
+    def __init__(self, pid, modules):
+        self.code = (modules if isinstance(modules, CodeMap)
+                     else CodeMap(pid, modules))
+        self._generation, self._steps = self.code.generation, {}
+
+    def walk(self, pc, registers, stack_vaddr, stack, max_depth=64):
+        """The callers of an instruction. -> Walk; raises nothing.
+
+        pc            vaddr of an instruction: what is about to run
+        registers     {DWARF register number: value} there, as far as known:
+                      rbx 3, rbp 6, rsp 7, r12-r15 12-15 are what is needed
+        stack_vaddr   rsp, where the copy begins
+        stack         bytes copied from there upwards
+        """
+        position = _Position(pc, registers, stack_vaddr, stack)
+        addresses, interrupted = [pc], [0]
+        if self._generation != self.code.generation:
+            self._generation, self._steps = self.code.generation, {}
+        try:
+            while len(addresses) < max_depth:
+                pc = self._up(position)
+                if pc == 0:
+                    raise _Ended(END)
+                if not position.is_return:
+                    interrupted.append(len(addresses))
+                addresses.append(pc)
+            why = DEPTH
+        except _Ended as ended:
+            why = ended.args[0]
+        return Walk(tuple(addresses), tuple(interrupted), why)
+
+    def _up(self, position):
+        """Go to the caller; its address. Raises _Ended."""
+        step = self._step(position.pc, position.is_return)
+        pc = step.take(position)
+        is_return = not getattr(step, "is_signal", False)
+        if is_return:
+            position.forget(_CALLER_SAVED)
+        if pc and (pc, is_return) not in self._steps and self.code.at(
+                pc - is_return) is None:
+            raise _Ended(UNKNOWN_CODE)
+        position.pc, position.is_return = pc, is_return
+        return pc
+
+    def _step(self, pc, is_return):
+        """The step from an address, kept for the next time."""
+        step = self._steps.get((pc, is_return))
+        if step is None:
+            if len(self._steps) >= MAX_STEPS:
+                self._steps.clear()
+            step = self._steps[pc, is_return] = self._find(pc, is_return)
+        return step
+
+    def _find(self, pc, is_return):
+        """Make the step from an address ready.
+
+        A return address may be the first byte behind its function, where
+        the call was to one that does not return: so its row is that of the
+        byte before. A signal does not return to an address behind a call.
+        """
+        module = self.code.at(pc - is_return)
+        if module is None:
+            return _Stop(UNKNOWN_CODE)
+        if not isinstance(module, Module):
+            return _FramePointer(self.code)
+        vaddr = pc - is_return - module.bias
+        frame = module.unwind.call_frame(vaddr)
+        if is_return and (frame is None or vaddr + 1 == frame.fde.vaddr
+                          + frame.fde.size) and module.read_file(
+                              pc, 9).startswith(ubp_x86.RESTORERS):
+            return _SignalFrame()
+        if frame is None:
+            return self._without_cfi(module, pc, is_return)
+        return _step_by(frame, vaddr)
+
+    def _without_cfi(self, module, pc, is_return):
+        """A step that the code of the function itself proves."""
+        bounds = module.bounds(pc - is_return)
+        if bounds is None:
+            return _Stop(NO_UNWIND_INFO)
+        start = bounds[0]
+        code = module.read_file(start, min(pc - start + 512, 1 << 20))
+        place = ubp_x86.return_place(code, pc - start, is_return)
+        if place == "top":
+            return _TopOfStack()
+        if place == "frame":
+            return _FramePointer(self.code)
+        return _Stop(NO_UNWIND_INFO)
+
+
+def _step_by(frame, vaddr):
+    """The step that CFI describes for a vaddr, the file's."""
+    column, is_signal = frame.cie.return_column, frame.cie.is_signal
+    try:
+        row = row_at(frame, vaddr)
+    except SymbolError:
+        return _Stop(DAMAGED)
+    if row is None or column >= N_REGISTERS:
+        return _Stop(DAMAGED)
+    if not is_signal and _SavedRegisters.is_fit(row, column):
+        return _SavedRegisters(row, column)
+    return _AnyRow(row, column, is_signal)
+
+
+def has_frame_pointers(module):
+    """Was most of a module's code compiled to keep rbp as frame pointer?
+
+    From the CFI of a sample of functions that move rsp: in code with frame
+    pointers the CFA follows from rbp, saved next to the return address.
+    None if no function tells.
+    """
+    starts = module.unwind.starts
+    n_frames = n_pointers = 0
+    for start in starts[::len(starts) // 500 + 1]:
+        frame = module.unwind.call_frame(start)
+        if frame is None or frame.cie.is_signal:
+            continue
+        try:
+            rows = list(cfa_rows(frame))
+        except SymbolError:
+            continue
+        if any(row.cfa != rows[0].cfa and row.cfa[0] is not None
+               for row in rows):
+            n_frames += 1
+            n_pointers += any(row.cfa == (RBP, 16) and row.rules.get(RBP)
+                              == ("offset", -16) for row in rows)
+    return n_pointers * 2 > n_frames if n_frames else None
+
+
+class Frame(NamedTuple):
+    """The name of a code address."""
+    module: str             # file name; "[jit]"; "" if in no file
+    function: str           # "" if unknown
+    offset: int             # in the function, module or address space
+
+    @property
+    def text(self):
+        """The function, else `module+0xOFFSET`, else `0xADDRESS`."""
+        return self.function or (
+            "%s+0x%x" % (self.module, self.offset) if self.module
+            else "0x%x" % self.offset)
+
+
+class PerfMap:
+    """The functions that a JIT names in /tmp/perf-PID.map.
+
+    Lines of `START SIZE NAME`, hexadecimal, appended as code is written; of
+    overlapping ones the last counts. Anyone may write to /tmp, so the file
+    must be a regular one of the target's user, or of root.
+    Source: Linux, tools/perf/Documentation/jit-interface.txt.
+    """
+
+    def __init__(self, pid):
+        self.pid, self.identity, self.size = pid, None, 0
+        self.entries = {}               # start -> (end, number, name)
+        self._starts, self._n_lines = None, 0
+
+    def refresh(self):
+        """Read what was added. -> whether anything changed."""
+        try:
+            image, info = self._open()
+        except (OSError, ValueError):
+            return False
+        identity = info.st_dev, info.st_ino
+        size = min(info.st_size, MAX_PERF_MAP)
+        if identity != self.identity or size < self.size:
+            self.entries, self.size, self._n_lines = {}, 0, 0
+            self.identity, self._starts = identity, None
+        data = image.read(self.size, size - self.size)
+        image.close()
+        data = data[:data.rfind(b"\n") + 1]
+        self.size += len(data)
+        for line in data.splitlines():
+            self._add(line)
+        return bool(data)
+
+    def _open(self):
+        """(FileImage, its stat). Raises OSError."""
+        status = read_status(self.pid)
+        inner = status.get("NSpid", "").split()[-1:] or [str(self.pid)]
+        image = FileImage(open_beneath("/proc/%d/root" % self.pid,
+                                       "tmp/perf-%d.map" % int(inner[0])))
+        info = os.fstat(image.fd)
+        owners = {0} | set(map(int, status.get("Uid", "").split()))
+        if info.st_uid not in owners:
+            image.close()
+            raise PermissionError(errno.EPERM, "another user's perf map")
+        return image, info
+
+    def _add(self, line):
+        words = line.split(None, 2)
+        try:
+            start, size = int(words[0], 16), int(words[1], 16)
+            name = words[2].strip()[:MAX_NAME]
+        except (IndexError, ValueError):
+            return
+        if 0 < size and 0 <= start and start + size <= VADDR_END:
+            if start not in self.entries:
+                self._starts = None
+            self._n_lines += 1
+            self.entries[start] = start + size, self._n_lines, name
+
+    def at(self, vaddr):
+        """(start, name) of the newest function that holds a vaddr."""
+        if self._starts is None:
+            self._starts = sorted(self.entries)
+        index = bisect.bisect_right(self._starts, vaddr)
+        near = [(self.entries[start], start) for start
+                in self._starts[max(0, index - 64):index]]
+        held = [(number, start, name) for (end, number, name), start in near
+                if vaddr < end]
+        if not held:
+            return None
+        _, start, name = max(held)
+        return start, _decode(name)
+
+
+class Symbols:
+    """Names for the code addresses of one process.
+
+    modules   a list of Module, or the CodeMap of an Unwinder
+    """
+
+    def __init__(self, pid, modules):
+        self.code = (modules if isinstance(modules, CodeMap)
+                     else CodeMap(pid, modules))
+        self.jit = PerfMap(pid)
+        self._generation, self._frames = self.code.generation, {}
+        self._looked = None
+
+    def name(self, vaddr, is_return=True):
+        """The Frame of an address; of a return address, that of its call."""
+        if self._generation != self.code.generation:
+            self._generation, self._frames = self.code.generation, {}
+        frame = self._frames.get((vaddr, is_return))
+        if frame is None:
+            owner = self.code.at(vaddr - is_return)
+            if not isinstance(owner, Module):
+                return self._generated(vaddr, is_return, owner)
+            if len(self._frames) >= MAX_STEPS:
+                self._frames.clear()
+            frame = self._in_module(owner, vaddr, is_return)
+            self._frames[vaddr, is_return] = frame
+        return frame
+
+    def frames(self, walk):
+        """The Frames of a Walk, the innermost first."""
+        return tuple(self.name(vaddr, index not in walk.interrupted)
+                     for index, vaddr in enumerate(walk.addresses))
+
+    @staticmethod
+    def _in_module(module, vaddr, is_return):
+        function = module.function_at(vaddr - is_return)
+        if function is None:
+            return Frame(module.name, "", vaddr - module.bias)
+        return Frame(module.name, function.name, vaddr - function.vaddr)
+
+    def _generated(self, vaddr, is_return, mapping):
+        """The Frame of code that no file holds."""
+        now = time.monotonic()
+        found = self.jit.at(vaddr - is_return)
+        if self._looked is None or now > self._looked + _LOOK_AGAIN_S:
+            self._looked = now          # new code may have replaced it
+            if self.jit.refresh():
+                found = self.jit.at(vaddr - is_return)
+        if found:
+            return Frame("[jit]", found[1], vaddr - found[0])
+        if mapping is not None and mapping.path:
+            return Frame(os.path.basename(_printable(mapping.path)), "",
+                         vaddr - mapping.start)
+        return Frame("", "", vaddr)
 
 
 # ---- 5  Tracee ------------------------------------------------------------

@@ -4033,6 +4033,16 @@ _REGS = struct.Struct("<27Q")    # struct user_regs_struct
 REGS_SIZE = _REGS.size
 _SIGCONTEXT_ORDER = (_R8, _R9, _R10, _R11, _R12, _R13, _R14, _R15, _RDI,
                      _RSI, _RBP, _RBX, _RDX, _RAX, _RCX, _RSP, _PC, _EFLAGS)
+_DWARF_ORDER = (_RAX, _RDX, _RCX, _RBX, _RSI, _RDI, _RBP, _RSP, _R8, _R9,
+                _R10, _R11, _R12, _R13, _R14, _R15, _PC)
+SIGNAL_CONTEXT = 40              # from a frame's +8, where the restorer finds
+SIGNAL_CONTEXT_SIZE = 18 * 8     # it on top of the stack: what is read of it
+_FRAME_SETUP = re.compile(       # push rbp; mov rbp,rsp. Or: mov [rsp+N],rbp;
+    rb"\x55\x48(?:\x89\xe5|\x8b\xec)"              # lea rbp,[rsp+N]
+    rb"|\x48\x89(?:\x6c\x24(.)\x48\x8d\x6c\x24\1"
+    rb"|\xac\x24(....)\x48\x8d\xac\x24\2)", re.S)
+_N_SETUP = 12        # instructions of a function that may come before it
+_N_EPILOGUE = 32     # instructions that may come between the pop and the end
 _SYSCALL_ARGS = (_RDI, _RSI, _RDX, _R10, _R8, _R9)
 _U64_MAX = (1 << 64) - 1
 _RED_ZONE = 128
@@ -4384,6 +4394,89 @@ def frames_on_stack(memory, vaddr, restorers):
                 found.append((vaddr + at + _SIGCONTEXT_RIP, rip, rsp))
             at = memory.find(word, at + 1)
     return found
+
+
+def dwarf_registers(regs):
+    """{DWARF number: value} of a regset; 16 is rip. psABI, figure 3.36."""
+    values = _REGS.unpack(regs)
+    return {n: values[index] for n, index in enumerate(_DWARF_ORDER)}
+
+
+def interrupted_registers(memory):
+    """{DWARF number: value} of the thread that a signal interrupted.
+
+    memory   what rsp points to when a restorer begins: the frame from +8 on
+    """
+    values = dict(zip(_SIGCONTEXT_ORDER, struct.unpack_from(
+        "<18Q", memory, SIGNAL_CONTEXT)))
+    return {n: values[index] for n, index in enumerate(_DWARF_ORDER)}
+
+
+def ends_in_call(code):
+    """Do these bytes, those before a return address, end in a call?"""
+    for size in (5, 2, 3, 6, 7, 4, 8):
+        try:
+            insn = decode(code[-size:], 0)
+        except DecodeError:
+            continue
+        if insn.size == size <= len(code) and insn.flow in (CALL, CALL_IND):
+            return True
+    return False
+
+
+def return_place(code, offset, is_return):
+    """Where the return address is in a function that no CFI describes.
+
+    code       the function's first bytes, some behind offset included
+    offset     of an instruction; is_return: of a return address
+    -> "top" (of the stack), "frame" (behind what rbp points to), or "" if
+    the function's own code does not prove either.
+    """
+    try:
+        start = 4 if code.startswith(ENDBR64) else 0
+        if not is_return and offset in (0, start):
+            return "top"
+        if not is_return and decode(code[offset:], 0).flow == RET:
+            return "top"
+        behind = _frame_pointer_setup(code, start)
+        if not 0 < behind <= offset:
+            return ""
+        return "frame" if is_return or _is_frame_up(code, offset) else ""
+    except DecodeError:
+        return ""
+
+
+def _frame_pointer_setup(code, at):
+    """The offset behind what makes rbp the frame pointer, or 0.
+
+    push rbp; mov rbp,rsp as compilers write it, or as Go did up to 1.20.
+    """
+    for _ in range(_N_SETUP):
+        match = _FRAME_SETUP.match(code, at)
+        if match:
+            return match.end()
+        insn = decode(code[at:], 0)
+        if insn.flow not in (NEXT, JCC):
+            return 0
+        at += insn.size
+    return 0
+
+
+def _is_frame_up(code, offset):
+    """Does rbp still point to the frame? Else it was popped just before.
+
+    What a compiler puts behind the pop is a few instructions that end in a
+    ret or a jump; so the frame is up if a pop, a call or a branch comes.
+    """
+    for _ in range(_N_EPILOGUE):
+        insn = decode(code[offset:], 0)
+        if insn.code in (b"\xc9", b"\x5d") or insn.flow in (CALL, CALL_IND,
+                                                           JCC):
+            return True
+        if insn.flow != NEXT:
+            return False
+        offset += insn.size
+    return True
 
 
 def entry_stub(entry):
