@@ -572,7 +572,7 @@ MAX_TABLE = 1 << 28      # bytes of one table; a 500 000-symbol one has 2^25
 MAX_SYMBOLS = 1 << 22
 MAX_HEADERS = 1 << 16    # sections, as e_shnum is 16 bits
 MAX_LOADS = 64           # PT_LOAD segments; linkers write four or five
-MAX_FRAME_ENTRY = 1 << 18    # bytes of one FDE; the longest in gcc has 20 000
+MAX_FRAME_ENTRY = 1 << 17    # bytes of one FDE; the longest in gcc has 20 000
 MAX_ALIASES = 1000       # symbols at one address that are looked at
 MAX_NAME = 4096          # bytes of a name that are looked at
 MAX_LINKS = 40           # symbolic links in a path, as in path_resolution(7)
@@ -2141,6 +2141,11 @@ class Module:
                     self.shared_text |= ("s" in m.perms
                                          or _is_huge(m, self.elf.image))
 
+    def is_mapped_from(self, path):
+        """Is that path of a Mapping this module's?"""
+        return self.path == _printable(path[:-len(DELETED)] if path.endswith(
+            DELETED) else path)
+
     def close(self):
         """Give the file's descriptor back."""
         if isinstance(self.elf.image, FileImage):
@@ -3296,7 +3301,7 @@ class CodeMap:
         """
         found = self._known(vaddr)
         if found is None and self._may_look():
-            self._look()
+            self.refresh()
             found = self._known(vaddr)
         return found
 
@@ -3314,20 +3319,28 @@ class CodeMap:
         if self._looked is not None and now < self._looked + _LOOK_AGAIN_S:
             return False
         self._looked = now
-        return self.birth != 0 and start_time(self.pid) == self.birth
+        return True
 
-    def _look(self):
-        """Read the maps again, and the modules if there are new ones."""
+    def refresh(self):
+        """Read the maps again, and the modules if there are other ones."""
+        if self.birth == 0 or start_time(self.pid) != self.birth:
+            return                      # it is gone: what is known remains
         code = [m for m in read_maps(memory_tid(self.pid)) if "x" in m.perms]
-        if any(m.path.startswith("/") and self._known(m.start) is None
-               for m in code):
+        if any(m.path.startswith("/") and m not in self._mappings
+               and not self._is_of_module(m) for m in code):
             try:
                 self._merge(modules(self.pid))
             except SymbolError:
-                return                  # it has just ended
-        self._mappings = [m for m in code if m.end > m.start and not any(
-            m.start < high and low < m.end for low, high, _ in self._rows)]
+                return
+        self._mappings = [m for m in code if not self._is_of_module(m)]
         self._starts = [m.start for m in self._mappings]
+
+    def _is_of_module(self, m):
+        """Is this Mapping text of a module, by address and name?"""
+        index = bisect.bisect_left(self._lows, m.end) - 1
+        if index < 0 or self._rows[index][1] <= m.start:
+            return False
+        return self.modules[self._rows[index][2]].is_mapped_from(m.path)
 
     def _merge(self, found):
         """Take over what is new; what was known keeps what it has read."""
@@ -3622,9 +3635,9 @@ class Unwinder:
             return _FramePointer(self.code)
         vaddr = pc - is_return - module.bias
         frame = module.unwind.call_frame(vaddr)
-        if is_return and (frame is None or vaddr + 1 == frame.fde.vaddr
-                          + frame.fde.size) and module.read_file(
-                              pc, 9).startswith(ubp_x86.RESTORERS):
+        if (frame is None or is_return and vaddr + 1 == frame.fde.vaddr
+                + frame.fde.size) and module.read_file(
+                    pc, 9).startswith(ubp_x86.RESTORERS):
             return _SignalFrame()
         if frame is None:
             return self._without_cfi(module, pc, is_return)
@@ -3807,6 +3820,8 @@ class Symbols:
 
     @staticmethod
     def _in_module(module, vaddr, is_return):
+        if module.read_file(vaddr, 9).startswith(ubp_x86.RESTORERS):
+            return Frame(module.name, "[signal]", 0)
         function = module.function_at(vaddr - is_return)
         if function is None:
             return Frame(module.name, "", vaddr - module.bias)
