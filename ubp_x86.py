@@ -3025,6 +3025,260 @@ def add_rsp_128():
     return b"\x48\x83\xec\x80"
 
 
+# -- Any form with a modrm, and code whose jumps find their own length.
+
+RIP, FS = 16, 17                # as the base of a Mem: no register
+(ADD, OR, AND, SUB, XOR, CMP) = (0, 1, 4, 5, 6, 7)      # SDM A-6, group 1
+(SHL, SHR, SAR) = (4, 5, 7)                             # SDM A-6, group 2
+(_O, _B, _AE, _E, _NE, _BE, _A, _S, _NS, _L, _GE, _LE, _G) = (
+    0, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15)          # SDM B.1.4.7
+
+
+class Mem(NamedTuple):
+    """A memory operand: [base + (index << shift) + disp]."""
+    base: int               # a register; RIP: disp is a vaddr; FS
+    disp: int = 0
+    index: int = -1         # a register, or none
+    shift: int = 0
+    is_wide: bool = False   # disp32 whatever disp is: it differs by place
+
+
+def _modrm(reg, rm):
+    """modrm, sib and displacement of an operand, but of none with RIP."""
+    reg = (reg & 7) << 3
+    if isinstance(rm, int):
+        return bytes([0xc0 | reg | rm & 7])
+    if rm.base == RIP:
+        return bytes([0x05 | reg])
+    if rm.base == FS:
+        return bytes([0x04 | reg, 0x25]) + _S32.pack(rm.disp)
+    if rm.is_wide or not -128 <= rm.disp < 128:
+        mod, disp = 0x80, _S32.pack(rm.disp)
+    elif rm.disp or rm.base & 7 == RBP:
+        mod, disp = 0x40, struct.pack("<b", rm.disp)
+    else:
+        mod, disp = 0, b""
+    if rm.index < 0 and rm.base & 7 != RSP:
+        return bytes([mod | reg | rm.base & 7]) + disp
+    index = RSP if rm.index < 0 else rm.index
+    return bytes([mod | reg | 4,
+                  rm.shift << 6 | (index & 7) << 3 | rm.base & 7]) + disp
+
+
+def with_modrm(opcode, reg, rm, size=8, imm=b"", prefix=b""):
+    """prefix [66] [REX] opcode /r imm -> bytes up to the disp32 of RIP, imm
+
+    size  of the operand, in bytes;   rm  a register or a Mem
+    """
+    rex = 0x48 if size == 8 else 0x40
+    rex |= (reg > 7) << 2
+    is_byte_register = size == 1 and 4 <= reg < 8
+    if isinstance(rm, int):
+        rex |= rm > 7
+        is_byte_register |= size == 1 and 4 <= rm < 8
+    else:
+        rex |= (7 < rm.base < 16) | (rm.index > 7) << 1
+        prefix += b"\x64" if rm.base == FS else b""
+    if size == 2:
+        prefix += b"\x66"
+    return (prefix + (bytes([rex]) if rex > 0x40 or is_byte_register else b"")
+            + opcode + _modrm(reg, rm)), imm
+
+
+class Code:
+    """Instructions and labels, before they have an address."""
+
+    def __init__(self):
+        self.parts, self.cold, self.outer = [], [], []
+        self.n_labels, self.jumped = 0, set()
+
+    def put(self, code):
+        """Bytes that run anywhere."""
+        self.parts.append(code)
+
+    def op(self, opcode, reg, rm, size=8, imm=b"", prefix=b""):
+        """An instruction with a modrm: see with_modrm."""
+        head, imm = with_modrm(opcode, reg, rm, size, imm, prefix)
+        if isinstance(rm, Mem) and rm.base == RIP:
+            self.parts.append((head, rm.disp, imm))
+        else:
+            self.parts.append(head + imm)
+
+    def label(self):
+        """A place to jump to, not known yet."""
+        self.n_labels += 1
+        return self.n_labels
+
+    def mark(self, label):
+        """The place of a label is here."""
+        self.parts.append(label)
+
+    def jump(self, label, condition=None):
+        """jmp, or jcc by the condition's number."""
+        self.jumped.add(label)
+        self.parts.append((condition, label))
+
+    def aside(self):
+        """What follows is rare: until back(), it goes behind the rest."""
+        self.outer.append(self.parts)
+        self.parts = []
+
+    def back(self):
+        """The end of what aside() began, which does not fall through."""
+        self.cold += self.parts
+        self.parts = self.outer.pop()
+
+    # -- The instructions that bodies use, by mnemonic.
+
+    def mov(self, reg, rm, size=8):
+        """mov reg, rm; nothing if they are the same."""
+        if reg != rm:
+            self.op(b"\x8b", reg, rm, size)
+
+    def store(self, mem, reg, size=8):
+        """mov mem, reg"""
+        self.op(b"\x88" if size == 1 else b"\x89", reg, mem, size)
+
+    def store_imm(self, mem, value, size=8):
+        """mov mem, imm32 (sign-extended)"""
+        self.op(b"\xc7", 0, mem, size, struct.pack("<i", value))
+
+    def set(self, reg, value):
+        """reg = value, flags untouched."""
+        value &= (1 << 64) - 1
+        if value < 1 << 32:
+            self.put(mov_r32_imm32(reg, value))
+        elif value >= (1 << 64) - (1 << 31):
+            self.op(b"\xc7", 0, reg, 8, _S32.pack(value - (1 << 64)))
+        else:
+            self.set_wide(reg, value)
+
+    def clear(self, reg):
+        """xor reg, reg"""
+        self.op(b"\x31", reg, reg, 4)
+
+    def set_wide(self, reg, value):
+        """mov reg, imm64: as long for any value"""
+        self.put(bytes([0x48 | (reg > 7), 0xb8 | reg & 7])
+                 + _U64.pack(value & (1 << 64) - 1))
+
+    def join(self):
+        """Put what is rare behind the rest, which jumps over it."""
+        if self.cold:
+            end = self.label()
+            self.jump(end)
+            self.parts += self.cold + [end]
+            self.cold = []
+
+    def alu(self, number, reg, operand, size=8):
+        """add, or, and, sub, xor, cmp reg, operand (register or Mem)"""
+        self.op(bytes([number << 3 | (2 if size == 1 else 3)]), reg, operand,
+                size)
+
+    def alu_imm(self, number, rm, value, size=8, is_wide=False):
+        """add, or, and, sub, xor, cmp rm, value: imm8 where it fits"""
+        if size == 1:
+            self.op(b"\x80", number, rm, 1, struct.pack("<b", value))
+        elif -128 <= value < 128 and not is_wide:
+            self.op(b"\x83", number, rm, size, struct.pack("<b", value))
+        else:
+            self.op(b"\x81", number, rm, size, _S32.pack(value))
+
+    def shift(self, number, reg, count=None):
+        """shl, shr, sar reg by a constant, or by cl"""
+        if count is None:
+            self.op(b"\xd3", number, reg)
+        else:
+            self.op(b"\xc1", number, reg, 8, bytes([count]))
+
+    def test(self, reg):
+        """test reg, reg"""
+        self.op(b"\x85", reg, reg)
+
+    def lea(self, reg, mem):
+        """lea reg, mem: flags untouched"""
+        self.op(b"\x8d", reg, mem)
+
+    def lock_inc(self, mem):
+        """lock inc mem"""
+        self.op(b"\xff", 0, mem, 8, b"", b"\xf0")
+
+    def lock_dec(self, mem):
+        """lock dec mem"""
+        self.op(b"\xff", 1, mem, 8, b"", b"\xf0")
+
+    def lock_add(self, mem, reg):
+        """lock add mem, reg"""
+        self.op(b"\x01", reg, mem, 8, b"", b"\xf0")
+
+    def lock_cmpxchg(self, mem, reg):
+        """lock cmpxchg mem, reg: if mem == rax, mem = reg, else rax = mem"""
+        self.op(b"\x0f\xb1", reg, mem, 8, b"", b"\xf0")
+
+    def lock_xadd(self, mem, reg):
+        """lock xadd mem, reg"""
+        self.op(b"\x0f\xc1", reg, mem, 8, b"", b"\xf0")
+
+    def sized(self, is_short):
+        """{index of a part: its size}, {label: offset} of a choice of
+        jumps that are short."""
+        sizes, labels, at = [], {}, 0
+        for index, part in enumerate(self.parts):
+            if isinstance(part, int):
+                labels[part], size = at, 0
+            elif isinstance(part, bytes):
+                size = len(part)
+            elif len(part) == 3:
+                size = len(part[0]) + 4 + len(part[2])
+            else:
+                size = 2 if is_short[index] else 5 + (part[0] is not None)
+            sizes.append(size)
+            at += size
+        return sizes, labels
+
+    def finish(self):
+        """Choose the length of each jump. -> bytes in all
+
+        All begin short; one that does not reach is made long, which never
+        makes another one shorter, so this ends.
+        """
+        is_short, grows = [True] * len(self.parts), True
+        while grows:
+            sizes, labels = self.sized(is_short)
+            at, grows = 0, False
+            for index, part in enumerate(self.parts):
+                at += sizes[index]
+                if isinstance(part, tuple) and len(part) == 2 \
+                        and is_short[index] \
+                        and not -128 <= labels[part[1]] - at < 128:
+                    is_short[index], grows = False, True
+        self.sizes, self.labels = sizes, labels
+        return sum(sizes)
+
+    def at(self, vaddr):
+        """The bytes, once finished, for an address."""
+        code = b""
+        for part, size in zip(self.parts, self.sizes):
+            end = len(code) + size
+            if isinstance(part, int):
+                continue
+            if isinstance(part, bytes):
+                code += part
+            elif len(part) == 3:
+                code += part[0] + rel32(part[1] - (vaddr + end), vaddr) \
+                    + part[2]
+            else:
+                condition, away = part[0], self.labels[part[1]] - end
+                if size == 2:
+                    code += bytes([0xeb if condition is None else
+                                   0x70 | condition, away & 0xff])
+                elif condition is None:
+                    code += b"\xe9" + _S32.pack(away)
+                else:
+                    code += bytes([0x0f, 0x80 | condition]) + _S32.pack(away)
+        return code
+
+
 # ---- 7  Expressions -------------------------------------------------------
 #
 # A Python expression over 64-bit integers, parsed with ast into a tree that
@@ -3244,7 +3498,7 @@ class _Parser:
     def fail(self, why, node=None, column=0):
         """The error that points at a node, or at a column."""
         if node is not None:
-            column = node.col_offset - 1        # of the bracket in syntax()
+            column = max(node.col_offset - 1, 0)    # syntax()'s bracket
         return ExpressionError(self.shown, self.column + column, why)
 
     def check(self):
@@ -3805,13 +4059,999 @@ def input_registers(spec):
     return mask
 
 
+# -- Registers: what a body may use, and where the site's values are.
+
+_POOL = (RDX, RCX, RSI, RDI, 8, 9, 10, 11, RAX, RBX, 12, 13, 14, 15, RBP)
+_SYSCALL_USES = frozenset((RAX, RCX, RDX, RSI, RDI, 8, 9, 10, 11))
+_N_REGISTERS = 10               # enough for what 1000 characters can nest
+_MIRRORED = {_L: _G, _G: _L, _LE: _GE, _GE: _LE, _B: _A, _A: _B, _BE: _AE,
+             _AE: _BE, _E: _E, _NE: _NE}
+_SIGNED_CONDITIONS = {"==": _E, "!=": _NE, "<": _L, "<=": _LE, ">": _G,
+                      ">=": _GE}
+_UNSIGNED_CONDITIONS = {"==": _E, "!=": _NE, "<": _B, "<=": _BE, ">": _A,
+                        ">=": _AE}
+
+
+class _Imm(int):
+    """An operand that is a constant of 32 bits, sign-extended."""
+
+
+class _Machine:
+    """The registers of a body: which are free, saved, or still the site's.
+
+    A body has one or two stages. Each saves what it uses: the first what a
+    condition needs, often nothing, the second the rest. What is saved is
+    known only afterwards, so a body is made again until nothing is missing:
+    plan is what the last try found out.
+    """
+
+    def __init__(self, spec, place, window, plan):
+        self.spec, self.place, self.window = spec, place, window
+        self.code, self.plan = Code(), plan
+        self.dead = window.dead_regs & ~(1 << RSP)
+        self.inputs = input_registers(spec)
+        self.depth = 0              # bytes pushed below the site's rsp
+        self.slots = {}             # register -> depth where it was pushed
+        self.touched = set()        # registers that no longer hold ...
+        self.stage = 0
+        self.used = (set(), set())  # ... by stage
+        self.wanted = set()         # of those, read after all
+        self.free = []
+        self.pinned, self.held = {}, set()  # name -> operand; registers
+        self.is_flags_saved = window.flags_dead
+
+    def begin(self, stage, reserved, volatile):
+        """Begin a stage.
+
+        reserved   registers for touch(), never for take()
+        volatile   those of them that expressions may change at any time
+        An input in one that may change is read from where it was pushed.
+        """
+        self.stage = stage
+        pool = [reg for reg in _POOL
+                if reg not in reserved | volatile | self.held
+                and not (reg == RAX and not self.window.flags_dead)]
+        # First what costs nothing, last what an expression still reads.
+        pool.sort(key=lambda reg: (self.inputs >> reg & 1,
+                                   not self.dead >> reg & 1))
+        n_others = sum(not self.inputs >> reg & 1 for reg in pool)
+        self.free = pool[:max(n_others, _N_REGISTERS)]
+        for reg in volatile | set(self.free):
+            if self.inputs >> reg & 1:
+                self.touch(reg)
+
+    def touch(self, *regs):
+        """Registers that get another value: save them in this stage."""
+        self.touched.update(regs)
+        self.used[self.stage].update(
+            reg for reg in regs if reg not in self.used[0])
+
+    def take(self):
+        """A free register."""
+        if not self.free:
+            raise UbpError("compile", self.spec.action,
+                           "it needs more registers than there are")
+        reg = self.free.pop(0)
+        self.touch(reg)
+        return reg
+
+    def give(self, operand):
+        """Let go of an operand that take() made; others stay."""
+        if type(operand) is _Owned:
+            self.free.insert(0, int(operand))
+
+    def claim(self, reg):
+        """Take a certain register, which give() has let go of."""
+        self.free.remove(reg)
+
+    def site_value(self, reg):
+        """The operand that holds what a register held at the site."""
+        if reg not in self.touched:
+            return reg
+        if reg in self.slots:
+            return self.stack(self.slots[reg])
+        self.wanted.add(reg)
+        return self.stack(0)        # this try is thrown away
+
+    def stack(self, depth):
+        """What was pushed when so many bytes lay below the site's rsp."""
+        return Mem(RSP, self.depth - depth)
+
+    def push(self, reg):
+        """push reg"""
+        self.code.put(push_r64(reg))
+        self.depth += 8
+
+    def saved(self, stage):
+        """The registers that a stage must save, in order."""
+        earlier = self.plan.used[0] if stage else ()
+        return [reg for reg in _POOL
+                if reg in self.plan.used[stage] and reg not in earlier
+                and (not self.dead >> reg & 1 or reg in self.plan.wanted)]
+
+    def save(self, stage):
+        """Save what a stage uses. -> what restore() needs
+
+        The red zone below rsp is stepped over before anything is pushed
+        (System V ABI, 3.2.2). Flags travel in ax: lahf takes all but OF,
+        seto takes OF, and adding 0x7f to al overflows where OF was set.
+        """
+        flags = not self.is_flags_saved
+        is_ax_used = RAX in self.plan.used[0] | self.plan.used[1]
+        regs = [reg for reg in self.saved(stage) if reg != RAX]
+        with_rax = RAX in self.saved(stage) if self.window.flags_dead else \
+            flags and (not self.dead >> RAX & 1 or RAX in self.plan.wanted)
+        pushes = ([RAX] if with_rax else []) + regs
+        before = self.depth
+        if not before and (pushes or flags and is_ax_used):
+            self.code.put(lea_rsp_disp(-_RED_ZONE_SIZE)
+                          if self.place.can_stack else b"")
+            self.depth += _RED_ZONE_SIZE * self.place.can_stack
+        for reg in pushes:
+            self.push(reg)
+            self.slots[reg] = self.depth
+        if flags:
+            self.code.put(_SAVE_FLAGS)
+            self.touched.add(RAX)
+            self.is_flags_saved = True
+            if is_ax_used:
+                self.push(RAX)
+        return before, pushes, flags, is_ax_used
+
+    def restore(self, saved):
+        """Undo a save()."""
+        before, pushes, flags, is_ax_used = saved
+        if flags and is_ax_used:
+            self.code.put(pop_r64(RAX))
+        self.code.put(_LOAD_FLAGS if flags else b"")
+        for reg in reversed(pushes):
+            self.code.put(pop_r64(reg))
+        if not before and self.depth and self.place.can_stack:
+            self.code.put(add_rsp_128() if self.window.flags_dead
+                          else lea_rsp_disp(_RED_ZONE_SIZE))
+        self.depth = before
+
+
+_RED_ZONE_SIZE = 128
+
+
+class _Owned(int):
+    """A register that take() gave: whoever holds it may change it."""
+
+
+class _Plan(NamedTuple):
+    """What a try found out: registers used by stage, and read from slots."""
+    used: tuple
+    wanted: frozenset
+
+
+# -- Expressions as code. An operand is where a value is: a constant (_Imm),
+#    a register of the site's (int) or of ours (_Owned), or memory (Mem).
+
+
+class _Values(_Machine):
+    """Code that computes expressions. fault: the label of the one at hand."""
+
+    fault = None
+
+    def take_owned(self):
+        """A free register, as an operand."""
+        return _Owned(self.take())
+
+    def need(self, tree):
+        """How many registers a tree takes (Sethi and Ullman)."""
+        op = tree[0]
+        if op == "name":
+            return int(tree[2] in ("rsp", "tid", "cpu"))
+        if op == "const":
+            return 0
+        if op in ("neg", "~", "not", "load", "cast"):
+            return max(1, self.need(tree[-1]))
+        if op in ("if", "and", "or"):
+            return max(1, *map(self.need, tree[2:]))
+        parts = tree[3] if op == "chain" else tree[2:]
+        left, right = self.need(parts[0]), self.need(parts[-1])
+        if len(parts) > 2:
+            return 2 + max(map(self.need, parts))
+        return max(1, left, right, left + 1 if left == right else 0)
+
+    def operand(self, tree):
+        """A tree's value, wherever it may be read."""
+        op = tree[0]
+        if op == "const":
+            value = _wrapped(tree[2], False)
+            if -1 << 31 <= value < 1 << 31:
+                return _Imm(value)
+        elif op == "name":
+            return self.name(tree[2])
+        elif op == "cast" and TYPES[tree[2]][0] == 8:
+            return self.operand(tree[3])
+        return self.owned(tree)
+
+    def name(self, name):
+        """The operand of an input."""
+        if name in self.pinned:
+            return self.pinned[name]
+        if name == "rsp":
+            reg = self.take_owned()
+            self.code.lea(reg, Mem(RSP, self.depth))
+            return reg
+        if name in REGISTERS:
+            return self.site_value(REGISTERS.index(name))
+        if name == "ret":
+            return self.site_value(RAX)
+        if name == "caller":
+            return Mem(RSP, self.depth)
+        if name.startswith("arg"):
+            n = int(name[3:])
+            if n < len(_ARG_REGISTERS):
+                return self.site_value(_ARG_REGISTERS[n])
+            n -= len(_ARG_REGISTERS)            # above the return address
+            return Mem(RSP, self.depth + 8 + 8 * n)
+        return self.computed_name(name)
+
+    def computed_name(self, name):
+        """pid, tid, cpu: inputs that are no register of the site's."""
+        place, code = self.place, self.code
+        if name == "pid":
+            self.require(place.private, name)
+            return Mem(RIP, place.private)
+        if name == "tid":
+            self.require(place.tid_offset is not None, name)
+            reg = self.take_owned()
+            code.mov(reg, Mem(FS, place.tid_offset), 4)
+            return reg
+        if name == "cpu":
+            reg = self.take_owned()
+            code.put(cpu_number(reg, place.shards))
+            return reg
+        raise UbpError("compile", name, "it is not known at this site")
+
+    def require(self, is_there, name):
+        """Refuse a name that this target does not offer."""
+        if not is_there:
+            raise UbpError("compile", name, "it is not known in this target")
+
+    def owned(self, tree, operand=None):
+        """A tree's value in a register that may be changed."""
+        if operand is None:
+            made = getattr(self, "_" + _MAKERS.get(tree[0], "arithmetic"))
+            operand = made(tree)
+        if type(operand) is _Owned:
+            return operand
+        reg = self.take_owned()
+        if type(operand) is _Imm:
+            self.code.set(reg, int(operand))
+        else:
+            self.code.mov(reg, operand)
+        return reg
+
+    def in_register(self, tree):
+        """A tree's value in a register, ours or the site's."""
+        operand = self.operand(tree)
+        if type(operand) in (int, _Owned):
+            return operand
+        return self.owned(tree, operand)
+
+    def _const(self, tree):
+        reg = self.take_owned()
+        self.code.set(reg, tree[2])
+        return reg
+
+    def _name(self, tree):
+        return self.name(tree[2])
+
+    def _unary(self, tree):
+        reg = self.owned(tree[2])
+        self.code.op(b"\xf7", 3 if tree[0] == "neg" else 2, reg)
+        return reg
+
+    def _cast(self, tree):
+        size, is_signed = TYPES[tree[2]]
+        source = self.operand(tree[3])
+        if type(source) is _Imm or size == 8:
+            source = self.owned(tree[3], source)
+        self.give(source)
+        if size < 8:
+            reg = self.take_owned()
+            self.extend(reg, source, size, is_signed)
+            return reg
+        if type(source) is _Owned:
+            self.claim(int(source))
+        return source
+
+    def extend(self, reg, source, size, is_signed):
+        """reg = the low size bytes of source, sign- or zero-extended."""
+        if size == 4:
+            self.code.op(b"\x63" if is_signed else b"\x8b", reg, source,
+                         8 if is_signed else 4)
+        else:
+            opcode = 0xb6 | (size == 2) | is_signed << 3
+            # A byte of sil or dil needs a REX, which the wide form has.
+            self.code.op(bytes([0x0f, opcode]), reg, source, 8)
+
+    def both(self, tree, left, right):
+        """(owned left, operand right), the larger one computed first."""
+        if self.need(right) > self.need(left):
+            second = self.operand(right)
+            return self.owned(left), second
+        first = self.owned(left)
+        return first, self.operand(right)
+
+    def _arithmetic(self, tree):
+        op, is_unsigned, left, right = tree
+        if op in ("//", "%"):
+            return self.division(op, is_unsigned, left, right)
+        if op in ("<<", ">>"):
+            return self.shifted(op, is_unsigned, left, right)
+        if left[0] == "const" and op != "-":
+            left, right = right, left
+        reg, other = self.both(tree, left, right)
+        number = {"+": ADD, "-": SUB, "&": AND, "|": OR, "^": XOR}.get(op)
+        if type(other) is _Imm:
+            if op == "*":
+                self.multiply(reg, int(other))
+            else:
+                self.code.alu_imm(number, reg, int(other))
+        elif op == "*":
+            self.code.op(b"\x0f\xaf", reg, other)
+        else:
+            self.code.alu(number, reg, other)
+        self.give(other)
+        return reg
+
+    def multiply(self, reg, value):
+        """reg *= value"""
+        if value > 0 and value & value - 1 == 0:
+            self.code.shift(SHL, reg, value.bit_length() - 1)
+        else:
+            self.code.op(b"\x69", reg, reg, 8, _S32.pack(value))
+
+    def shifted(self, op, is_unsigned, left, right):
+        """left << right, left >> right, as Python would within 64 bits."""
+        number = SHL if op == "<<" else SHR if is_unsigned else SAR
+        if right[0] == "const":
+            reg, count = self.owned(left), right[2]
+            if count < 0:
+                self.code.jump(self.fault)
+            elif count > 63 and number != SAR:
+                self.code.clear(reg)
+            else:
+                self.code.shift(number, reg, min(count, 63))
+            return reg
+        reg, count = self.both(None, left, right)
+        self.touch(RCX)
+        if type(count) is _Imm:
+            self.code.set(RCX, int(count))
+        else:
+            self.code.mov(RCX, count)
+        self.give(count)
+        fits = self.code.label()
+        self.code.alu_imm(CMP, RCX, 63)
+        self.code.jump(fits, _BE)
+        if not right[1]:
+            self.code.test(RCX)
+            self.code.jump(self.fault, _S)
+        if number == SAR:
+            self.code.set(RCX, 63)
+        else:
+            self.code.clear(reg)
+        self.code.mark(fits)
+        self.code.shift(number, reg)
+        return reg
+
+    def division(self, op, is_unsigned, left, right):
+        """left // right, left % right, rounded down."""
+        divisor = right[2] if right[0] == "const" else None
+        if divisor is not None and is_unsigned:
+            divisor &= (1 << 64) - 1
+        if divisor and divisor > 0 and divisor & divisor - 1 == 0:
+            reg, bits = self.owned(left), divisor.bit_length() - 1
+            if op == "//":
+                self.code.shift(SHR if is_unsigned else SAR, reg, bits)
+            elif bits < 32:
+                self.code.alu_imm(AND, reg, divisor - 1)
+            else:
+                self.mask(reg, divisor - 1)
+            return reg
+        reg, other = self.both(None, left, right)
+        if type(other) not in (int, _Owned):
+            other = self.owned(None, other)
+        self.divide(op, is_unsigned, reg, other, divisor)
+        self.give(other)
+        return reg
+
+    def mask(self, reg, value):
+        """reg &= value, where value may have more than 31 bits."""
+        other = self.take()
+        self.code.set(other, value)
+        self.code.alu(AND, reg, other)
+        self.give(_Owned(other))
+
+    def divide(self, op, is_unsigned, reg, other, divisor):
+        """reg = reg // other, or the rest; idiv itself rounds to zero."""
+        code, end = self.code, self.code.label()
+        self.touch(RAX, RDX)
+        if not divisor:
+            code.test(other)
+            code.jump(self.fault, _E)
+        if not is_unsigned and divisor in (None, -1):
+            minus_1 = code.label()              # -2**63 // -1 would trap
+            code.alu_imm(CMP, other, -1)
+            code.jump(minus_1, _E)
+            code.aside()
+            code.mark(minus_1)
+            if op == "//":
+                code.op(b"\xf7", 3, reg)
+            else:
+                code.clear(reg)
+            code.jump(end)
+            code.back()
+        code.mov(RAX, reg)
+        if is_unsigned:
+            code.clear(RDX)
+            code.op(b"\xf7", 6, other)          # div
+        else:
+            exact = code.label()
+            code.put(b"\x48\x99")               # cqo
+            code.op(b"\xf7", 7, other)          # idiv
+            code.test(RDX)
+            code.jump(exact, _E)
+            code.mov(reg, RDX)
+            code.alu(XOR, reg, other)
+            code.jump(exact, _NS)
+            if op == "//":
+                code.alu_imm(SUB, RAX, 1)
+            else:
+                code.alu(ADD, RDX, other)
+            code.mark(exact)
+        code.mov(reg, RAX if op == "//" else RDX)
+        code.mark(end)
+
+    def _load(self, tree):
+        """u32[address], through the syscall or where it cannot fault."""
+        size, is_signed = TYPES[tree[2]]
+        reg = self.owned(tree[3])
+        source = Mem(reg)
+        if tree[3][0] != "const" or not any(
+                low <= tree[3][2] & (1 << 64) - 1 <= high - size
+                for low, high in self.place.direct):
+            self.fetch(reg, _Imm(size), None, 2)
+            self.code.alu_imm(CMP, RAX, size)
+            self.code.jump(self.fault, _NE)
+            source = Mem(RSP, -8)       # below rsp, where signals keep off
+        if size == 8:
+            self.code.mov(reg, source)
+        else:
+            self.extend(reg, source, size, is_signed)
+        return reg
+
+    def fetch(self, address, size, dest, n_pages):
+        """rax = how many bytes process_vm_readv copies, or negative.
+
+        address  a register;   size  a register or _Imm, but no zero
+        dest     makes the operand that is the destination; None: [rsp - 8]
+        A part for each page: what lies before an unmapped one is copied.
+        """
+        code = self.code
+        frame = 24 + 16 * n_pages       # local iovec, remote ones, 8 bytes
+        self.touch(*_SYSCALL_USES)
+        self.require(self.place.private, "memory")
+        code.lea(RSP, Mem(RSP, -frame))
+        self.depth += frame
+        code.lea(RDI, dest() if dest else Mem(RSP, frame - 8))
+        code.store(Mem(RSP), RDI)
+        if type(size) is _Imm:
+            code.set(RDX, int(size))
+        else:
+            code.mov(RDX, size)
+        code.store(Mem(RSP, 8), RDX)
+        code.mov(RCX, address)
+        code.lea(RDI, Mem(RSP, 16))
+        more, none = code.label(), code.label()
+        code.mark(more)
+        code.set(8, PAGE_SIZE - 1)              # r8 = rest of the page
+        code.alu(AND, 8, RCX)
+        code.alu_imm(SUB, 8, PAGE_SIZE)
+        code.op(b"\xf7", 3, 8)
+        code.alu(CMP, 8, RDX)
+        code.op(b"\x0f\x47", 8, RDX)            # cmova
+        code.store(Mem(RDI), RCX)
+        code.store(Mem(RDI, 8), 8)
+        code.alu_imm(ADD, RDI, 16)
+        code.alu(ADD, RCX, 8)
+        code.alu(SUB, RDX, 8)
+        code.jump(more, _NE)
+        code.mov(8, RDI)
+        code.lea(10, Mem(RSP, 16))
+        code.alu(SUB, 8, 10)
+        code.shift(SHR, 8, 4)
+        code.mov(RSI, RSP)
+        code.set(RDX, 1)
+        code.clear(9)
+        code.clear(RAX)
+        code.mov(RDI, Mem(RIP, self.place.private))
+        code.test(RDI)
+        code.jump(none, _E)                     # a forked child: no syscall
+        code.set(RAX, NR_PROCESS_VM_READV)
+        code.put(b"\x0f\x05")
+        code.mark(none)
+        code.lea(RSP, Mem(RSP, frame))
+        self.depth -= frame
+
+    # -- What chooses: jumps where they decide, values where they are used.
+
+    def _truth(self, tree):
+        """0 or 1 of a comparison or a not."""
+        code, no, end = self.code, self.code.label(), self.code.label()
+        if tree[0] == "chain" and len(tree[2]) == 1:
+            (left, right), (sign,) = tree[3], tree[2]
+            condition = self.comparison(left, sign, right)
+            reg = self.take_owned()
+            code.op(bytes([0x0f, 0x90 | condition]), 0, reg, 1)     # setcc
+            code.op(b"\x0f\xb6", reg, reg, 8)
+            return reg
+        self.unless(tree, no)
+        reg = self.take_owned()
+        code.set(reg, 1)
+        code.jump(end)
+        code.mark(no)
+        code.clear(reg)
+        code.mark(end)
+        return reg
+
+    def same_register(self, reg, tree):
+        """Compute a tree into a register that give() has let go of."""
+        made = self.owned(tree)
+        if made != reg:
+            self.code.mov(reg, made)
+            self.give(made)
+            self.claim(int(reg))
+
+    def _if(self, tree):
+        code, no, end = self.code, self.code.label(), self.code.label()
+        self.unless(tree[2], no)
+        reg = self.owned(tree[3])
+        code.jump(end)
+        self.give(reg)
+        code.mark(no)
+        self.same_register(reg, tree[4])
+        code.mark(end)
+        return reg
+
+    def _either(self, tree):
+        end, reg = self.code.label(), self.owned(tree[2])
+        self.code.test(reg)
+        self.code.jump(end, _E if tree[0] == "and" else _NE)
+        self.give(reg)
+        self.same_register(reg, tree[3])
+        self.code.mark(end)
+        return reg
+
+    def unless(self, tree, label):
+        """Jump to label if a tree is 0."""
+        self.branch(tree, False, label)
+
+    def branch(self, tree, wanted, label):
+        """Jump to label if the truth of a tree is as wanted."""
+        op = tree[0]
+        if op == "chain":
+            self.compare(tree, wanted, label)
+        elif op == "not":
+            self.branch(tree[2], not wanted, label)
+        elif op in ("and", "or") and wanted == (op == "or"):
+            self.branch(tree[2], wanted, label)
+            self.branch(tree[3], wanted, label)
+        elif op in ("and", "or"):
+            over = self.code.label()
+            self.branch(tree[2], not wanted, over)
+            self.branch(tree[3], wanted, label)
+            self.code.mark(over)
+        elif op == "const":
+            if bool(tree[2]) == wanted:
+                self.code.jump(label)
+        else:
+            operand = self.operand(tree)
+            if type(operand) is Mem:
+                self.code.alu_imm(CMP, operand, 0)
+            else:
+                self.code.test(operand)
+            self.give(operand)
+            self.code.jump(label, _NE if wanted else _E)
+
+    def compare(self, tree, wanted, label):
+        """Jump to label if a chain of comparisons is, or is not, true."""
+        signs, trees = tree[2:]
+        if len(signs) == 1:
+            condition = self.comparison(trees[0], signs[0], trees[1])
+            self.code.jump(label, condition if wanted else condition ^ 1)
+            return
+        no = self.code.label() if wanted else label
+        left = self.kept(trees[0])
+        for n, sign in enumerate(signs):
+            right = self.kept(trees[n + 1])
+            is_unsigned = trees[n][1] or trees[n + 1][1]
+            condition = self.cmp(left, right, sign, is_unsigned)
+            self.give(left)
+            self.code.jump(no, condition ^ 1)
+            left = right
+        self.give(left)
+        if wanted:
+            self.code.jump(label)
+            self.code.mark(no)
+
+    def kept(self, tree):
+        """An operand that stays what it is while others are computed."""
+        return self.operand(tree)
+
+    def comparison(self, left, sign, right):
+        """cmp left, right -> the condition that holds if it is true."""
+        is_unsigned = left[1] or right[1]
+        narrow = self.narrow_comparison(left, sign, right)
+        if narrow is not None:
+            return narrow
+        if self.need(right) > self.need(left):
+            b = self.operand(right)
+            a = self.operand(left)
+        else:
+            a = self.operand(left)
+            b = self.operand(right)
+        condition = self.cmp(a, b, sign, is_unsigned)
+        self.give(a)
+        self.give(b)
+        return condition
+
+    def narrow_comparison(self, left, sign, right):
+        """s32(arg0) < 5 compares 32 bits where they are. -> condition, None
+        """
+        if left[0] != "cast" or left[3][0] != "name" or right[0] != "const":
+            return None
+        size, is_signed = TYPES[left[2]]
+        half = 1 << 8 * size - 1
+        limits = (-half, half) if is_signed else (0, 2 * half)
+        if size not in (1, 4) or not limits[0] <= right[2] < limits[1]:
+            return None
+        operand = self.operand(left[3])
+        value = right[2] - 2 * half if right[2] >= half else right[2]
+        if value or not type(operand) in (int, _Owned) or size == 1:
+            self.code.alu_imm(CMP, operand, value, size)
+        else:
+            self.code.op(b"\x85", operand, operand, 4)
+        self.give(operand)
+        return (_SIGNED_CONDITIONS if is_signed
+                else _UNSIGNED_CONDITIONS)[sign]
+
+    def cmp(self, a, b, sign, is_unsigned):
+        """cmp a, b, whatever they are -> the condition of sign."""
+        condition = (_UNSIGNED_CONDITIONS if is_unsigned
+                     else _SIGNED_CONDITIONS)[sign]
+        if type(a) is _Imm and type(b) is not _Imm:
+            a, b, condition = b, a, _MIRRORED[condition]
+        spare = None
+        if type(a) is _Imm or type(a) is Mem and type(b) is Mem:
+            spare = self.owned(None, a)
+            a = spare
+        if type(b) is _Imm and b == 0 and type(a) is not Mem:
+            self.code.test(a)
+        elif type(b) is _Imm:
+            self.code.alu_imm(CMP, a, int(b))
+        elif type(a) is Mem:
+            self.code.op(b"\x39", b, a)
+        else:
+            self.code.alu(CMP, a, b)
+        self.give(spare)
+        return condition
+
+
+NR_PROCESS_VM_READV = 310       # asm/unistd_64.h
+_MAKERS = {"const": "const", "name": "name", "neg": "unary", "~": "unary",
+           "cast": "cast", "load": "load", "not": "truth", "chain": "truth",
+           "if": "if", "and": "either", "or": "either"}
+
+
+# -- Actions: what a hit leaves behind.
+
+_GOLDEN = 0x9e3779b97f4a7c15    # 2**64 / golden ratio: spreads keys
+_GOLDEN_32 = 0x1e3779b1         # positive as imm32, odd
+
+
+def _volatile(expressions):
+    """Registers that computing expressions may change at any time."""
+    regs = set()
+    for expression in expressions:
+        for tree in _nodes(expression.tree):
+            op = tree[0]
+            if op in ("load", "str", "buf"):
+                regs |= _SYSCALL_USES
+            elif op in ("//", "%"):
+                regs |= {RAX, RDX}
+            elif op in ("<<", ">>") and tree[3][0] != "const":
+                regs.add(RCX)
+            elif tree == ("name", False, "nsecs"):
+                regs |= {RAX, RDX}
+    return regs
+
+
+class _Body(_Values):
+    """The code of one action at one site."""
+
+    def make(self):
+        """Emit all of it. done: where a hit ends, whatever came of it."""
+        spec, code = self.spec, self.code
+        self.done, self.layout = code.label(), None
+        missed, first = code.label(), None
+        self.is_framed = spec.action == "enter" or entry_spec(spec)
+        if spec.when and not self.is_framed:
+            self.begin(0, set(), _volatile([spec.when]))
+            first = self.save(0)
+            self.prepare([spec.when])
+            self.fault = code.label()
+            self.unless(spec.when.tree, missed)
+            self.count_aside(self.fault, HEAD_FAULTS, missed)
+        parts = spec.keys + spec.values
+        if spec.when and self.is_framed:
+            parts += (spec.when,)
+        self.begin(1, self.reserved(), _volatile(parts))
+        second = self.save(1)
+        self.fault = code.label()
+        self.act(parts)
+        code.mark(self.done)
+        self.restore(second)
+        code.mark(missed)
+        if first:
+            self.restore(first)
+
+    def reserved(self):
+        """Registers that an action itself needs."""
+        spec = self.spec
+        regs = {RCX} if spec.action == "hist" else set()
+        if spec.action == "hist" or spec.keys or spec.action == "stack":
+            regs.add(RAX)
+        if spec.action in ("enter", "trace") or self.is_framed:
+            regs |= {RAX, RDX}
+        return regs
+
+    def act(self, parts):
+        """Emit the action, behind what a stage saves."""
+        spec = self.spec
+        if spec.action == "enter":
+            self.enter()
+            return
+        end = self.done
+        if self.is_framed:
+            end = self.code.label()
+            frame = self.find_frame(end)
+        self.prepare(parts)
+        if spec.when and self.is_framed:
+            self.unless(spec.when.tree, end)
+        if spec.action == "trace":
+            self.trace(end)
+        elif spec.keys or spec.action == "stack":
+            self.keyed(end)
+        else:
+            value = self.in_register(spec.values[0].tree) \
+                if spec.values else None
+            base = self.shard()
+            disp = 0 if block_layout(spec).kind == "word" else HEAD_SIZE
+            self.add(base, self.place.block + disp, value)
+            self.give(_Owned(base))
+            self.give(value)
+        self.count_aside(self.fault, HEAD_FAULTS, end)
+        if self.is_framed:
+            self.code.mark(end)
+            self.code.store_imm(Mem(frame, FRAME_SP), 0)
+
+    # -- Parts that actions share.
+
+    def shard(self):
+        """A register that points to this processor's shard."""
+        reg, code = self.take(), self.code
+        code.put(shard_index(reg, self.place.shards))
+        code.alu(ADD, reg, Mem(RIP, self.place.shards.base))
+        return reg
+
+    def count_head(self, offset):
+        """Add one to a word of the head."""
+        base = self.shard()
+        self.code.lock_inc(Mem(base, self.place.block + offset,
+                               is_wide=True))
+        self.give(_Owned(base))
+
+    def count_aside(self, label, offset, then):
+        """At label: add one to a word of the head, and go to `then`."""
+        if label not in self.code.jumped:
+            return
+        self.code.aside()
+        self.code.mark(label)
+        self.count_head(offset)
+        self.code.jump(then)
+        self.code.back()
+
+    def prepare(self, expressions):
+        """Compute the inputs that have to be computed once."""
+        names = frozenset().union(*(each.names for each in expressions))
+        if "nsecs" in names and "nsecs" not in self.pinned:
+            self.require(self.place.tsc, "nsecs")
+            self.touch(RAX, RDX)
+            self.read_tsc()
+            self.scale()
+            reg = self.take()
+            self.code.set_wide(reg, self.place.tsc[1])
+            self.code.alu(ADD, reg, RAX)
+            self.pin("nsecs", reg)
+
+    def pin(self, name, reg):
+        """A register holds a name's value to the end."""
+        self.pinned[name] = reg
+        self.held.add(reg)
+
+    def read_tsc(self):
+        """rax = the time stamp counter; rdx is lost."""
+        self.code.put(b"\x0f\x31")                      # rdtsc
+        self.code.shift(SHL, RDX, 32)
+        self.code.alu(OR, RAX, RDX)
+
+    def scale(self):
+        """rax = rax * mult >> 32: ticks to ns; rdx is lost."""
+        self.code.set_wide(RDX, self.place.tsc[0])
+        self.code.op(b"\xf7", 4, RDX)                   # mul
+        self.code.op(b"\x0f\xac", RDX, RAX, 8, b"\x20")     # shrd $32
+
+    def add(self, base, disp, value):
+        """Add a value, in a register, to the payload at [base + disp]."""
+        payload, _, is_unsigned = _payload(self.spec)
+        if payload == "count":
+            self.code.lock_inc(Mem(base, disp, is_wide=True))
+        elif payload == "sum":
+            self.code.lock_inc(Mem(base, disp + SUM_COUNT, is_wide=True))
+            self.add_wide(base, disp + SUM_LOW, value, is_unsigned)
+        else:
+            self.bin(base, disp, value, is_unsigned)
+
+    def add_wide(self, base, disp, value, is_unsigned):
+        """Add a value to a sum of 128 bits: its upper half changes where a
+        carry does not say what the value's sign does."""
+        code, high = self.code, Mem(base, disp + 8, is_wide=True)
+        low, back = Mem(base, disp, is_wide=True), code.label()
+        if not is_unsigned:
+            below = code.label()
+            code.test(value)
+            code.jump(below, _S)
+            code.aside()
+            code.mark(below)
+            code.lock_add(low, value)
+            code.jump(back, _B)
+            code.lock_dec(high)
+            code.jump(back)
+            code.back()
+        self.add_not_negative(low, high, value)
+        code.mark(back)
+
+    def add_not_negative(self, low, high, value):
+        """lock add; a carry is rare."""
+        code, carry, back = self.code, self.code.label(), self.code.label()
+        code.lock_add(low, value)
+        code.jump(carry, _B)
+        code.mark(back)
+        code.aside()
+        code.mark(carry)
+        code.lock_inc(high)
+        code.jump(back)
+        code.back()
+
+    def bin(self, base, disp, value, is_unsigned):
+        """Add a value to a histogram."""
+        code = self.code
+        low = Mem(base, disp + HIST_LOW, is_wide=True)
+        high = Mem(base, disp + HIST_HIGH, is_wide=True)
+        if is_unsigned:
+            self.add_not_negative(low, high, value)
+            self.bin_half(base, disp, value, is_unsigned, False)
+            return
+        below, end, borrowed = code.label(), code.label(), code.label()
+        code.test(value)
+        code.jump(below, _S)
+        self.add_not_negative(low, high, value)
+        self.bin_half(base, disp, value, is_unsigned, False)
+        code.mark(end)
+        code.aside()
+        code.mark(below)
+        code.lock_add(low, value)
+        code.jump(borrowed, _B)
+        code.lock_dec(high)
+        code.mark(borrowed)
+        self.bin_half(base, disp, value, is_unsigned, True)
+        code.jump(end)
+        code.back()
+
+    def bin_half(self, base, disp, value, is_unsigned, is_negative):
+        """Least and most, then the bucket: 8 * s + (v >> s), where s is
+        what leaves v the four highest of its bits."""
+        code, reg = self.code, self.take()
+        code.mov(reg, value)
+        if not is_unsigned:
+            code.op(b"\x0f\xba", 7, reg, 8, b"\x3f")    # btc $63
+        self.raise_to(base, disp + HIST_MOST, reg)
+        code.op(b"\xf7", 2, reg)                        # not
+        self.raise_to(base, disp + HIST_LEAST, reg)
+        self.touch(RCX)
+        code.mov(reg, value)
+        if is_negative:
+            code.op(b"\xf7", 3, reg)                    # neg
+        code.mov(RCX, reg)
+        code.alu_imm(OR, RCX, 8)
+        code.op(b"\x0f\xbd", RCX, RCX)                  # bsr
+        code.alu_imm(SUB, RCX, 3, 4)
+        code.shift(SHR, reg)
+        code.lea(reg, Mem(reg, 0, RCX, 3))
+        code.lock_inc(Mem(base, disp + HIST_BUCKETS
+                          + 8 * N_BUCKETS * is_negative, reg, 3, True))
+        self.give(_Owned(reg))
+
+    def raise_to(self, base, disp, reg):
+        """[base + disp] = max(it, reg), unsigned: seldom a change."""
+        code, mem = self.code, Mem(base, disp, is_wide=True)
+        more, again, back = code.label(), code.label(), code.label()
+        code.alu(CMP, reg, mem)
+        code.jump(more, _A)
+        code.mark(back)
+        code.aside()
+        code.mark(more)
+        self.touch(RAX)
+        code.mov(RAX, mem)
+        code.mark(again)
+        code.alu(CMP, reg, RAX)
+        code.jump(back, _BE)
+        code.lock_cmpxchg(mem, reg)
+        code.jump(again, _NE)
+        code.jump(back)
+        code.back()
+
+    # -- Tables: a word per key, hashed; see the drawing above.
+
+
+_plans = {}                     # (spec, what is dead) -> _Plan
+
+
+def compiled(spec, place, window):
+    """The Code of an action at a window: has a size before it has a place.
+
+    Raises UbpError where the place lacks what an expression reads, or the
+    body would be longer than MAX_CODE.
+    """
+    block_layout(spec)
+    key = (spec, window.dead_regs, window.flags_dead)
+    plan = _plans.get(key, _Plan((set(), set()), frozenset()))
+    for _ in range(_N_TRIES):
+        machine = _Body(spec, place, window, plan)
+        machine.make()
+        found = _Plan(machine.used, plan.wanted | machine.wanted)
+        if found == plan:
+            break
+        plan = found
+    else:
+        raise UbpError("compile", spec.action, "registers run in circles")
+    if len(_plans) > 1000:
+        _plans.clear()
+    _plans[key] = plan
+    return machine.code
+
+
+_N_TRIES = 8
+
+
 def body(spec, place, window, vaddr):
     """The machine code of an action at a window. -> bytes
 
-    Its size does not depend on vaddr or on numbers in place. Raises UbpError
-    where the place lacks what an expression reads, or it is too long.
+    Its size does not depend on vaddr or on numbers in place. Raises as
+    compiled() does, and RelocationError where data is out of reach.
     """
-    raise UbpError("make", "a body for %s" % spec.action, "not yet")
+    code = compiled(spec, place, window)
+    code.join()
+    if code.finish() > MAX_CODE:
+        raise UbpError("compile", spec.action,
+                       "more than %d bytes of code" % MAX_CODE)
+    return code.at(vaddr)
 
 
 # ---- 9  Trampolines -------------------------------------------------------
@@ -3865,7 +5105,7 @@ class Trampoline(NamedTuple):
     copies: Tuple[Copy, ...]
 
 
-def shard_index(reg, shards):
+def cpu_number(reg, shards):
     """Code that loads reg with this processor's number, at most mask.
 
     Whatever the source holds, a thread without rseq included (-1, -2), the
@@ -3877,8 +5117,12 @@ def shard_index(reg, shards):
         code = rdpid_r64(reg)
     else:
         code = mov_r32_imm32(reg, _CPU_SELECTOR) + lsl_r32_r32(reg, reg)
-    return (code + and_r32_imm(reg, shards.mask & _CPU_BITS)
-            + shl_r32_imm8(reg, shards.shift))
+    return code + and_r32_imm(reg, shards.mask & _CPU_BITS)
+
+
+def shard_index(reg, shards):
+    """Code that loads reg with the offset of this processor's shard."""
+    return cpu_number(reg, shards) + shl_r32_imm8(reg, shards.shift)
 
 
 def scratch_registers(n, dead_regs):
