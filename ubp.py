@@ -168,6 +168,7 @@ F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW = 1, 2, 4
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4      # <asm-generic/mman-common.h>
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 1, 2, 0x10, 0x20
 MAP_FIXED_NOREPLACE = 0x100000
+MADV_WIPEONFORK = 18
 PF_KTHREAD     = 0x00200000      # <linux/sched.h>, field 9 of /proc/PID/stat
 CAP_SYS_PTRACE = 19              # <linux/capability.h>
 CAP_SYS_ADMIN  = 21
@@ -177,7 +178,7 @@ PAGE           = mmap.PAGESIZE
 SYSCALL_EVENT_SIGNAL = signal.SIGTRAP | 0x80    # ptrace(2), TRACESYSGOOD
 
 # <asm/unistd_64.h>; those that are injected, and those libc may not wrap
-SYS_close, SYS_stat, SYS_mmap, SYS_munmap = 3, 4, 9, 11
+SYS_close, SYS_stat, SYS_mmap, SYS_munmap, SYS_madvise = 3, 4, 9, 11, 28
 SYS_sched_setscheduler, SYS_gettid, SYS_tgkill = 144, 186, 234
 SYS_getdents64, SYS_kcmp, SYS_memfd_create = 217, 312, 319
 SYS_perf_event_open = 298
@@ -5274,24 +5275,35 @@ def _check_access(pid, tids):
 #                +4096   records                    max_records of 512
 #                        trampolines                to the page's end
 #     data rw-   +0      shards, one per processor  1 << shift bytes each
+#     private    +0      the target's pid           8, zero in a forked child
+#          rw-p          frames                     wiped by fork, too
+#
+# A shard holds blocks: one for what a probe computes, at one offset in each
+# shard. A count is a word. The private pages are there if a probe needs them.
 #
 #     record     +0      site slot trampoline       3 x 8
 #                +24     size patches copies index  2 1 1 4
 #                +32     patches: vaddr size old new    2 x 32
 #                +96     copies: offset size moved moved_size    8 x 8
 #                +160    build-id, window's size    20, 1
-#                +184    module NUL function NUL    328, UTF-8
+#                +181    kind of block, is it gone  1 1
+#                +184    module NUL function NUL    322, UTF-8
+#                +506    of a table: words of an entry, words before its
+#                        payload, log2 of entries, site's index   2 1 1 2
 
 MAGIC = b"ubp\x7fARNA"
 VERSION = 1
-HEADER = struct.Struct("<8sIIQQQQIIQQIIQQIIIIIIQ")
+HEADER = struct.Struct("<8sIIQQQQIIQQIIQQIIIIIIQQ")
 _RECORD_HEAD = struct.Struct("<QQQHBBI")
 _PATCH = struct.Struct("<QB7x8s8s")
 _COPY = struct.Struct("<BBHHH")
+_TABLE = struct.Struct("<HBBH")
 _LITERAL_AT, _RECORDS_AT, _RECORD_SIZE, _NAMES_AT = 256, 4096, 512, 184
 _MAX_RECORDS = 1 << 16
 _MAX_SHARDS = 8192          # CONFIG_NR_CPUS has no higher limit
 _MAX_SIZE = 1 << 32
+_MAX_DATA = 512 << 20       # of an arena; what needs more is refused
+_MAX_PRIVATE = 64 << 20
 FLAG_LEFT = 1               # detached on purpose: no tracer is to be awaited
 _TASK_SIZE = 1 << 47
 _TRAMPOLINE_ROOM = 128      # bytes kept per site when an arena is sized
@@ -5299,6 +5311,9 @@ _BRK_ROOM = 1 << 30         # kept free above brk where that is possible
 _STACK_ROOM = 256 << 20     # kept free below [stack]
 _MEMFD_PATH = "/memfd:ubp (deleted)"
 _ANONYMOUS = -1 << 16       # stands for a descriptor; no errno
+# What a record's block is; "count" is a word, the others begin with a head.
+KINDS = ("count", "filtered", "sum", "hist", "signed hist", "table", "ring",
+         "none")
 
 
 class Header(NamedTuple):
@@ -5307,7 +5322,7 @@ class Header(NamedTuple):
     version: int
     record_size: int
     base: int               # vaddr of the code mapping
-    size: int               # code and data, bytes
+    size: int               # code and data, bytes; private pages follow
     code_size: int
     nonce: int
     owner_pid: int
@@ -5325,9 +5340,10 @@ class Header(NamedTuple):
     shard_shift: int
     is_anonymous: int
     scratch: int            # end of the [stack] pages that ubp touched, or 0
+    private_size: int       # bytes behind base + size that fork wipes
 
 
-assert HEADER.size <= _LITERAL_AT and len(Header._fields) == 22
+assert HEADER.size <= _LITERAL_AT and len(Header._fields) == 23
 
 
 class Record(NamedTuple):
@@ -5336,13 +5352,16 @@ class Record(NamedTuple):
     slot: int
     trampoline: int         # vaddr
     size: int               # of the trampoline
-    index: int              # of its counter
+    index: int              # of its block's first word in a shard
     window_size: int
     patches: tuple          # ((vaddr, old, new), …) in the order of arming
     copies: tuple           # of ubp_x86.Copy
     build_id: str
     module: str
     function: str
+    kind: str = "count"     # of KINDS: what the block is
+    is_gone: bool = False   # it computes no more; others at the site may
+    table: tuple = (0, 0, 0, 0)     # as _TABLE has it
 
     def pack(self):
         """512 bytes for the journal."""
@@ -5357,8 +5376,10 @@ class Record(NamedTuple):
                     len(self.patches), len(self.copies), self.index)
                 + patches.ljust(64, b"\0") + copies.ljust(64, b"\0")
                 + bytes.fromhex(self.build_id)[:20].ljust(20, b"\0")
-                + bytes([self.window_size, 0, 0, 0])
-                + names).ljust(_RECORD_SIZE, b"\0")
+                + bytes([self.window_size, KINDS.index(self.kind),
+                         self.is_gone, 0])
+                + names.ljust(_RECORD_SIZE - _NAMES_AT - _TABLE.size, b"\0")
+                + _TABLE.pack(*self.table))
 
 
 def _clipped(text, size):
@@ -5373,14 +5394,16 @@ def unpack_record(data, header):
     code_end = header.base + header.code_size
     if (not 1 <= n_patches <= 2 or not 1 <= n_copies <= 8
             or not header.base <= trampoline <= trampoline + size <= code_end
-            or not data[180] or 8 * index + 8 > 1 << header.shard_shift):
+            or not data[180] or 8 * index + 8 > 1 << header.shard_shift
+            or data[181] >= len(KINDS)):
         return None
     patches = []
     for n in range(n_patches):
         vaddr, length, old, new = _PATCH.unpack_from(data, 32 + 32 * n)
         if (not 2 <= length <= 8 or vaddr + length > _TASK_SIZE
                 or vaddr % PAGE + length > PAGE
-                or header.base - length < vaddr < header.base + header.size):
+                or header.base - length < vaddr < header.base + header.size
+                + header.private_size):
             return None
         patches.append((vaddr, old[:length], new[:length]))
     window = collections.namedtuple("Jump", "site slot")(site, slot)
@@ -5397,7 +5420,9 @@ def unpack_record(data, header):
                   tuple(patches), copies,
                   data[160:180].hex() if any(data[160:180]) else "",
                   *(name.decode(errors="backslashreplace")
-                    for name in names[:2]))
+                    for name in names[:2]),
+                  kind=KINDS[data[181]], is_gone=bool(data[182]),
+                  table=_TABLE.unpack_from(data, _RECORD_SIZE - _TABLE.size))
 
 
 def unpack_header(data):
@@ -5410,7 +5435,9 @@ def unpack_header(data):
             or header.base % PAGE or header.size % PAGE
             or header.code_size % PAGE
             or not 0 < header.code_size < header.size <= _MAX_SIZE
-            or header.base + header.size > _TASK_SIZE
+            or header.private_size % PAGE
+            or header.private_size > _MAX_PRIVATE
+            or header.base + header.size + header.private_size > _TASK_SIZE
             or header.n_records > header.max_records
             or header.max_records > _MAX_RECORDS
             or header.shard_mask & header.shard_mask + 1
@@ -5471,6 +5498,7 @@ def _view(pid, inode, mappings, maps):
             ranges = ((start, start + header.size),)
             if not _is_private_arena(header, mappings[0], maps):
                 return ArenaView(pid, ranges, inode, None, (), 0)
+        ranges = _with_private_pages(ranges, header, maps)
         data = read_memory(pid, start + _RECORDS_AT,
                            _RECORD_SIZE * header.n_records)
     except OSError:
@@ -5497,6 +5525,20 @@ def _is_private_arena(header, code, maps):
                 and not mapping.path and mapping.perms == "rw-p"):
             at = mapping.end        # it may have merged with a neighbour
     return code.end == header.base + header.code_size and at >= end
+
+
+def _with_private_pages(ranges, header, maps):
+    """The ranges of an arena, and of its private pages if they are there.
+
+    They have no name, but a place, and differ from what malloc may map
+    there in that fork wipes them: so they merge with no neighbour.
+    """
+    start = header.base + header.size
+    end = start + header.private_size
+    if any(m.start == start < m.end == end and m.perms == "rw-p"
+           and not m.inode and not m.path for m in maps):
+        return _joined(ranges + ((start, end),))
+    return ranges
 
 
 def _joined(ranges):
@@ -5559,16 +5601,30 @@ def find_arena_range(maps, vaddr):
                  if m.start <= vaddr < m.end and m.path == _MEMFD_PATH), None)
 
 
+class ArenaLayout(NamedTuple):
+    """How much memory an arena has, and for what. Bytes, whole pages."""
+    size: int               # code and data
+    code_size: int
+    max_records: int
+    shard_shift: int
+    private_size: int
+
+    @property
+    def total(self):
+        """The size of its range of vaddrs."""
+        return self.size + self.private_size
+
+
 def pack_header(tracer, base, layout, shards, nonce, flags, n_records,
                 is_anonymous):
     """The header of an arena that this process makes in a target."""
-    size, code_size, max_records = layout
     return HEADER.pack(
-        MAGIC, VERSION, _RECORD_SIZE, base, size, code_size, nonce,
-        os.getpid(), os.getuid(), start_time(os.getpid()), _pid_namespace(),
-        tracer.tgid, flags, tracer.birth, int(time.time() * 1e9), n_records,
-        max_records, _RECORDS_AT + _RECORD_SIZE * max_records, shards.mask,
-        shards.shift, is_anonymous, tracer.scratch)
+        MAGIC, VERSION, _RECORD_SIZE, base, layout.size, layout.code_size,
+        nonce, os.getpid(), os.getuid(), start_time(os.getpid()),
+        _pid_namespace(), tracer.tgid, flags, tracer.birth,
+        int(time.time() * 1e9), n_records, layout.max_records,
+        _RECORDS_AT + _RECORD_SIZE * layout.max_records, shards.mask,
+        shards.shift, is_anonymous, tracer.scratch, layout.private_size)
 
 
 class Arena:
@@ -5580,23 +5636,36 @@ class Arena:
 
     def __init__(self, tracer, base, layout, shards, memory, inode):
         self.tracer, self.base, self.shards = tracer, base, shards
-        self.size, self.code_size, self.max_records = layout
+        self.layout = layout
+        self.size, self.code_size = layout.size, layout.code_size
         self.memory, self.inode = memory, inode
-        self.next = base + _RECORDS_AT + _RECORD_SIZE * self.max_records
+        self.next = base + _RECORDS_AT + _RECORD_SIZE * layout.max_records
         self.records = []
-        self._last = []             # the counters when last read
+        self._used = 0              # bytes of a shard that are blocks
+        self._private_used = 8      # and of the private pages
+        self._last = {}             # {(offset, size): sums when last read}
         self.nonce = int.from_bytes(os.urandom(8), "little")
         self._flags = 0
+        self._kept = self._kept_last = None
         self._write_header()
         self.store(_LITERAL_AT, struct.pack("<Q", base + self.code_size))
+
+    @property
+    def range(self):
+        """(start, end) in the target, private pages included."""
+        return self.base, self.base + self.layout.total
+
+    @property
+    def private(self):
+        """The vaddr of the private pages, or 0 if it has none."""
+        return self.base + self.size if self.layout.private_size else 0
 
     def _write_header(self):
         """The magic last: without it, an arena is one that was not finished.
         """
         header = pack_header(
-            self.tracer, self.base, (self.size, self.code_size,
-                                     self.max_records), self.shards,
-            self.nonce, self._flags, len(self.records), self.memory is None)
+            self.tracer, self.base, self.layout, self.shards, self.nonce,
+            self._flags, len(self.records), self.memory is None)
         self.store(len(MAGIC), header[len(MAGIC):])
         self.store(0, MAGIC)
 
@@ -5611,45 +5680,88 @@ class Arena:
         finally:
             held.close()
 
-    def reaches(self, low, high):
-        """Can code in [low, high) jump here, and is there room for more?"""
+    def has_room(self, low, high, need):
+        """Can code in [low, high) jump here, and is there room for more?
+
+        need   Need of what is to be added
+        """
         first, last = ubp_x86.reach(low, high)
-        return (first <= self.base and self.base + self.size <= last
-                and len(self.records) < self.max_records
-                and self.next + 2 * _TRAMPOLINE_ROOM
-                < self.base + self.code_size)
+        return (first <= self.base and self.range[1] <= last
+                and len(self.records) + need.n_records
+                <= self.layout.max_records
+                and self.next + need.code <= self.base + self.code_size
+                and _aligned(self._used, need.block) + need.block
+                <= 1 << self.shards.shift
+                and (not need.private or self.private and _aligned(
+                    self._private_used, need.private) + need.private
+                    <= self.layout.private_size))
 
-    def add(self, plan, names):
-        """Write a trampoline and its record for a planned site. -> Record
+    def allocate(self, size, initial=b""):
+        """A block: size bytes at one offset in every shard. -> offset
 
+        initial   what it begins with; the rest is zero
+        """
+        offset = _aligned(self._used, size)
+        self._used = offset + size
+        if initial.strip(b"\0"):
+            for cpu in range(self.shards.mask + 1):
+                self.store(self.shard_at(cpu) + offset, initial)
+        return offset
+
+    def allocate_private(self, size):
+        """Bytes of the private pages, all zero. -> vaddr"""
+        at = _aligned(self._private_used, size)
+        self._private_used = at + size
+        return self.private + at
+
+    def shard_at(self, cpu):
+        """The offset of a processor's shard in the arena."""
+        return self.code_size + (cpu << self.shards.shift)
+
+    def add(self, window, old, names, block, make):
+        """Write a trampoline and its record for a window. -> Record
+
+        old     {vaddr: bytes} that were there before any probe
+        names   (build-id, module, function)
+        block   (kind, offset, table) of the data that the record is about
+        make    makes a ubp_x86.Trampoline for a vaddr; its size is the same
+                for each of them
         Nothing refers to it yet. Raises RelocationError if an operand is
         out of reach from here.
         """
-        index, window = len(self.records), plan.window
-        made = ubp_x86.count_trampoline(window, self.next, index,
-                                        self.shards)
+        made = make(self.next)
         start = ubp_x86.line_start(self.next, len(made.code))
         if start != self.next:
-            made = ubp_x86.count_trampoline(window, start, index,
-                                            self.shards)
+            made = make(start)
         self.next = start + len(made.code)
         self.store(start - self.base, made.code)
-        old = {vaddr: data for vaddr, data in plan.old}
         record = Record(
-            window.site, window.slot, start, len(made.code), index,
+            window.site, window.slot, start, len(made.code), block[1] // 8,
             window.size,
             tuple((vaddr, old[vaddr][:len(new)], new) for vaddr, new
                   in ubp_x86.window_patches(window, start)),
-            made.copies, names[0], names[1], names[2])
-        self.store(_RECORDS_AT + _RECORD_SIZE * index, record.pack())
+            made.copies, names[0], names[1], names[2], block[0],
+            table=block[2])
         self.records.append(record)
+        self._write_record(len(self.records) - 1)
         return record
+
+    def _write_record(self, n):
+        record = self.records[n]
+        self.store(_RECORDS_AT + _RECORD_SIZE * n, record.pack() if record
+                   else bytes(_RECORD_SIZE))
+
+    def mark_gone(self, record):
+        """Say that a record's probe was taken out, though others stay."""
+        n = self.records.index(record)
+        self.records[n] = record._replace(is_gone=True)
+        self._write_record(n)
 
     def void(self, record):
         """Take back the record of a site that was never patched."""
-        index = self.records.index(record)
-        self.store(_RECORDS_AT + _RECORD_SIZE * index, bytes(_RECORD_SIZE))
-        self.records[index] = None
+        n = self.records.index(record)
+        self.records[n] = None
+        self._write_record(n)
 
     def commit(self):
         """Publish the records that were added: the journal is complete."""
@@ -5660,41 +5772,56 @@ class Arena:
         self._flags |= FLAG_LEFT
         self._write_header()
 
-    def totals(self):
-        """All counters, summed over the processors. -> [int]
+    def sums(self, offset, n):
+        """n words of a block, each summed over the processors. -> [int]"""
+        return [sum(column) for column in zip(*self.rows(offset, n))]
+
+    def rows(self, offset, n):
+        """n words of a block of each processor. -> [(int, …)]
 
         Of anonymous memory in a process that is gone, as last read.
         """
-        n = len(self.records)
         try:
-            rows = [self._shard(cpu, n)
+            rows = [self.words(cpu, offset, n)
                     for cpu in range(self.shards.mask + 1)]
-            self._last = [sum(column) for column in zip(*rows)]
-        except (OSError, ValueError):           # ValueError: closed mmap
-            self._last += [0] * (n - len(self._last))
-        return self._last
+        except OSError:
+            return self._last.get(offset) or [(0,) * n]
+        if self.memory is None:
+            self._last[offset] = rows
+        return rows
 
-    def _shard(self, cpu, n):
-        offset = self.code_size + (cpu << self.shards.shift)
+    def words(self, cpu, offset, n):
+        """n words of a block of one processor. -> (int, …)"""
+        return struct.unpack("<%dQ" % n, self.load(cpu, offset, 8 * n))
+
+    def load(self, cpu, offset, size):
+        """Bytes of a block of one processor; the target may write them."""
+        if self._kept is not None:
+            return self._kept[cpu][offset:offset + size]
+        offset += self.shard_at(cpu)
         memory = self.memory
         if memory is not None:
-            data = memory[offset:offset + 8 * n]
-        else:
-            data = read_memory(self.tracer.vm_tid(), self.base + offset,
-                               8 * n)
-        return struct.unpack("<%dQ" % n, data)
+            return memory[offset:offset + size]
+        return read_memory(self.tracer.vm_tid(), self.base + offset, size)
+
+    def keep(self):
+        """Copy all blocks, to be read when the memory is gone."""
+        try:
+            kept = [self.load(cpu, 0, self._used)
+                    for cpu in range(self.shards.mask + 1)]
+        except OSError:             # the process is: as last read, then
+            kept = None
+        self._kept_last = kept
 
     def close(self):
-        """Give up our own mapping, after a last look at the counters."""
-        self.totals()
+        """Give up our own mapping; what was kept can still be read."""
         if self.memory is not None:
+            self.keep()
             memory, self.memory = self.memory, None
+            self._kept = self._kept_last
             memory.close()
-            self._shard = _gone
-
-
-def _gone(cpu, n):
-    raise OSError(errno.ESRCH, "the arena is closed")
+        else:
+            self._kept = self._kept_last
 
 
 def _pid_namespace():
@@ -5704,27 +5831,59 @@ def _pid_namespace():
         return 0
 
 
-def _layout(n_sites, n_shards):
-    """-> ((size, code_size, max_records), shift) for at least n_sites."""
-    n = max(64, 1 << (n_sites - 1).bit_length())
-    code = _RECORDS_AT + n * (_RECORD_SIZE + _TRAMPOLINE_ROOM)
-    code = (code + PAGE - 1) & ~(PAGE - 1)
-    shift = max(6, (8 * n - 1).bit_length())
-    data = ((n_shards << shift) + PAGE - 1) & ~(PAGE - 1)
-    return (code + data, code, n), shift
+class Need(NamedTuple):
+    """What probing takes of an arena."""
+    n_records: int
+    code: int               # bytes of trampolines, and what aligns them
+    block: int              # bytes in every shard
+    private: int            # bytes of the private pages; 0: none are needed
+
+    def __add__(self, other):
+        return Need(*[one + two for one, two in zip(self, other)])
 
 
-def make_arena(tracer, low, high, n_sites, timeout, kind="auto"):
+def _aligned(offset, size):
+    """Where a block of size bytes may begin: none shares a line in part."""
+    line = ubp_x86.CACHE_LINE if size > 8 else 8
+    return (offset + line - 1) & -line
+
+
+def _pages(size):
+    return (size + PAGE - 1) & -PAGE
+
+
+def _layout(need, n_shards, whom):
+    """-> ArenaLayout for a Need. Raises ProbeError.
+
+    With room for more: who probes one function will probe another.
+    """
+    n = max(64, 1 << (need.n_records - 1).bit_length())
+    code = _pages(_RECORDS_AT + n * (_RECORD_SIZE + _TRAMPOLINE_ROOM)
+                  + need.code)
+    shift = (8 * n + need.block - 1).bit_length()
+    data = _pages(n_shards << shift)
+    private = need.private and _pages(need.private + 64)
+    if data > _MAX_DATA or private > _MAX_PRIVATE:
+        raise ProbeError(
+            "add memory to", whom, "its probes need %d MiB for %d "
+            "processors, and ubp adds %d MiB at most" % (
+                max(data, private) >> 20, n_shards, _MAX_DATA >> 20),
+            "fewer sites, or a smaller ring")
+    return ArenaLayout(code + data, code, n, shift, private)
+
+
+def make_arena(tracer, low, high, need, timeout, kind="auto"):
     """Add an arena near code in [low, high) to the target. -> Arena
 
+    need   the Need of what it is made for
     kind   "memfd", "anon", or "auto": memfd, else anonymous memory
     One full stop, in which one thread runs the injected syscalls. Raises
     ProbeError where there is no room or no memory.
     """
     n_shards = 1 << (n_possible_cpus() - 1).bit_length()
-    layout, shift = _layout(n_sites, n_shards)
-
-    place = [place_arena(read_maps(tracer.vm_tid()), low, high, layout[0])]
+    layout = _layout(need, n_shards, tracer.name())
+    place = [place_arena(read_maps(tracer.vm_tid()), low, high,
+                         layout.total)]
 
     def action():
         base = place[0]
@@ -5732,10 +5891,10 @@ def make_arena(tracer, low, high, n_sites, timeout, kind="auto"):
             raise ProbeError(
                 "place an arena in", tracer.name(),
                 "no %d free KiB within 2 GiB of 0x%x" % (
-                    layout[0] >> 10, low))
+                    layout.total >> 10, low))
         source, offset = cpu_source(tracer)
-        shards = ubp_x86.Shards(source, offset, n_shards - 1, shift,
-                                base + _LITERAL_AT)
+        shards = ubp_x86.Shards(source, offset, n_shards - 1,
+                                layout.shard_shift, base + _LITERAL_AT)
         with Injection(tracer, b"ubp\0") as injection:
             fd = -1
             if _may_have_memfd(injection, base, layout, kind):
@@ -5748,7 +5907,7 @@ def make_arena(tracer, low, high, n_sites, timeout, kind="auto"):
                     tracer, base, layout, shards, 0, 0, 0, True))
         if fd == -errno.EEXIST:     # taken since the maps were read
             place[0] = place_arena(read_maps(tracer.vm_tid()), low, high,
-                                   layout[0])
+                                   layout.total)
             raise Again("the place for its arena is taken")
         if fd < 0 and fd != _ANONYMOUS:
             raise ProbeError("map memory into", tracer.name(),
@@ -5756,16 +5915,32 @@ def make_arena(tracer, low, high, n_sites, timeout, kind="auto"):
         return base, shards, fd
 
     base, shards, fd = tracer.pause(action, timeout, "map the arena")
-    if fd < 0:
-        return Arena(tracer, base, layout, shards, None, 0)
     try:
-        return _adopt(tracer, base, layout, shards, fd)
+        if fd < 0:
+            arena = Arena(tracer, base, layout, shards, None, 0)
+        else:
+            arena = _adopt(tracer, base, layout, shards, fd)
+        _fill_private(arena)
+        return arena
     except OSError as error:
-        unmap(tracer, [(base, base + layout[0])], timeout)
+        unmap(tracer, [(base, base + layout.total)], timeout)
         raise ProbeError("allocate memory for", tracer.name(),
                          error.strerror)
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
+
+
+def _fill_private(arena):
+    """Touch the private pages; the first word is the target's own pid."""
+    size, tid = arena.layout.private_size, arena.tracer.vm_tid()
+    if size:
+        name = read_status(arena.tracer.tgid).get("NSpid", "").split()
+        pid = int(name[-1]) if name else arena.tracer.tgid
+        for at in range(0, size, 1 << 20):
+            write_memory(tid, arena.private + at, bytes(
+                min(1 << 20, size - at)))
+        write_memory(tid, arena.private, struct.pack("<Q", pid))
 
 
 def _adopt(tracer, base, layout, shards, fd):
@@ -5774,9 +5949,9 @@ def _adopt(tracer, base, layout, shards, fd):
     Allocated and touched here: a first touch by the target could be the
     one that its memory cgroup kills it for.
     """
-    os.posix_fallocate(fd, 0, layout[0])
+    os.posix_fallocate(fd, 0, layout.size)
     libc.fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
-    memory = mmap.mmap(fd, layout[0], mmap.MAP_SHARED,
+    memory = mmap.mmap(fd, layout.size, mmap.MAP_SHARED,
                        mmap.PROT_READ | mmap.PROT_WRITE)
     return Arena(tracer, base, layout, shards, memory, os.fstat(fd).st_ino)
 
@@ -5787,8 +5962,14 @@ def _may_have_memfd(injection, base, layout, kind):
     Asked before the first call. False: anonymous memory must do. Raises
     ProbeError if that is forbidden too.
     """
-    size, flags = layout[0], MAP_FIXED_NOREPLACE
-    injection.check(SYS_munmap, base, size)
+    size, flags = layout.size, MAP_FIXED_NOREPLACE
+    injection.check(SYS_munmap, base, layout.total)
+    if layout.private_size:
+        injection.check(SYS_mmap, base + size, layout.private_size,
+                        PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS
+                        | flags, -1, 0)
+        injection.check(SYS_madvise, base + size, layout.private_size,
+                        MADV_WIPEONFORK)
     try:
         if kind == "anon":
             raise ProbeError("use a memfd in", "the target", "not asked for")
@@ -5813,7 +5994,7 @@ def _map_memfd(injection, base, layout):
     All in one stop, so no thread of the target sees the descriptor, or
     gets another number for its own.
     """
-    size = layout[0]
+    size = layout.size
     remote = injection.call(SYS_memfd_create, injection.text_vaddr,
                             MFD_CLOEXEC | MFD_ALLOW_SEALING)
     if remote == -errno.EACCES:                 # sysctl vm.memfd_noexec
@@ -5839,15 +6020,29 @@ def _map_memfd(injection, base, layout):
 
 def _map_twice(injection, base, layout, flags, fd):
     """Inject mmap of all as code, and of a part as data. -> 0, or -errno"""
-    size, code_size, _ = layout
+    size, code_size = layout.size, layout.code_size
     result = _map(injection, base, size, PROT_READ | PROT_EXEC,
                   flags | MAP_FIXED_NOREPLACE, fd, 0)
     if result == 0:
         result = _map(injection, base + code_size, size - code_size,
                       PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd,
                       0 if flags & MAP_ANONYMOUS else code_size)
+        if result == 0 and layout.private_size:
+            result = _map_private(injection, base + size,
+                                  layout.private_size)
         if result < 0:
             injection.call(SYS_munmap, base, size)
+    return result
+
+
+def _map_private(injection, vaddr, size):
+    """Inject an anonymous mmap that fork wipes. -> 0, or -errno"""
+    result = _map(injection, vaddr, size, PROT_READ | PROT_WRITE,
+                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0)
+    if result == 0:
+        result = injection.call(SYS_madvise, vaddr, size, MADV_WIPEONFORK)
+        if result < 0:
+            injection.call(SYS_munmap, vaddr, size)
     return result
 
 
@@ -5991,6 +6186,20 @@ def moves_out(records):
     return outside
 
 
+def moves_over(before, record):
+    """From older trampolines of a window into its new one. -> {rip: rip}"""
+    over = {}
+    for old in before:
+        over[old.trampoline] = record.trampoline
+        for one, two in zip(old.copies, record.copies):
+            for within in (0, one.back):
+                over[old.trampoline + one.moved + within] = (
+                    record.trampoline + two.moved + within)
+            over[old.trampoline + one.moved + one.moved_size] = (
+                record.trampoline + two.moved + two.moved_size)
+    return over
+
+
 def move_threads(tracer, inside, behind):
     """Move every program counter, saved ones too, out of the way.
 
@@ -6039,22 +6248,50 @@ def check_arena(tracer, base, nonce):
     tracer.scratch = tracer.scratch or header.scratch
 
 
+def _is_mapped_still(tracer, arena):
+    try:
+        check_arena(tracer, arena.base, arena.nonce)
+        return True
+    except TraceeGone:
+        return False
+
+
+class Change(NamedTuple):
+    """One window that is to lead to the trampoline of a record."""
+    record: Record
+    before: tuple           # records of its earlier trampolines
+
+    def patches(self, tracer):
+        """((vaddr, what is there, what will be), …), or None.
+
+        None if the text is neither the file's nor leads to one of the
+        earlier trampolines.
+        """
+        for record in self.before[::-1] + (None,):
+            there = {vaddr: new for vaddr, _, new in record.patches} \
+                if record else {}
+            patches = [(vaddr, there.get(vaddr, old), new)
+                       for vaddr, old, new in self.record.patches]
+            if all(_text_at(tracer, vaddr, len(old)) == old
+                   for vaddr, old, _ in patches):
+                return patches
+        return None
+
+
 class _Arming:
     """The steps of arm: what is decided outside the pause, and in it."""
 
-    def __init__(self, tracer, records):
-        self.tracer, self.records = tracer, records
-        self.changed, self.patches = [], None
+    def __init__(self, tracer, changes):
+        self.tracer, self.changes = tracer, changes
+        self.refused, self.patches = [], None
 
     def survey(self):
         """Compare the text with what was planned, and plan the writes."""
-        self.changed = [
-            record for record in self.records
-            if not all(_text_at(self.tracer, vaddr, len(old)) == old
-                       for vaddr, old, _ in record.patches)]
+        found = [change.patches(self.tracer) for change in self.changes]
+        self.refused = [change for change, patches
+                        in zip(self.changes, found) if patches is None]
         self.patches = Patches(self.tracer, [
-            patch for record in self.records if record not in self.changed
-            for patch in record.patches])
+            patch for patches in found for patch in patches or ()])
 
     def write(self):
         """Move the threads, then write. Raises Again.
@@ -6069,17 +6306,26 @@ class _Arming:
         except (Again, OSError):
             self.patches = None
             raise Again("its text changes")
-        move_threads(self.tracer, *moves_in(
-            [r for r in self.records if r not in self.changed]))
+        good = [change for change in self.changes
+                if change not in self.refused]
+        inside, behind = moves_in([change.record for change in good])
+        for change in good:
+            inside.update(moves_over(change.before, change.record))
+        move_threads(self.tracer, inside, behind)
         self.patches.write()
 
 
-def arm(tracer, arena, records, timeout):
-    """Patch the windows of records. -> those whose text had changed"""
-    steps = _Arming(tracer, records)
+def arm(tracer, arenas, changes, timeout):
+    """Make windows lead to new trampolines, all in one pause.
+
+    arenas   that the trampolines are in;   changes   [Change]
+    -> the changes that were not made, as the text had changed
+    """
+    steps = _Arming(tracer, changes)
 
     def action():
-        check_arena(tracer, arena.base, arena.nonce)
+        for arena in arenas:
+            check_arena(tracer, arena.base, arena.nonce)
         steps.write()
 
     try:
@@ -6087,7 +6333,16 @@ def arm(tracer, arena, records, timeout):
     except (Again, OSError):
         steps.patches = None        # it is surveyed again in the pause
     tracer.pause(action, timeout, "patch")
-    return steps.changed
+    return steps.refused
+
+
+class Installed(NamedTuple):
+    """An arena, and what of it a restore is to take out."""
+    base: int
+    nonce: int
+    inode: int              # 0: anonymous memory, in one process only
+    ranges: tuple           # ((start, end), …) to be unmapped; () : it stays
+    records: tuple          # whose sites are to be put back
 
 
 class Restored(NamedTuple):
@@ -6215,20 +6470,24 @@ class _Restoring:
         self.is_done = True
 
 
-def restore(tracer, records, ranges, identity, timeout,
-            last_look=lambda: None):
-    """Put text back, and unmap ranges once no thread is in them.
+def restore(tracer, arenas, timeout, last_look=lambda: None):
+    """Put text back, and unmap arenas once no thread is in any of them.
 
-    identity   (base, nonce) of the arena
+    arenas     [Installed]: trampolines of one may use data of another
     last_look  called when nothing counts any more, before the unmapping
     Text that is neither what was there nor what ubp wrote is somebody
     else's: it is reported, never overwritten, and keeps its trampolines
     mapped. -> Restored
     """
-    steps = _Restoring(tracer, records)
+    steps = _Restoring(tracer, [record for arena in arenas
+                                for record in arena.records])
 
     def action():
-        check_arena(tracer, *identity)
+        there = [arena for arena in arenas
+                 if _is_mapped_still(tracer, arena)]
+        if not there:
+            check_arena(tracer, arenas[0].base, arenas[0].nonce)
+        ranges = [each for arena in there for each in arena.ranges]
         steps.write()
         # Only to text that is back: at a foreign site a thread stays.
         rips = move_threads(tracer, moves_out(steps.restored), {})
@@ -6376,44 +6635,28 @@ def _joined_buckets(buckets):
                         if n > 0))
 
 
-N_BUCKETS = 496                 # of values >= 0: of 61 powers of two, and 8
-
-
-def bucket_bounds(index):
-    """(lowest, highest) value of a bucket.
-
-    Below 8 a value is its own bucket. From there a power of two has eight,
-    each known by the three bits behind the leading one.
-    """
-    if index < 8:
-        return index, index
-    shift = (index >> 3) - 1
-    low = (8 | index & 7) << shift
-    return low, low + (1 << shift) - 1
-
-
 def histogram_of_counts(counts, low, high, total, is_signed):
     """A Histogram from what a body left in shared memory, added up.
 
     counts   of the buckets: of values >= 0, then, if is_signed, of others
-    total    the sum of the values, of which 64 bits were kept; the others
-             follow from the buckets, to their precision beyond 2 ** 68
     The target may be writing: what contradicts the buckets is not believed.
     """
-    buckets = [bucket_bounds(n) + (count,)
-               for n, count in enumerate(counts[:N_BUCKETS]) if count]
+    n = ubp_x86.N_BUCKETS
+    buckets = [ubp_x86.bucket_range(index) + (count,)
+               for index, count in enumerate(counts[:n]) if count]
     if is_signed:
         below = []
-        for n, count in enumerate(counts[N_BUCKETS:2 * N_BUCKETS]):
-            first, last = bucket_bounds(n)
+        for index, count in enumerate(counts[n:2 * n]):
             if count:
+                first, last = ubp_x86.bucket_range(index)
                 below.append((max(-last, -1 << 63), -first, count))
         buckets = below[::-1] + buckets
     if not buckets:
         return Histogram()
     least = sum(first * n for first, _, n in buckets)
     most = sum(last * n for _, last, n in buckets)
-    total += ((least + most) // 2 - total + (1 << 63)) >> 64 << 64
+    if not least <= total <= most:      # half of a sum was read too early
+        total += ((least + most) // 2 - total + (1 << 63)) >> 64 << 64
     return Histogram(_total(buckets), _clamped(total, least, most),
                      _clamped(low, *buckets[0][:2]),
                      _clamped(high, *buckets[-1][:2]), tuple(buckets))
@@ -6436,6 +6679,116 @@ class Sum(int):
     def __sub__(self, other):
         return Sum(int(self) - int(other),
                    self.count - getattr(other, "count", 0))
+
+
+class Reading(NamedTuple):
+    """What a block of shared memory says, validated.
+
+    hits = recorded + faults + dropped; the next are of frames, at exits
+    """
+    value: object           # int, Sum, Histogram, or a dict by key
+    recorded: int = 0
+    faults: int = 0         # hits whose values could not be had
+    dropped: int = 0        # hits for which there was no room
+    unmatched: int = 0      # exits of frames that were running when armed
+    abandoned: int = 0      # frames that were never left
+    crowded: int = 0        # entries that found no room
+    skipped: int = 0        # entries whose condition was false
+    invalid: int = 0        # entries that contradict themselves
+
+    @property
+    def hits(self):
+        """How often the sites were passed with a true condition."""
+        return self.recorded + self.faults + self.dropped
+
+    def __add__(self, other):
+        value = (other.value if self.value is None
+                 else added(self.value, other.value))
+        return Reading(value, *(a + b for a, b in zip(self[1:], other[1:])))
+
+
+def _signed_128(low, high):
+    value = (high << 64 | low) & (1 << 128) - 1
+    return value - (1 << 128) if value >> 127 else value
+
+
+def payload_value(kind, is_unsigned, rows):
+    """(value, recorded) of a payload: the words of each processor."""
+    if kind == "count":
+        total = sum(row[0] for row in rows)
+        return total, total
+    if kind == "sum":
+        count = sum(row[0] for row in rows)
+        return Sum(sum(_signed_128(*row[1:3]) for row in rows), count), count
+    bias, words = 0 if is_unsigned else 1 << 63, 1 << 64
+    at = ubp_x86.HIST_BUCKETS // 8
+    counts = [sum(column) for column in zip(*(row[at:] for row in rows))]
+    # Zero is "none yet" of both, so the greatest is the one that counts.
+    low = ~max(row[2] for row in rows) % words ^ bias
+    high = max(row[3] for row in rows) ^ bias
+    if not is_unsigned:
+        low, high = ((value ^ bias) - bias for value in (low, high))
+    made = histogram_of_counts(
+        counts, low, high,
+        sum(_signed_128(*row[:2]) for row in rows), not is_unsigned)
+    return made, made.count
+
+
+def block_reading(layout, rows):
+    """The Reading of a count, sum or hist. rows: each processor's words."""
+    if layout.kind == "word":
+        total = sum(row[0] for row in rows)
+        return Reading(total, total)
+    head, start = _head(rows), layout.start // 8
+    value, recorded = payload_value(layout.kind, layout.is_unsigned,
+                                    [row[start:] for row in rows])
+    return Reading(value, recorded, *head)
+
+
+def _head(rows):
+    """What the first words say: faults, dropped, and those of frames."""
+    return [sum(column) for column in zip(*(row[:6] for row in rows))]
+
+
+def table_reading(layout, keys, rows):
+    """The Reading of a table: {key: value}, key a tuple.
+
+    keys   the Expressions, for what is unsigned or text
+    A key may be in it twice, and in each processor's: values are added.
+    """
+    found, invalid, recorded = {}, 0, 0
+    size, start = layout.entry_size // 8, layout.start // 8
+    at = layout.payload_offset // 8
+    for row in rows:
+        states = row[start:start + size * layout.n_entries:size]
+        for n, state in enumerate(states):
+            if state in (ubp_x86.STATE_FREE, ubp_x86.STATE_BUSY):
+                continue
+            entry = row[start + n * size:start + (n + 1) * size]
+            if state != ubp_x86.table_tag(entry[1:at]):
+                invalid += 1
+                continue
+            value, count = payload_value(
+                layout.payload, layout.is_unsigned, [entry[at:]])
+            key = _entry_key(layout, keys, entry)
+            found[key] = found[key] + value if key in found else value
+            recorded += count
+    return Reading(found, recorded, *_head(rows), invalid=invalid)
+
+
+def _entry_key(layout, keys, entry):
+    """The key of a table's entry: a tuple of int and bytes."""
+    parts = []
+    for field, key in zip(layout.fields, keys):
+        _, offset, size = field
+        words = entry[offset // 8:offset // 8 + (size + 7) // 8]
+        if key.kind == "int":
+            parts.append(words[0] if key.is_unsigned or words[0] < 1 << 63
+                         else words[0] - (1 << 64))
+        else:
+            parts.append(struct.pack("<%dQ" % len(words), *words)
+                         .rstrip(b"\0"))
+    return tuple(parts)
 
 
 def added(one, other):
@@ -6477,6 +6830,8 @@ class SitePlan(NamedTuple):
     rule: str               # the refusal, as a key for summaries
     why: str                # the refusal, in a line
     old: tuple              # ((vaddr, bytes), …) that a patch would replace
+    spec: Optional[ubp_x86.Spec] = None     # what would be done there
+    index: int = 0          # of the site among its probe's
 
 
 class Action:
@@ -6551,7 +6906,76 @@ class Stack(Action):
         self.depth, self.sum, self.unwind = depth, sum, unwind
 
 
+_TABLE_BYTES, _RING_BYTES = 1 << 20, 256 << 10      # of one processor
+_ALL_SHARDS_BYTES = 64 << 20    # and of all together, unless asked for
+_PLAIN_COUNT = ubp_x86.Spec("count")
 _DUMMY_SHARDS = ubp_x86.Shards(ubp_x86.CPU_FROM_RSEQ, 0, 1, 6, 0)
+
+
+def _expressions(texts, is_exit):
+    """(Expression, …) of a text "a, b", of several texts, or of None."""
+    if texts is None:
+        return ()
+    texts = [texts] if isinstance(texts, str) else texts
+    return tuple(each for text in texts
+                 for each in ubp_x86.parse_expressions(text, is_exit))
+
+
+def _one_expression(text, is_exit):
+    return (ubp_x86.parse_expression(text, is_exit),) if text else ()
+
+
+def make_spec(action, when=None, is_exit=False):
+    """What an action does at one kind of site. -> ubp_x86.Spec
+
+    is_exit  at an exit, where ret and elapsed are known
+    Raises ExpressionError, and ProbeError for what is no action.
+    """
+    by = _expressions(getattr(action, "by", None), is_exit)
+    rest = dict(when=(_one_expression(when, is_exit) or (None,))[0],
+                keys=by, is_exit=is_exit)
+    if isinstance(action, Count):
+        values = _one_expression(action.sum, is_exit)
+        spec = ubp_x86.Spec("sum" if values else "count", values=values,
+                            **rest)
+    elif isinstance(action, Hist):
+        spec = ubp_x86.Spec("hist", values=_one_expression(
+            action.expr, is_exit), **rest)
+    else:
+        raise ProbeError("probe with", repr(action),
+                         "that action is not built yet")
+    ubp_x86.block_layout(spec)          # it says what is too much
+    return _fitted(spec, 1 << (n_possible_cpus() - 1).bit_length())
+
+
+def _fitted(spec, n_shards):
+    """A spec whose table is as large as is good for so many processors."""
+    if ubp_x86.block_layout(spec).kind != "table":
+        return spec
+    most = min(_TABLE_BYTES, _ALL_SHARDS_BYTES // n_shards)
+    n_entries = 4096
+    while n_entries > 64 and ubp_x86.block_layout(
+            spec._replace(n_entries=n_entries)).size > most:
+        n_entries //= 2
+    return spec._replace(n_entries=n_entries)
+
+
+def assemble(window, vaddr, parts):
+    """The trampoline of [(Spec, Place)] at a window. -> Trampoline"""
+    if len(parts) == 1 and parts[0][0] == _PLAIN_COUNT:
+        (_, place), = parts
+        return ubp_x86.count_trampoline(window, vaddr, place.block // 8,
+                                        place.shards)
+    return ubp_x86.trampoline(window, vaddr, parts)
+
+
+def _dummy_place(vaddr):
+    """A Place like any near vaddr: what is made for it has its size."""
+    return ubp_x86.Place(_DUMMY_SHARDS._replace(base=vaddr), 0,
+                         private=vaddr, frames=vaddr, tid_offset=720,
+                         tsc=(1 << 32, 0), tracer=vaddr)
+
+
 _FAULT_SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE)
 # Code that its own libc identifies by its address: pthread_cancel(3).
 _CANCELLATION = ("__syscall_cancel_arch", "__syscall_cp_asm", "__cp_begin",
@@ -6574,26 +6998,30 @@ class Planner:
         self._seccomp = status.get("Seccomp", "0") != "0"
         self._uprobes = _uprobes()
 
-    def plan(self, site):
-        """-> SitePlan; never raises for what the target's code is like."""
+    def plan(self, site, spec=_PLAIN_COUNT, index=0, patch=None):
+        """-> SitePlan; never raises for what the target's code is like.
+
+        patch   the Patch that is at the site already, if there is one
+        """
         if is_watch(site):
             return SitePlan(site, "", None, 0, "memory", "memory takes no "
                             "jump; --strategy hw watches it", ())
         try:
-            window = self._window(site)
+            window = patch.window if patch else self._window(site)
             vaddr = (window.site & -PAGE) - PAGE
-            shards = _DUMMY_SHARDS._replace(base=vaddr)
-            size = len(ubp_x86.count_trampoline(window, vaddr, 0,
-                                                shards).code)
-            old = self._text_before(site, window)
+            parts = [body.part for body in patch.bodies] if patch else []
+            size = len(assemble(window, vaddr, parts + [
+                (spec, _dummy_place(vaddr))]).code)
+            old = (tuple(patch.old.items()) if patch
+                   else self._text_before(site, window))
         except (RefusalError, RelocationError) as refusal:
             return SitePlan(site, "", None, 0, refusal.rule, refusal.why, ())
         except UbpError as error:
             return SitePlan(site, "", None, 0, "unreadable", error.why, ())
         taken = self.taken[site.module]
-        for low, high in window.ranges:
+        for low, high in window.ranges if not patch else ():
             taken.add(low, high)
-        return SitePlan(site, "jump", window, size, "", "", old)
+        return SitePlan(site, "jump", window, size, "", "", old, spec, index)
 
     def close(self):
         """Let go of the modules' code now, not when garbage is collected.
@@ -6765,52 +7193,385 @@ def _uprobes():
                 rb"^[pr]\S* (/\S+):(0x[0-9a-f]+)", text, re.M)]
 
 
+class Block(NamedTuple):
+    """Data of a probe in an arena, of one site or of several."""
+    arena: Arena
+    offset: int             # in every shard
+    spec: ubp_x86.Spec
+    sites: tuple            # (Site, its index): each one's data lie behind
+    #                         the last's; a table is shared by all of them
+
+    @property
+    def layout(self):
+        """The ubp_x86.Layout of the data."""
+        return ubp_x86.block_layout(self.spec)
+
+
+def _readings(block):
+    """Yield (Site, Reading) of a block."""
+    layout, arena, sites = block.layout, block.arena, block.sites
+    if layout.kind == "word":
+        # All in one go: there may be thousands.
+        words = arena.sums(block.offset, len(sites))
+        for (site, _), word in zip(sites, words):
+            yield site, Reading(word, word)
+    elif layout.kind == "table":
+        yield from _table_readings(block)
+    else:
+        for n, (site, _) in enumerate(sites):
+            yield site, block_reading(layout, arena.rows(
+                block.offset + n * layout.size, layout.size // 8))
+
+
+def _table_readings(block):
+    """Yield (Site, Reading) of a table: the first key is the site's index.
+
+    What is not of one site alone is told of the first.
+    """
+    layout, keys = block.layout, block.spec.keys
+    whole = table_reading(layout, keys, block.arena.rows(
+        block.offset, layout.size // 8))
+    tables = {index: {} for _, index in block.sites}
+    for key, value in whole.value.items():
+        rest = key[1] if len(key) == 2 else key[1:]
+        tables.get(key[0], {})[rest] = value
+    for n, (site, index) in enumerate(block.sites):
+        value = tables[index]
+        recorded = sum(_recorded(each) for each in value.values())
+        reading = Reading(value, recorded)
+        yield site, reading if n else whole._replace(
+            value=value, recorded=recorded)
+
+
+def _recorded(value):
+    return value if type(value) is int else value.count
+
+
+class Body:
+    """What one probe does at one site, and where its data is."""
+
+    def __init__(self, probe, plan, arena, place):
+        self.probe, self.plan = probe, plan
+        self.arena, self.place = arena, place
+        self.record = None          # that tells of its data
+
+    @property
+    def part(self):
+        """(Spec, Place), as trampolines are made of."""
+        return self.plan.spec, self.place
+
+
+class Patch:
+    """What a window leads to: the bodies of one probe or of several."""
+
+    def __init__(self, plan):
+        self.site, self.window = plan.site, plan.window
+        self.old = dict(plan.old)
+        self.bodies = ()            # in the order of arming
+        self.records = []           # (Arena, Record) of every trampoline
+
+
 class Probe:
-    """One probe: its sites, and what they counted.
+    """One probe: its sites, and what they computed.
 
     sites     [Site] that are, or were, armed;   refused   [SitePlan]
     """
 
-    def __init__(self, target, where, action):
+    def __init__(self, target, where, action, spec):
         self._target, self.where, self.action = target, where, action
         self.sites, self.refused = [], []
-        self._armed = []            # (Site, Arena, Record, module, window)
+        self._spec, self._blocks = spec, []
         self._parts = []            # what holds the sites that take no jump
         self._is_removed = False
 
     def __repr__(self):
         return "<Probe %s: %d sites>" % (self.where, len(self.sites))
 
-    def counts(self):
-        """{Site: calls}, cumulative; also after removal and exit."""
+    def _refuse(self, plan, rule, why):
+        self.refused.append(plan._replace(
+            strategy="", window=None, trampoline_size=0, rule=rule, why=why))
+
+    def readings(self):
+        """{Site: Reading}, cumulative; also after removal and exit."""
         # Without the lock: in a forked child it may be held for ever.
-        totals, found = {}, collections.OrderedDict()
-        for site, arena, record, _, _ in self._armed:
-            if arena not in totals:
-                totals[arena] = arena.totals()
-            found[site] = totals[arena][record.index]
+        found = collections.OrderedDict()
+        for block in list(self._blocks):
+            for site, reading in _readings(block):
+                found[site] = found[site] + reading if site in found \
+                    else reading
         for part in self._parts:
-            found.update(part.counts())
+            for site, n in part.counts().items():
+                found[site] = Reading(n, n)
         return found
 
+    def reading(self):
+        """The Reading of all sites together."""
+        total = Reading(self._nothing())
+        for reading in self.readings().values():
+            total += reading
+        return total
+
+    def _nothing(self):
+        """What read() returns before anything was armed."""
+        if self._spec.keys:
+            return {}
+        return {"hist": Histogram(), "sum": Sum(0, 0)}.get(
+            self._spec.action, 0)
+
+    def counts(self):
+        """{Site: hits}, cumulative; also after removal and exit."""
+        return collections.OrderedDict(
+            (site, reading.hits) for site, reading
+            in self.readings().items())
+
     def read(self):
-        """The number of calls since arming, over all sites and CPUs."""
-        return sum(self.counts().values())
+        """What was computed since arming, over all sites and CPUs.
+
+        Count: an int; with sum, a Sum. Hist: a Histogram. With by: a dict
+        of these. A snapshot; also after removal and the target's exit.
+        """
+        return self.reading().value
+
+    def by_site(self):
+        """{Site: what read() returns}, each site for itself."""
+        return collections.OrderedDict(
+            (site, reading.value) for site, reading
+            in self.readings().items())
 
     @property
     def hits(self):
         """How often the sites were passed: recorded + dropped."""
-        return self.read()
+        return sum(self.counts().values())
 
     @property
     def dropped(self):
-        """Hits that were not recorded. A count drops none."""
-        return 0
+        """Hits that were not recorded: no room, or a fault in a value."""
+        reading = self.reading()
+        return reading.dropped + reading.faults
 
     def remove(self, timeout=5):
         """Take it out of the target. May be repeated. Raises UbpTimeout."""
         if not self._is_removed:
             self._target._remove([self], timeout)
+
+
+class Installer:
+    """What is in one target: arenas, patches, and which probe uses them.
+
+    Its methods run in the worker. A trampoline may use data of several
+    arenas, so those are unmapped together.
+    """
+
+    def __init__(self, tracer, kind, note):
+        self.tracer, self.kind, self.note = tracer, kind, note
+        self.arenas = []
+        self.patches = {}           # vaddr of the site asked for: Patch
+        self._links = set()         # (Arena, other that its code refers to)
+
+    def install(self, probe, plans, limit):
+        """Arm the plans of a probe, in one pause: all, or nothing."""
+        try:
+            steps = []
+            for group in _by_reach(plans):
+                while group:
+                    arena, part = self._room_for(group, limit)
+                    group = group[len(part):]
+                    steps += self._write(probe, arena, part)
+            self._arm(steps, limit)
+        except BaseException:
+            self.take_out([probe], limit)
+            raise
+
+    def _room_for(self, plans, limit):
+        """An arena for the first of plans that are near each other.
+
+        -> (Arena, those of plans that it has room for); it is made if
+        there is none.
+        """
+        low = min(plan.window.site for plan in plans)
+        high = max(plan.window.site for plan in plans) + PAGE
+        for arena in self.arenas:
+            n = len(plans)
+            while n and not arena.has_room(low, high, need_of(plans[:n])):
+                n //= 2
+            if n:
+                return arena, plans[:n]
+        arena = make_arena(self.tracer, low, high, need_of(plans),
+                           max(0.1, limit - time.monotonic()), self.kind)
+        self.arenas.append(arena)
+        if arena.memory is None:
+            self.note("its memory is private: calls in processes that it "
+                      "forks from now on are not counted")
+        return arena, plans
+
+    def _write(self, probe, arena, plans):
+        """Data, trampolines and records of plans. -> [(Patch, Change)]"""
+        layout, spec = ubp_x86.block_layout(plans[0].spec), plans[0].spec
+        is_shared = layout.kind in ("table", "ring")
+        offset = arena.allocate(
+            layout.size * (1 if is_shared else len(plans)))
+        probe._blocks.append(Block(arena, offset, spec, tuple(
+            (plan.site, plan.index) for plan in plans)))
+        steps = []
+        for n, plan in enumerate(plans):
+            at = offset + (0 if is_shared else n * layout.size)
+            body = Body(probe, plan, arena, ubp_x86.Place(
+                arena.shards, at, plan.index, private=arena.private))
+            patch = self.patches.get(plan.site.vaddr) or Patch(plan)
+            try:
+                change = self._compose(
+                    patch, patch.bodies + (body,), arena,
+                    journal_block(layout, at, plan.index))
+            except RelocationError as error:
+                probe._refuse(plan, error.rule, error.why)
+                continue
+            body.record = change.record
+            steps.append((patch, change))
+        return steps
+
+    def _compose(self, patch, bodies, arena, block):
+        """Write a trampoline of bodies for a patch into an arena. -> Change
+
+        From here on its record may be in force.
+        """
+        site = patch.site
+        record = arena.add(
+            patch.window, patch.old, (site.module.build_id, site.module.name,
+                                      site_name(site)), block,
+            lambda vaddr: assemble(patch.window, vaddr,
+                                   [body.part for body in bodies]))
+        self._links.update((arena, body.arena) for body in bodies)
+        change = Change(record, tuple(old for _, old in patch.records))
+        patch.records.append((arena, record))
+        patch.bodies = bodies
+        self.patches[site.vaddr] = patch
+        return change
+
+    def _arm(self, steps, limit):
+        """Patch, after the journal; what has changed meanwhile is refused.
+        """
+        arenas = {patch.records[-1][0] for patch, _ in steps}
+        for arena in arenas:
+            arena.commit()
+        refused = arm(self.tracer, arenas, [change for _, change in steps],
+                      max(0.1, limit - time.monotonic())) if steps else ()
+        for patch, change in steps:
+            body = patch.bodies[-1]
+            if change in refused:
+                arena, record = patch.records.pop()
+                arena.void(record)
+                patch.bodies = patch.bodies[:-1]
+                if not patch.bodies:
+                    del self.patches[patch.site.vaddr]
+                body.probe._refuse(body.plan, "changed text",
+                                   "its text changed meanwhile")
+            else:
+                body.probe.sites.append(body.plan.site)
+
+    # -- taking out ---------------------------------------------------------
+
+    def take_out(self, probes, limit):
+        """Restore every process, or leave what others need. -> Removal"""
+        gone = set(probes)
+        patches = [patch for patch in self.patches.values()
+                   if any(body.probe in gone for body in patch.bodies)]
+        self._recompose([patch for patch in patches
+                         if any(body.probe not in gone
+                                for body in patch.bodies)], gone, limit)
+        done = [patch for patch in patches
+                if all(body.probe in gone for body in patch.bodies)]
+        records = [pair for patch in done for pair in patch.records]
+        unused = self._unused(done)
+        total = _restore_everywhere(self.tracer, [Installed(
+            arena.base, arena.nonce, arena.inode,
+            (arena.range,) if arena in unused else (),
+            tuple(each for each in arena.records if each)
+            if arena in unused else
+            tuple(record for each, record in records if each is arena))
+            for arena in self.arenas], limit, lambda: _keep(unused)) \
+            if done or unused else Removal(0, 0, 0, 0, (), ())
+        for patch in done:
+            self.patches.pop(patch.site.vaddr, None)
+        for arena in unused:
+            if not _is_mapped_still(self.tracer, arena):
+                self.arenas.remove(arena)
+                arena.close()
+        return total
+
+    def _recompose(self, patches, gone, limit):
+        """Give patches a trampoline without the bodies of probes."""
+        steps, before = [], {}
+        for patch in patches:
+            before[patch] = patch.bodies
+            rest = tuple(body for body in patch.bodies
+                         if body.probe not in gone)
+            size = patch.records[-1][1].size
+            arena, _ = self._room_for([patch], limit, Need(1, size, 0, 0))
+            steps.append((patch, self._compose(patch, rest, arena,
+                                               _NO_BLOCK)))
+        for arena in {patch.records[-1][0] for patch, _ in steps}:
+            arena.commit()
+        refused = arm(self.tracer, self.arenas, [
+            change for _, change in steps],
+            max(0.1, limit - time.monotonic())) if steps else ()
+        for patch, change in steps:
+            if change in refused:
+                self.note("%s was changed by another tool" % site_name(
+                    patch.site))
+            for body in before[patch]:
+                if body.probe in gone:
+                    body.arena.mark_gone(body.record)
+
+    def _unused(self, done):
+        """The arenas that no probe and no code needs, without patches."""
+        kept = [patch for patch in self.patches.values()
+                if patch not in done]
+        used = {body.arena for patch in kept for body in patch.bodies}
+        used |= {arena for patch in kept for arena, _ in patch.records}
+        while True:
+            more = {other for arena, other in self._links if arena in used}
+            if more <= used:
+                break
+            used |= more
+        return [arena for arena in self.arenas if arena not in used]
+
+
+_NO_BLOCK = "none", 0, (0, 0, 0, 0)
+
+
+def journal_block(layout, offset, index):
+    """(kind, offset, table) of a block, as a record has it."""
+    kind = {"word": "count", "count": "filtered", "hist":
+            "hist" if layout.is_unsigned else "signed hist"}.get(
+                layout.kind, layout.kind)
+    table = (0, 0, 0, 0)
+    if kind == "table":
+        table = (layout.entry_size // 8, layout.payload_offset // 8,
+                 layout.n_entries.bit_length() - 1, index & 0xffff)
+    return kind, offset, table
+
+
+def need_of(plans):
+    """The Need of plans of one probe."""
+    layout = ubp_x86.block_layout(plans[0].spec)
+    n = 1 if layout.kind in ("table", "ring") else len(plans)
+    return Need(len(plans),
+                sum(plan.trampoline_size + ubp_x86.CACHE_LINE
+                    for plan in plans) + ubp_x86.CACHE_LINE,
+                n * layout.size, 8 * needs_private(plans[0].spec))
+
+
+def needs_private(spec):
+    """Does a body have to know whether it runs in a forked child?"""
+    return any(each.reads_memory or "pid" in each.names
+               for each in (spec.when,) + spec.keys + spec.values if each)
+
+
+def _keep(arenas):
+    """Look a last time at memory that is about to go."""
+    for arena in arenas:
+        if arena.memory is None:
+            arena.keep()
 
 
 # ---- 9  Breakpoints -------------------------------------------------------
@@ -7201,10 +7962,11 @@ class Target:
         self._tracer = Tracer(pid)
         self._worker = Worker(self._tracer)
         self._lock = threading.RLock()
-        self._probes, self._arenas = [], []
+        self._probes = []
+        self._installer = Installer(
+            self._tracer, os.environ.get("UBP_ARENA", "auto"), self._note)
         self._modules = self._planner = None
         self._is_closed = False
-        self._kind = os.environ.get("UBP_ARENA", "auto")
 
     def __enter__(self):
         return self
@@ -7214,7 +7976,7 @@ class Target:
 
     def __del__(self):
         if not getattr(self, "_is_closed", True) and (
-                self._arenas or self._probes):
+                self._installer.arenas or self._probes):
             warnings.warn("%r was not closed; its probes stay in place"
                           % self, ResourceWarning)
 
@@ -7310,24 +8072,22 @@ class Target:
         SymbolError, TraceeGone, UbpTimeout.
         """
         self._check_open("probe")
-        if not isinstance(action, Count) or action.by or action.sum:
-            raise ProbeError("probe", str(where),
-                             "the action %r is not built yet" % (action,))
         strategies = strategies_of(strategy)
-        if when is not None:
-            raise ProbeError("probe", str(where),
-                             "a condition is not built yet")
+        spec = make_spec(action, when)
+        if spec != _PLAIN_COUNT and strategies != ("jump",):
+            raise ProbeError("probe", _where_text(where), "%r by a debug "
+                             "register is not built yet" % action)
         with self._lock:
             sites = self._sites(where)
             if len(sites) > max_sites:
                 raise ProbeError(
                     "probe", str(where), "it matches %d functions, more "
                     "than %d" % (len(sites), max_sites), "--max-sites N")
-            probe = Probe(self, where, action)
+            probe = Probe(self, where, action, spec)
             if self._planner is None:
                 self._planner = Planner(self.pid, self._read)
-            plans = [_plan_site(self._planner, site, strategies)
-                     for site in sites]
+            plans = [self._plan(site, spec, n, strategies)
+                     for n, site in enumerate(sites)]
             probe.refused = [plan for plan in plans if not plan.strategy]
             good = [plan for plan in plans if plan.strategy == "jump"]
             self._arm_hardware(probe, [plan.site for plan in plans
@@ -7362,36 +8122,23 @@ class Target:
         for note in part.notes:
             self._note(note)
 
+    def _plan(self, site, spec, index, strategies):
+        """The SitePlan of one of a probe's sites.
+
+        In a table that sites share, the first key is the site's index.
+        """
+        if ubp_x86.block_layout(spec).kind == "table":
+            number = ubp_x86.parse_expression("%d" % index)
+            spec = spec._replace(keys=(number,) + spec.keys)
+        return _plan_site(self._planner, site, strategies, spec, index,
+                          self._installer.patches.get(site.vaddr))
+
     def _arm(self, probe, plans, timeout):
         """In the worker: all of it, or, if that fails, nothing."""
-        try:
-            self._arm_groups(probe, plans, timeout)
-        except BaseException:
-            self._take_out([probe], timeout)
-            raise
-
-    def _arm_groups(self, probe, plans, timeout):
-        """Arenas, trampolines, journal, patch."""
         self._warn_of_seccomp()
-        limit = time.monotonic() + timeout
         self._tracer.starts_raw_threads = _starts_raw_threads(
             self._get_modules())
-        for group in _by_reach(plans):
-            batches = self._write_group(probe, group, limit)
-            for arena, batch in batches.items():
-                arena.commit()
-                records = [record for _, record in batch]
-                changed = arm(self._tracer, arena, records,
-                              max(0.1, limit - time.monotonic()))
-                for plan, record in batch:
-                    if record in changed:
-                        arena.void(record)
-                        self._refuse(probe, plan, "changed text",
-                                     "its text changed meanwhile")
-                        continue
-                    probe.sites.append(plan.site)
-                    probe._armed.append((plan.site, arena, record,
-                                         plan.site.module, plan.window))
+        self._installer.install(probe, plans, time.monotonic() + timeout)
 
     def _warn_of_seccomp(self):
         if read_status(self.pid).get("Seccomp", "0") != "0":
@@ -7401,42 +8148,6 @@ class Target:
     def _note(self, text):
         if text not in self.notes:
             self.notes.append(text)
-
-    def _refuse(self, probe, plan, rule, why):
-        probe.refused.append(plan._replace(
-            strategy="", window=None, trampoline_size=0, rule=rule, why=why))
-
-    def _write_group(self, probe, group, limit):
-        """Trampolines and records of plans near each other.
-
-        -> {arena: [(plan, record)]}; a new arena is made as often as needed
-        """
-        batches, todo = collections.OrderedDict(), list(group)
-        low = min(plan.window.site for plan in todo)
-        high = max(plan.window.site for plan in todo) + PAGE
-        while todo:
-            arena = next((a for a in self._arenas if a.reaches(low, high)),
-                         None)
-            if arena is None:
-                arena = make_arena(self._tracer, low, high, len(todo),
-                                   max(0.1, limit - time.monotonic()),
-                                   self._kind)
-                self._arenas.append(arena)
-                if arena.memory is None:
-                    self._note("its memory is private: calls in processes "
-                               "that it forks from now on are not counted")
-            while todo and arena.reaches(low, high):
-                plan = todo.pop(0)
-                site = plan.site
-                try:
-                    record = arena.add(plan, (
-                        site.module.build_id, site.module.name,
-                        site_name(site)))
-                except RelocationError as error:
-                    self._refuse(probe, plan, error.rule, error.why)
-                    continue
-                batches.setdefault(arena, []).append((plan, record))
-        return batches
 
     # -- taking out ---------------------------------------------------------
 
@@ -7452,35 +8163,18 @@ class Target:
 
     def _take_out(self, probes, timeout):
         """In the worker: restore every process, then forget the probes."""
-        limit = time.monotonic() + timeout
-        total = Removal(0, 0, 0, 0, (), ())
         for probe in probes:
             for part in probe._parts:
                 part.remove()
-        for arena in list(self._arenas):
-            records = [armed[2] for probe in probes
-                       for armed in probe._armed if armed[1] is arena]
-            others = any(armed[1] is arena for probe in self._probes
-                         if probe not in probes for armed in probe._armed)
-            if not records and others:
-                continue
-            part = _restore_everywhere(
-                self._tracer, arena.base, arena.nonce, arena.inode,
-                [r for r in arena.records if r is not None] if not others
-                else records,
-                () if others else ((arena.base, arena.base + arena.size),),
-                limit, arena.totals)
-            total += part
-            if not others and not _is_mapped_still(self._tracer, arena):
-                self._arenas.remove(arena)
-                arena.close()
+        total = self._installer.take_out(probes, time.monotonic() + timeout)
         for probe in probes:
             probe._is_removed = True
             if probe in self._probes:
                 self._probes.remove(probe)
         if self._planner is not None:
-            self._planner.keep_only([armed[3:] for probe in self._probes
-                                     for armed in probe._armed])
+            self._planner.keep_only([
+                (patch.site.module, patch.window)
+                for patch in self._installer.patches.values()])
         return total
 
     def run(self):
@@ -7506,7 +8200,7 @@ class Target:
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True
-                for arena in self._arenas:
+                for arena in self._installer.arenas:
                     arena.mark_left()
                 self.run()
                 self._let_go()
@@ -7521,9 +8215,9 @@ class Target:
             return
         with self._lock:
             try:
-                if self._arenas or self._probes:
+                if self._installer.arenas or self._probes:
                     self._remove(self._probes, timeout)
-                self._is_closed = not self._arenas
+                self._is_closed = not self._installer.arenas
             finally:
                 self.run()
                 self._let_go()
@@ -7550,24 +8244,16 @@ class Target:
                              "the target is closed")
 
 
-def _plan_site(planner, site, strategies):
+def _plan_site(planner, site, strategies, *what):
     """The SitePlan of the first strategy that does not refuse a site."""
     refused = None
     for name in strategies:
-        plan = (planner.plan(site) if name == "jump"
+        plan = (planner.plan(site, *what) if name == "jump"
                 else SitePlan(site, name, None, 0, "", "", ()))
         if plan.strategy:
             return plan
         refused = refused or plan
     return refused
-
-
-def _is_mapped_still(tracer, arena):
-    try:
-        check_arena(tracer, arena.base, arena.nonce)
-        return True
-    except TraceeGone:
-        return False
 
 
 def _none_armed(where, refused):
@@ -7611,22 +8297,20 @@ def _starts_raw_threads(all_modules):
                    ("libc.", "ld-", "libpthread", "libc-", "[")))
 
 
-def _restore_everywhere(tracer, base, nonce, inode, records, ranges, limit,
-                        last_look=lambda: None):
-    """Restore a process and all that inherited its arena. -> Removal
+def _restore_everywhere(tracer, arenas, limit, last_look=lambda: None):
+    """Restore a process and all that inherited arenas of it. -> Removal
 
-    Children are found by the memfd's inode, to a fixpoint: one may fork
-    while another is restored.
+    arenas   [Installed]. Children are found by the inodes of their memfds,
+    to a fixpoint: one may fork while another is restored.
     """
     total, seen = Removal(0, 0, 0, 0, (), ()), set()
-    pending = [tracer.tgid]
+    pending, inodes = {tracer.tgid: arenas}, {a.inode for a in arenas}
     while pending:
-        for pid in pending:
+        for pid, there in pending.items():
             seen.add(pid)
             each = tracer if pid == tracer.tgid else Tracer(pid)
             try:
-                part = _restore_one(each, base, nonce, records, ranges,
-                                    limit, last_look)
+                part = _restore_one(each, there, limit, last_look)
             except UbpError as error:
                 if each is tracer:
                     raise           # may be repeated when it is free again
@@ -7636,16 +8320,20 @@ def _restore_everywhere(tracer, base, nonce, inode, records, ranges, limit,
             if each is not tracer:
                 tracer.others.append(each)
                 tracer.pause_us = max(tracer.pause_us, each.pause_us)
-        pending = [pid for pid in processes_with(inode) if pid not in seen]
+        pending = {}
+        for inode in inodes - {0}:
+            for pid in processes_with(inode):
+                if pid not in seen:
+                    pending.setdefault(pid, []).extend(
+                        a for a in arenas if a.inode == inode)
     return total
 
 
-def _restore_one(tracer, base, nonce, records, ranges, limit, last_look):
+def _restore_one(tracer, arenas, limit, last_look):
     """-> Removal of one process; what stands in the way is a note."""
     timeout = max(0.5, limit - time.monotonic())
     try:
-        done = restore(tracer, records, ranges, (base, nonce), timeout,
-                       last_look)
+        done = restore(tracer, arenas, timeout, last_look)
     except TraceeGone as error:
         has_ended = (not tracer.is_same_process()
                      or read_stat(tracer.tgid)[:1] == ["Z"])
@@ -7654,8 +8342,9 @@ def _restore_one(tracer, base, nonce, records, ranges, limit, last_look):
              "its trampoline are left as they are" % (
                  record.module, record.function, tracer.tgid)
              for record in done.foreign]
+    n_arenas = sum(bool(a.ranges) for a in arenas) if done.unmapped else 0
     return Removal(done.n_restored, len(done.pages),
-                   _n_equal(tracer, done.pages), int(done.unmapped),
+                   _n_equal(tracer, done.pages), n_arenas,
                    (tracer.tgid,), tuple(notes))
 
 
@@ -7918,7 +8607,7 @@ class SiteStatus(NamedTuple):
     build_id: str
     vaddr: int
     state: str              # "armed", "removed", "changed by another tool"
-    calls: int
+    calls: Optional[int]    # hits; None: known of several sites together
 
 
 class ArenaStatus(NamedTuple):
@@ -7964,7 +8653,8 @@ def status(pid=None):
             view.pid, comm(view.pid), header.owner_pid,
             _owner_is_alive(header), bool(header.flags & FLAG_LEFT),
             header.time_ns, tuple(p for p in pids if p != view.pid),
-            _site_status(view), view.n_bad))
+            _site_status(view, [other for other in views
+                                if other.pid == view.pid]), view.n_bad))
     return found
 
 
@@ -7975,13 +8665,86 @@ def _owner_is_alive(header):
     return start_time(header.owner_pid) == header.owner_birth
 
 
-def _site_status(view):
-    """[SiteStatus] of an arena, with its counters."""
-    header, n = view.header, len(view.records)
-    top = max([record.index for record in view.records] + [-1]) + 1
+def _site_status(view, siblings):
+    """[SiteStatus] of an arena, with its counters.
+
+    siblings   all views of the process: another arena's code may be in
+               force at a site, with what this one's record is about
+    """
+    records = [record for record in view.records
+               if not record.is_gone and record.kind != "none"]
+    others = {}
+    for sibling in siblings:
+        for record in sibling.records:
+            others.setdefault(record.site, []).append(record)
+    return [SiteStatus(record.function, record.module, record.build_id,
+                       record.site, _state(view.pid, record,
+                                           others[record.site]), n)
+            for record, n in zip(records, _hits(view, records))]
+
+
+def _hits(view, records):
+    """[hits of each record, over the processors]; None: not known alone."""
+    rings = collections.Counter(record.index for record in records
+                                if record.kind == "ring")
+    counts = [record.index for record in records if record.kind == "count"]
+    words = dict(zip(counts, _words_at(view, counts)))
+    return [words[record.index] if record.kind == "count"
+            else None if rings[record.index] > 1
+            else _hits_in_block(view, record) for record in records]
+
+
+_HEAD_WORDS = ubp_x86.HEAD_SIZE // 8
+_HIT_WORDS = (ubp_x86.HEAD_FAULTS // 8, ubp_x86.HEAD_DROPPED // 8)
+
+
+def _hits_in_block(view, record):
+    """The hits that a block tells of. It is hostile: read in bounds."""
+    header, total = view.header, 0
+    first = _HEAD_WORDS
+    n_words = {"filtered": 1, "sum": 1, "ring": 2, "table": (
+        record.table[0] << min(record.table[2], 20))}.get(
+            record.kind, ubp_x86.HIST_BUCKETS // 8 + ubp_x86.N_BUCKETS
+            * (2 if record.kind == "signed hist" else 1))
+    room = (1 << header.shard_shift) // 8 - record.index
+    for cpu in range(header.shard_mask + 1):
+        try:
+            data = read_memory(
+                memory_tid(view.pid), header.base + header.code_size
+                + (cpu << header.shard_shift) + 8 * record.index,
+                8 * max(0, min(first + n_words, room)))
+        except OSError:
+            continue
+        words = struct.unpack("<%dQ" % (len(data) // 8), data)
+        total += sum(words[n] for n in _HIT_WORDS if n < len(words)
+                     and record.kind != "ring")
+        payload = words[first:]
+        if record.kind in ("hist", "signed hist"):
+            payload = payload[ubp_x86.HIST_BUCKETS // 8:]
+        elif record.kind == "table":
+            payload = _table_counts(payload, record)
+        total += sum(payload)
+    return total
+
+
+def _table_counts(words, record):
+    """Yield the counts of the entries of one site in a table."""
+    size, at, _, index = record.table
+    states = words[0::size] if size > max(at, 1) else ()
+    for n, state in enumerate(states):
+        entry = words[n * size:(n + 1) * size]
+        if (state not in (ubp_x86.STATE_FREE, ubp_x86.STATE_BUSY)
+                and len(entry) == size and entry[1] == index):
+            yield (entry[at] if size < ubp_x86.N_BUCKETS
+                   else sum(entry[at + ubp_x86.HIST_BUCKETS // 8:]))
+
+
+def _words_at(view, indexes):
+    """[the sum over the processors of the word at each index]"""
+    header, top = view.header, max(indexes or [-1]) + 1
     totals = [0] * top
     try:
-        for cpu in range(header.shard_mask + 1 if n else 0):
+        for cpu in range(header.shard_mask + 1 if top else 0):
             data = read_memory(memory_tid(view.pid),
                                header.base + header.code_size
                                + (cpu << header.shard_shift), 8 * top)
@@ -7989,18 +8752,19 @@ def _site_status(view):
                 totals, struct.unpack("<%dQ" % top, data))]
     except OSError:
         pass
-    return [SiteStatus(record.function, record.module, record.build_id,
-                       record.site, _state(view.pid, record),
-                       totals[record.index]) for record in view.records]
+    return [totals[index] for index in indexes]
 
 
-def _state(pid, record):
+def _state(pid, record, others):
+    """armed, removed, or what else; others  all records of the site"""
     vaddr, old, new = record.patches[-1]
     try:
         now = read_memory(memory_tid(pid), vaddr, len(new))
     except OSError:
         return "unmapped"
-    return {new: "armed", old: "removed"}.get(now, "changed by another tool")
+    if any(now == other.patches[-1][2] for other in others):
+        return "armed"
+    return "removed" if now == old else "changed by another tool"
 
 
 def clean(pid, all=False, timeout=5):
@@ -8022,25 +8786,27 @@ def clean(pid, all=False, timeout=5):
 def _clean(tracer, take_all, timeout):
     limit = time.monotonic() + timeout
     total = Removal(0, 0, 0, 0, (), ())
+    owners = collections.OrderedDict()      # whose arenas go together
     for view in find_arenas(tracer.tgid):
         header = view.header
         if header is None and _is_unfinished(tracer, view.ranges[0][0]):
             _unmap_unfinished(tracer, view, limit)
-            part = Removal(0, 0, 0, 1, (tracer.tgid,), ())
+            total += Removal(0, 0, 0, 1, (tracer.tgid,), ())
         elif header is None:
-            part = Removal(0, 0, 0, 0, (), (
+            total += Removal(0, 0, 0, 0, (), (
                 "pid %d maps a memfd that is named ubp, but holds no arena "
                 "of this version; it is left alone" % tracer.tgid,))
         elif (_owner_is_alive(header) and not header.flags & FLAG_LEFT
               and not take_all):
-            part = Removal(0, 0, 0, 0, (), (
+            total += Removal(0, 0, 0, 0, (), (
                 "pid %d is being probed by ubp (pid %d); --all takes its "
                 "probes out too" % (tracer.tgid, header.owner_pid),))
         else:
-            part = _restore_everywhere(
-                tracer, header.base, header.nonce, view.inode, view.records,
-                view.ranges, limit)
-        total += part
+            owners.setdefault(header.owner_pid, []).append(Installed(
+                header.base, header.nonce, view.inode, view.ranges,
+                view.records))
+    for arenas in owners.values():
+        total += _restore_everywhere(tracer, arenas, limit)
     n_closed = _close_descriptors(tracer, limit)
     if n_closed:
         total += Removal(0, 0, 0, n_closed, (tracer.tgid,), ())
@@ -10056,9 +10822,9 @@ def status_text(arena):
                      % plural(arena.n_bad, "record"))
     if arena.sites:
         lines.append("       calls  state     function")
-    for site in sorted(arena.sites, key=lambda site: -site.calls):
-        lines.append("  %10d  %-8s  %s" % (
-            site.calls, escape(site.state),
+    for site in sorted(arena.sites, key=lambda site: -(site.calls or 0)):
+        lines.append("  %10s  %-8s  %s" % (
+            "-" if site.calls is None else site.calls, escape(site.state),
             escape("%s:%s" % (site.module, site.name))))
     return "".join(line + "\n" for line in lines)
 
