@@ -72,6 +72,7 @@ import ctypes                                                   # noqa: E402
 import errno                                                    # noqa: E402
 import fcntl                                                    # noqa: E402
 import fnmatch                                                  # noqa: E402
+import itertools                                                # noqa: E402
 import json                                                     # noqa: E402
 import logging                                                  # noqa: E402
 import mmap                                                     # noqa: E402
@@ -1131,7 +1132,7 @@ class Unwind:
     """
 
     def __init__(self, elf):
-        self.elf, self._cies = elf, {}
+        self.elf, self._cies, self._fdes = elf, {}, {}
         self._budget = MAX_SYMBOLS      # of call sites read, all together
 
     @_Lazy
@@ -1183,6 +1184,14 @@ class Unwind:
                 pairs.append((fde.vaddr, section.vaddr + at))
             at += 4 + size
         return pairs
+
+    def _fde(self, vaddr):
+        """_parse(vaddr), remembered: a plan asks for each several times."""
+        if vaddr not in self._fdes:
+            if len(self._fdes) > 1 << 17:
+                self._fdes.clear()
+            self._fdes[vaddr] = self._parse(vaddr)
+        return self._fdes[vaddr]
 
     def _parse(self, vaddr):
         """The Fde at a vaddr of .eh_frame, or None."""
@@ -1271,7 +1280,7 @@ class Unwind:
         """The Fde whose range holds vaddr, or None."""
         starts, fdes = self._index
         index = bisect.bisect_right(starts, vaddr) - 1
-        fde = self._parse(fdes[index]) if index >= 0 else None
+        fde = self._fde(fdes[index]) if index >= 0 else None
         if fde and fde.vaddr <= vaddr < fde.vaddr + fde.size:
             return fde
         return None
@@ -1284,7 +1293,7 @@ class Unwind:
         if last - first > MAX_HEADERS:
             raise SymbolError("read", self.elf.name, "%d frames overlap "
                               "0x%x" % (last - first, low))
-        found = [self._parse(fde) for fde in fdes[first:last]]
+        found = [self._fde(fde) for fde in fdes[first:last]]
         return [fde for fde in found
                 if fde and fde.vaddr < high and low < fde.vaddr + fde.size]
 
@@ -1329,7 +1338,7 @@ class Functions:
 
     def __init__(self, elf, tables, unwind):
         self.elf, self.unwind = elf, unwind
-        self.ranges = elf.code_ranges
+        self.ranges, self._n_asked = elf.code_ranges, 0
         self.columns = []               # (table, indices, values), by value
         for table in tables:
             values, order = table.in_code(self.ranges)
@@ -1385,6 +1394,24 @@ class Functions:
         The innermost symbol wins. Symbols may nest (assembly), so a few
         before the last are tried as well.
         """
+        self._n_asked += 1
+        if self._n_asked > 500:         # a pattern: a table pays
+            starts, ends, reaches = self._extents
+            at = bisect.bisect_right(starts, vaddr) - 1
+            while at >= 0 and vaddr < reaches[at]:
+                if vaddr < ends[at]:
+                    return starts[at]
+                at -= 1
+        else:
+            start = self._start_near(vaddr)
+            if start is not None:
+                return start
+        fde = self.unwind.at(vaddr)
+        if fde and _range_at(self.ranges, fde.vaddr):
+            return fde.vaddr
+        return None
+
+    def _start_near(self, vaddr):
         for depth in (1, 32):
             starts = set()
             for table, order, values in self.columns:
@@ -1395,10 +1422,26 @@ class Functions:
             for start in sorted(starts, reverse=True):
                 if vaddr < start + self.size(start):
                     return start
-        fde = self.unwind.at(vaddr)
-        if fde and _range_at(self.ranges, fde.vaddr):
-            return fde.vaddr
         return None
+
+    @_Lazy
+    def _extents(self):
+        """(starts, ends, the furthest end up to each) of all symbols."""
+        sizes = {}
+        for table, order, _ in self.columns:
+            for index in order:
+                if self.is_function(table, index):
+                    start = table.values[index]
+                    sizes[start] = max(sizes.get(start, 0),
+                                       table.sizes[index])
+        starts, ends = sorted(sizes), []
+        for start in starts:
+            code = _range_at(self.ranges, start)
+            ends.append(start + self.size(start, ()) if not sizes[start]
+                        else min(start + sizes[start], code[1]) if code
+                        else start)
+        reaches = list(itertools.accumulate(ends, max))
+        return starts, ends, reaches
 
     def named(self, name):
         """Starts of the functions of exactly that name (bytes)."""
@@ -1444,11 +1487,8 @@ class Functions:
 
 
 def code_pointers(elf):
-    """The vaddrs of code that relocations and, without them, words name.
-
-    What may be jumped to from data. In a file that is not relocated each
-    aligned word is taken that could be one. Sorted.
-    """
+    """The vaddrs of code that relocations name: what may be jumped to from
+    data. Sorted."""
     low, high = elf.code_loads[0][0], elf.code_loads[-1][1]
     found = {elf.entry, elf.dynamic_vaddr(DT_INIT),
              elf.dynamic_vaddr(DT_FINI)}
@@ -1462,11 +1502,19 @@ def code_pointers(elf):
                      if info & 0xffffffff == R_X86_64_64
                      and info >> 32 < len(symbols))
     found.update(_relr_words(elf))
-    if elf.type == ET_EXEC and sum(s.size for s in elf.loads) < MAX_TABLE:
-        for load in elf.loads:
-            words = _column(elf.read_vaddr(load.vaddr, load.size), "Q", 0, 1)
-            found.update(word for word in words if low <= word < high)
     return sorted(vaddr for vaddr in found if low <= vaddr < high)
+
+
+def code_words(elf):
+    """The vaddrs of code that aligned words of data could mean, in a file
+    that is not relocated; [] in others. Sorted."""
+    if elf.type != ET_EXEC or sum(s.size for s in elf.loads) >= MAX_TABLE:
+        return []
+    low, high, found = elf.code_loads[0][0], elf.code_loads[-1][1], set()
+    for load in elf.loads:
+        words = _column(elf.read_vaddr(load.vaddr, load.size), "Q", 0, 1)
+        found.update(word for word in words if low <= word < high)
+    return sorted(found)
 
 
 def _relr_words(elf):
@@ -2182,6 +2230,10 @@ class Module:
     def _pointers(self):
         return code_pointers(self.elf) if self.elf.code_loads else []
 
+    @_Lazy
+    def _words(self):
+        return code_words(self.elf) if self.elf.code_loads else []
+
     def functions(self):
         """Each function once, also those that only .eh_frame knows."""
         table = self._functions
@@ -2300,11 +2352,16 @@ class Module:
     def entries_in(self, low, high):
         """Sorted vaddrs in [low, high) that control may come to from afar:
         symbols, landing pads, and what relocations point to."""
-        low, high, pointers = low - self.bias, high - self.bias, self._pointers
+        low, high = low - self.bias, high - self.bias
         entries = self._functions.entries(low, high)
-        entries.update(pointers[bisect.bisect_left(pointers, low):
-                                bisect.bisect_left(pointers, high)])
+        entries.update(_between(self._pointers, low, high))
         return [entry + self.bias for entry in sorted(entries)]
+
+    def words_in(self, low, high):
+        """Sorted vaddrs in [low, high) that words of data may point to, in
+        a program that has no relocations to tell."""
+        return [word + self.bias for word in _between(
+            self._words, low - self.bias, high - self.bias)]
 
     def read_file(self, vaddr, size):
         """The file's bytes at a vaddr of the process; fewer at the end of
@@ -2321,6 +2378,12 @@ class Module:
                               "of code" % (MAX_TABLE >> 20))
         return [(vaddr, self.elf.image.read(offset, size))
                 for vaddr, size, offset in self.text]
+
+
+def _between(values, low, high):
+    """Those of sorted values that are in [low, high)."""
+    return values[bisect.bisect_left(values, low):
+                  bisect.bisect_left(values, high)]
 
 
 def _printable(path):
@@ -6990,7 +7053,7 @@ class Planner:
         self.taken = {}             # module -> ByteRanges
         self._scans = {}
         self._known = {}            # module -> (starts, Functions), sorted
-        self._forbidden, self._go = {}, {}
+        self._texts, self._forbidden, self._go = {}, {}, {}
         status = read_status(pid)
         caught = int(status.get("SigCgt", "0"), 16)
         self._catches = any(caught >> signo - 1 & 1
@@ -7075,36 +7138,50 @@ class Planner:
             return None
         start, size, end = bounds
         end = min(max(end, start + size), start + size + PAGE)
-        code = module.read_file(start, end - start)
+        code = _cut(self._text_of(module), start, end - start)
         if len(code) < size:
             return None
         function = ubp_x86.Function(
             start, size, code, tuple(module.entries_in(start + 1, end)),
-            module.has_lsda(start))
+            module.has_lsda(start), tuple(module.words_in(start + 1, end)))
         at = bisect.bisect_left(starts, start)
         if starts[at:at + 1] != [start]:
             starts.insert(at, start)
             known.insert(at, function)
         return function
 
+    def _text_of(self, module):
+        """[(vaddr, bytes)] of a module's text, from the file, read once."""
+        if module not in self._texts:
+            self._texts[module] = module.text_code()
+        return self._texts[module]
+
     def scan(self, module):
         """The BranchScan of a module, made once."""
         if module not in self._scans:
+            text, pages = self._text_of(module), {}
+
+            def page_at(vaddr):
+                # One that cannot be read is remembered too: most constants
+                # in code that could name a table name nothing.
+                if vaddr not in pages:
+                    try:
+                        pages[vaddr] = self.read(vaddr, PAGE)
+                    except UbpError:
+                        pages[vaddr] = b""
+                return pages[vaddr]
+
             def read(vaddr, size):
                 # Text from the file, free of patches; data from memory,
                 # where the loader has relocated it.
-                try:
-                    if any(low <= vaddr < low + span
-                           for low, span, _ in module.text):
-                        data = module.read_file(vaddr, size)
-                    else:
-                        data = self.read(vaddr, size)
-                except UbpError:
-                    return None
-                return data if len(data) == size else None
+                data = _cut(text, vaddr, size)
+                if not data:
+                    data = [page_at(page) for page in range(
+                        vaddr & -PAGE, vaddr + size, PAGE)]
+                    data = all(data) and b"".join(data)[vaddr % PAGE:][:size]
+                return data if data and len(data) == size else None
             self._scans[module] = ubp_x86.BranchScan(
-                module.text_code(),
-                lambda vaddr: self.function(module, vaddr), read)
+                text, lambda vaddr: self.function(module, vaddr), read)
         return self._scans[module]
 
     def _cancellation(self, module):
@@ -7142,6 +7219,14 @@ class Planner:
         return tuple((vaddr, self.read(vaddr, 5 if vaddr != window.site
                                        or not window.slot else 2))
                      for vaddr in vaddrs)
+
+
+def _cut(text, vaddr, size):
+    """Up to size bytes at vaddr of [(vaddr, bytes)]; b"" if none has it."""
+    for low, data in text:
+        if low <= vaddr < low + len(data):
+            return data[vaddr - low:vaddr - low + size]
+    return b""
 
 
 def _refuse_in_go(function, window):

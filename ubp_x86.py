@@ -1714,6 +1714,7 @@ _SP = 4                                      # register number of rsp
 _PADDING = re.compile(
     rb"(?:\xcc|[\x66\x2e]*(?:\x90|\x0f\x1f(?:\x00|\x40.|\x44..|\x80....|"
     rb"\x84.....)))*", re.DOTALL)
+_NOP_OPCODES = (0x90, 0x11f, 0xcc)
 _NOP = re.compile(
     rb"[\x66\x2e]*(?:\x90|\x0f\x1f(?:\x00|\x40.|\x44..|\x80....|\x84.....))"
     rb"\Z", re.DOTALL)
@@ -1726,6 +1727,8 @@ class Function(NamedTuple):
     code: bytes                     # the function and its trailing padding
     entries: Tuple[int, ...] = ()   # vaddrs inside that others may go to
     has_lsda: bool = False          # exceptions are caught in it
+    words: Tuple[int, ...] = ()     # the same, if a word of data that
+    #                                 happens to look so is a pointer
 
 
 class Window(NamedTuple):
@@ -2035,8 +2038,11 @@ class Analysis:
         self.forms = [form for _, form in forms]
         self.padding_end = low + _PADDING.match(
             function.code, function.size).end()
-        self.entries = sorted(vaddr for vaddr in function.entries
-                              if low < vaddr < self.padding_end)
+        self.entries = sorted(
+            vaddr for vaddr in set(function.entries).union(
+                vaddr for vaddr in function.words
+                if not self._is_nothing(vaddr))
+            if low < vaddr < self.padding_end)
         leads = [(low + pos, form) + aim(form, function.code, pos, low + pos)
                  for pos, form in forms if form.flow in _LEADS]
         self.indirect = [vaddr for vaddr, form, _, _ in leads
@@ -2056,12 +2062,17 @@ class Analysis:
         self.jumps = self.family = self.rseq = None     # when asked for
         self.known, self.references, self._ways = {}, None, None
 
-    def at(self, vaddr):
-        """Return the Insn that starts at vaddr, None if none does."""
+    def place(self, vaddr):
+        """Return the place in starts of vaddr, -1 if none starts there."""
         place = bisect.bisect_left(self.starts, vaddr)
         if place == len(self.starts) or self.starts[place] != vaddr:
-            return None
-        return self.insn(place)
+            return -1
+        return place
+
+    def at(self, vaddr):
+        """Return the Insn that starts at vaddr, None if none does."""
+        place = self.place(vaddr)
+        return None if place < 0 else self.insn(place)
 
     def before(self, vaddr):
         """Return the Insn in front of the one at vaddr, or None."""
@@ -2112,6 +2123,23 @@ class Analysis:
         """Tell whether vaddr is inside the function but no instruction."""
         return (self.function.vaddr < vaddr < self.end
                 and not _has(self.starts, vaddr))
+
+    def _is_nothing(self, vaddr):
+        """Tell whether control that came to vaddr would surely fault.
+
+        True if it is in the middle of an instruction, and the bytes from
+        there on lead straight to what is no instruction.
+        """
+        while self.is_middle(vaddr):
+            at = vaddr - self.function.vaddr
+            try:
+                insn = decode(self.function.code[at:at + 15], vaddr)
+            except DecodeError:
+                return True
+            if insn.flow != NEXT:
+                break
+            vaddr += insn.size
+        return False
 
     def follow(self, targets):
         """Return the Insns from targets until they fall in with the others.
@@ -2491,26 +2519,33 @@ def liveness(analysis, site):
     function, too far) everything is live there. rsp is never dead.
     """
     live, n_left, seen = 1 << _SP, _N_LIVENESS, {}
+    forms, function = analysis.forms, analysis.function
+    code, low = function.code, function.vaddr
     pending = [(site, _ALL)]
     while pending:
         vaddr, open_ = pending.pop()
+        place = analysis.place(vaddr)
         while True:
-            open_ &= ~live & ~seen.get(vaddr, 0)
+            open_ &= ~live & ~seen.get(place, 0)
             if not open_:
                 break
-            insn, n_left = analysis.at(vaddr), n_left - 1
-            if insn is None or n_left < 0:
+            n_left -= 1
+            if n_left < 0 or not 0 <= place < len(forms):
                 live |= open_
                 break
-            seen[vaddr] = seen.get(vaddr, 0) | open_
-            reads, kills = _reads_and_kills(insn)
+            seen[place] = seen.get(place, 0) | open_
+            form, at = forms[place], vaddr - low
+            reads, kills = (_masks.get(code[at:at + form.size])
+                            or _reads_and_kills(analysis.insn(place)))
             live |= open_ & reads
             open_ &= ~kills
-            vaddr += insn.size
-            if insn.flow == JCC:
-                pending.append((insn.target, open_))
-            elif insn.flow == JMP:
-                vaddr = insn.target
+            vaddr, place = vaddr + form.size, place + 1
+            if form.flow != NEXT:
+                target = aim(form, code, at, low + at)[0]
+                if form.flow == JCC:
+                    pending.append((target, open_))
+                elif form.flow == JMP:
+                    vaddr, place = target, analysis.place(target)
     dead = _ALL & ~live
     return dead & ALL_GPRS, dead >> _FLAGS_AT == ALL_FLAGS
 
@@ -2708,16 +2743,15 @@ def _slot(analysis, site, size, limits):
     page = site & -PAGE_SIZE
     low = max(site + SHORT_JUMP_SIZE - 128, page)
     high = min(site + SHORT_JUMP_SIZE + 127 + JUMP_SIZE, page + PAGE_SIZE)
-    for first, last in _dead_padding(analysis, low, high, limits.branches):
-        arrivals = [target for _, target in
-                    limits.branches.entering(first, last)]
+    for first, last in _dead_bytes(analysis, low, high, limits):
+        # Behind a nop that control arrives at, none is dead.
+        last = min([high, last] + [target for _, target in
+                                   limits.branches.entering(first, last)])
         slot = max(first, low)
-        while slot + JUMP_SIZE <= min(last, high):
+        while slot + JUMP_SIZE <= last:
             end = slot + JUMP_SIZE
-            blocks = [target + 1 for target in arrivals
-                      if slot <= target < end]
-            blocks += [other for start, other, _ in limits.forbidden
-                       if start < end and slot < other]
+            blocks = [other for start, other, _ in limits.forbidden
+                      if start < end and slot < other]
             blocks += (limits.taken.overlap(slot, end) or ())[1:]
             if slot < site + size and site < end:
                 blocks.append(site + size)
@@ -2727,9 +2761,12 @@ def _slot(analysis, site, size, limits):
     return 0
 
 
-def _dead_padding(analysis, low, high, branches):
+def _dead_bytes(analysis, low, high, limits):
     """Yield the (first, last) of paddings that touch [low, high) and that
-    no function falls into; nearest to the site's function first."""
+    no instruction in front falls into: those behind functions, and within.
+    Nearest to the site's function first.
+    """
+    branches = limits.branches
     functions = [analysis.function]
     vaddr = analysis.function.vaddr - 1
     while vaddr >= low:
@@ -2754,6 +2791,44 @@ def _dead_padding(analysis, low, high, branches):
                    + [known.padding_end])
         if known.last_flow in _ENDS and last - known.end >= JUMP_SIZE:
             yield known.end, last
+        for first, last in _nops_within(known, low, high):
+            if not _may_arrive(known, first, last, limits):
+                yield first, last
+
+
+def _nops_within(analysis, low, high):
+    """Yield the (first, last) of nops and int3s in a function that touch
+    [low, high), that a jump or ret stands before, with room for a jump."""
+    first, flow = 0, NEXT
+    place = bisect.bisect_left(analysis.starts, low - PAGE_SIZE // 16)
+    for place in range(place, len(analysis.starts)):
+        form, vaddr = analysis.forms[place], analysis.starts[place]
+        at = vaddr - analysis.function.vaddr
+        if form.opcode in _NOP_OPCODES and _PADDING.fullmatch(
+                analysis.function.code, at, at + form.size):
+            if not first and flow in _ENDS:
+                first = vaddr
+        else:
+            if first and low < vaddr and vaddr - first >= JUMP_SIZE:
+                yield first, vaddr
+            if vaddr >= high:
+                break
+            first = 0
+        flow = form.flow
+
+
+def _may_arrive(analysis, first, last, limits):
+    """Tell whether other than a direct branch may lead to [first, last)."""
+    if (any(first <= vaddr < last for vaddr in analysis.entries)
+            or any(insn.vaddr < last and first < insn.vaddr + insn.size
+                   for insn in analysis.strays)):
+        return True
+    for owner in _family(analysis, limits.branches):
+        jumps = resolve_jumps(owner, limits.read, limits.is_executable)
+        if jumps.unresolved or any(first <= target < last
+                                   for target in jumps.targets):
+            return True
+    return False
 
 
 def _window(analysis, site, jump_size, limits):

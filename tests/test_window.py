@@ -24,7 +24,7 @@ GOAL = 0.999            # of the functions of five bytes or more
 
 # A module in hex at 0x10000. `<` begins a function, `>` ends it (padding up
 # to the next `<` is its own), `@` is the site, `!` an entry of the function,
-# `L` behind `<` says it has an LSDA, =N goes on at offset N, over int3s.
+# `?` the same if a word of data is a pointer, `L` behind `<` an LSDA, =N goes on at offset N, over int3s.
 # Then the window, as site+size, number of displaced instructions and slot,
 # all offsets in hex, or the rule that refuses it. \ joins two lines.
 CASES = r"""
@@ -104,6 +104,28 @@ ladder: 127 on        | <@ 31c0 c3 > < 0f0b >=80 <c3> 9090909090 <c3> \
 ladder: 128 on        | <@ 31c0 c3 > < 0f0b >=81 <c3> 9090909090 <c3> \
                       | too short
 
+ladder: fallen into   | <@ 31c0 c3 > < c3 > 909090909090909090 < ebf5 > | too short
+ladder: before it     | <@ 31c0 c3 > < c3 > 909090909090909090 < ebfa > \
+                      | 0+2 1 4
+dead nops inside      | <@ 31c0 85c0 75fc eb05 9090909090 c3 > | 0+2 1 8
+dead long nop, int3   | <@ 31c0 85c0 75fc eb05 660f1f00 cc c3 > | 0+2 1 8
+dead behind a ret     | <@ 31c0 85c0 75fc c3 9090909090 c3 > | 0+2 1 7
+too few dead nops     | <@ 31c0 85c0 75fc eb04 90909090 c3 > \
+                      | branch into window
+nops fallen into      | <@ 31c0 85c0 75fc 9090909090 c3 >    | branch into window
+nops branched to      | <@ 31c0 85c0 75fc 7402 eb05 9090909090 c3 > \
+                      | branch into window
+nops entered          | <@ 31c0 85c0 75fc eb05 90 ! 90909090 c3 > \
+                      | branch into window
+nops, unknown jmp     | <@ 31c0 85c0 75fc eb05 9090909090 01c0 ffe0 > \
+                      | branch into window
+nops of a neighbour   | <@ 31c0 c3 > < eb05 9090909090 c3 >  | 0+2 1 5
+a word means nothing  | <@ 55 b8 ? 06000000 53 c3 >          | 0+6 2
+a word means a branch | <@ 55 b8 ? eb020606 53 c3 >          | unknown instruction
+a word may mean code  | <@ 55 b8 ? 90909090 53 c3 >          | entry in window
+a word at an insn     | <@ 55 ? 4889e5 53 c3 >               | entry in window
+a symbol means it     | <@ 55 b8 ! 06000000 53 c3 >          | unknown instruction
+
 unknown jmp, entry    | <@ 55 4889e5 53 ffe0 >               | 0+5 3
 unknown jmp, later    | < 55 @ 4889e5 4157 ffe0 > \
                       | unresolved jump table
@@ -131,19 +153,19 @@ class Module:
 
     def __init__(self, text, shift=0):
         self.code, self.site, functions = bytearray(), None, []
-        tokens = re.findall(r"=[0-9a-f]+|[0-9a-f]{2}|[<>@!L]", text)
+        tokens = re.findall(r"=[0-9a-f]+|[0-9a-f]{2}|[<>@!?L]", text)
         for token in tokens:
             here = BASE + shift + len(self.code)
             if token == "<":
-                functions.append([here, None, (), False])
+                functions.append([here, None, (), False, ()])
             elif token == ">":
                 functions[-1][1] = here - functions[-1][0]
             elif token == "L":
                 functions[-1][3] = True
             elif token == "@":
                 self.site = here
-            elif token == "!":
-                functions[-1][2] += (here,)
+            elif token in "!?":
+                functions[-1][2 if token == "!" else 4] += (here,)
             elif token[0] == "=":
                 self.code += b"\xcc" * (int(token[1:], 16) - len(self.code))
             else:
@@ -152,8 +174,9 @@ class Module:
         self.functions = [
             x86.Function(vaddr, size, self.read(vaddr, (
                 functions[place + 1][0] if place + 1 < len(functions)
-                else self.vaddr + len(self.code)) - vaddr), entries, has_lsda)
-            for place, (vaddr, size, entries, has_lsda)
+                else self.vaddr + len(self.code)) - vaddr), entries, has_lsda,
+                words)
+            for place, (vaddr, size, entries, has_lsda, words)
             in enumerate(functions)]
         self.data = {}
 
