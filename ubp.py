@@ -1411,6 +1411,16 @@ class Functions:
             return fde.vaddr
         return None
 
+    def last_start(self, vaddr):
+        """Where the function begins that ends before vaddr, without any
+        symbol, FDE or end of code between. None if there is no such one."""
+        code, marks = _range_at(self.ranges, vaddr), []
+        for values in [c[2] for c in self.columns] + [self.unwind.starts]:
+            at = bisect.bisect_right(values, vaddr)
+            marks += values[max(0, at - 1):at]
+        start = self.start_of(max(marks, default=0)) if code else None
+        return start if start is not None and code[0] <= start else None
+
     def _start_near(self, vaddr):
         for depth in (1, 32):
             starts = set()
@@ -2323,11 +2333,14 @@ class Module:
     def bounds(self, vaddr):
         """(start, size, end of padding) of the function round a vaddr.
 
-        None if nothing tells. The padding ends where the next symbol, FDE
-        or section begins; whether it is padding, its bytes must show.
+        Also of the one that a vaddr in padding is behind. None if nothing
+        tells. The padding ends where the next symbol, FDE or section
+        begins; whether it is padding, its bytes must show.
         """
         table = self._functions
         start = table.start_of(vaddr - self.bias)
+        if start is None:
+            start = table.last_start(vaddr - self.bias)
         if start is None:
             return None
         size = table.size(start)
