@@ -24,7 +24,8 @@ GOAL = 0.999            # of the functions of five bytes or more
 
 # A module in hex at 0x10000. `<` begins a function, `>` ends it (padding up
 # to the next `<` is its own), `@` is the site, `!` an entry of the function,
-# `?` the same if a word of data is a pointer, `L` behind `<` an LSDA, =N goes on at offset N, over int3s.
+# `?` one if a word of data is a pointer; `L` behind `<` says it has an LSDA,
+# =N goes on at offset N, over int3s.
 # Then the window, as site+size, number of displaced instructions and slot,
 # all offsets in hex, or the rule that refuses it. \ joins two lines.
 CASES = r"""
