@@ -70,7 +70,6 @@ import bisect                                                   # noqa: E402
 import collections                                              # noqa: E402
 import ctypes                                                   # noqa: E402
 import errno                                                    # noqa: E402
-import fcntl                                                    # noqa: E402
 import fnmatch                                                  # noqa: E402
 import itertools                                                # noqa: E402
 import json                                                     # noqa: E402
@@ -78,6 +77,7 @@ import logging                                                  # noqa: E402
 import mmap                                                     # noqa: E402
 import queue                                                    # noqa: E402
 import re                                                       # noqa: E402
+import select                                                   # noqa: E402
 import signal                                                   # noqa: E402
 import stat                                                     # noqa: E402
 import struct                                                   # noqa: E402
@@ -192,14 +192,15 @@ PERF_SAMPLE_REGS_USER  = 1 << 12
 PERF_SAMPLE_STACK_USER = 1 << 13
 PERF_SAMPLE_IDENTIFIER = 1 << 16
 PERF_FLAG_FD_CLOEXEC   = 8
-PERF_EVENT_IOC_DISABLE = 0x2401
+PERF_EVENT_IOC_ENABLE, PERF_EVENT_IOC_DISABLE = 0x2400, 0x2401
 PERF_EVENT_IOC_SET_OUTPUT = 0x2405
 PERF_EVENT_IOC_ID      = 0x80082407
 PERF_RECORD_SAMPLE     = 9
 HW_BREAKPOINT_W, HW_BREAKPOINT_RW, HW_BREAKPOINT_X = 2, 3, 4
 #                          <linux/hw_breakpoint.h>
 # Bits of perf_event_attr's flags, in the order of the header.
-PERF_INHERIT, PERF_EXCLUDE_KERNEL, PERF_EXCLUDE_HV = 1 << 1, 1 << 5, 1 << 6
+PERF_DISABLED, PERF_INHERIT = 1 << 0, 1 << 1
+PERF_EXCLUDE_KERNEL, PERF_EXCLUDE_HV = 1 << 5, 1 << 6
 PERF_WATERMARK, PERF_USE_CLOCKID, PERF_REMOVE_ON_EXEC = (
     1 << 14, 1 << 25, 1 << 36)
 
@@ -281,6 +282,7 @@ _writev = _declare("process_vm_writev", ctypes.c_ssize_t, _int, _ptr, _ulong,
 _sigtimedwait = _declare("sigtimedwait", _int, _ptr, _ptr, _ptr)
 _open = _declare("open", _int, ctypes.c_char_p, _int)
 _close = _declare("close", _int, _int)
+_ioctl = _declare("ioctl", _int, _int, _ulong, _ulong)
 _read = _declare("read", ctypes.c_ssize_t, _int, _ptr, _size)
 _lseek = _declare("lseek", ctypes.c_int64, _int, ctypes.c_int64, _int)
 _syscall = _declare("syscall", _long, _long, _long, _long, _long, _long,
@@ -370,6 +372,11 @@ class StopWaiter:
 def syscall(number, *args):
     """syscall(2) with up to five integers. Raises OSError."""
     return _check(_syscall(number, *(args + (0,) * (5 - len(args)))))
+
+
+def ioctl(fd, request, argument):
+    """ioctl(2) with an integer or an address. Raises OSError."""
+    return _check(_ioctl(fd, request, argument))
 
 
 def read_memory(tid, vaddr, size):
@@ -7398,8 +7405,7 @@ class Probe:
                 found[site] = found[site] + reading if site in found \
                     else reading
         for part in self._parts:
-            for site, n in part.counts().items():
-                found[site] = Reading(n, n)
+            found.update(part.readings())
         return found
 
     def reading(self):
@@ -7786,63 +7792,303 @@ def _all_threads(tgid):
     return tids
 
 
+class Trap(NamedTuple):
+    """What a strategy that traps knows of one hit."""
+    time: int               # ns, CLOCK_MONOTONIC
+    tid: int
+    pid: int
+    cpu: int
+    vaddr: int              # where it ran; of a watch, just behind the access
+    regs: bytes             # a regset, or b"" where the kernel had none
+    stack: bytes            # a copy of what is at rsp and above
+
+
+class Tally:
+    """What a Spec computes at one site, from the Traps of it.
+
+    The same as the body that a jump leads to: ubp_x86.evaluate has the one
+    meaning of an expression, and each hit is recorded, a fault, or dropped.
+    """
+
+    def __init__(self, site, spec):
+        self.site, self.spec = site, spec
+        self.n_seen = self.n_recorded = self.n_faults = self.n_skipped = 0
+        self.found = {}             # key: what was computed for it
+        self.used = [each for each in (spec.when,) + spec.keys + spec.values
+                     if each is not None]
+        self.names = frozenset().union(*(each.names for each in self.used))
+
+    def add(self, hit, read):
+        """Count a Trap. -> its values if a Trace is to keep it, or None
+
+        read    read(vaddr, size) -> bytes of the process; raises OSError
+        """
+        self.n_seen += 1
+        spec, values = self.spec, self._inputs(hit, read)
+        if values is None:
+            self.n_faults += 1
+            return None
+        if spec.when is not None:
+            is_wanted = ubp_x86.evaluate(spec.when, values, read)
+            if not is_wanted:
+                self.n_skipped += is_wanted is not None
+                self.n_faults += is_wanted is None
+                return None
+        key = tuple(ubp_x86.evaluate(e, values, read) for e in spec.keys)
+        got = tuple(ubp_x86.evaluate(e, values, read) for e in spec.values)
+        if spec.action == "trace":
+            self.n_recorded += 1
+            return got
+        if None in key or None in got:
+            self.n_faults += 1
+            return None
+        self.n_recorded += 1
+        self._record(key, got)
+        return None
+
+    def _inputs(self, hit, read):
+        """{name: value} of what the expressions use, or None: a fault."""
+        names = self.names
+        values = {"tid": hit.tid, "pid": hit.pid, "cpu": hit.cpu,
+                  "nsecs": hit.time, "caller": hit.vaddr}
+        if not hit.regs:
+            return values if names <= set(values) else None
+        values.update(ubp_x86.register_inputs(hit.regs, names))
+        for name, vaddr in ubp_x86.stack_inputs(hit.regs, names).items():
+            if name == "caller" and is_watch(self.site):
+                continue
+            try:
+                values[name] = int.from_bytes(read(vaddr, 8), "little")
+            except OSError:
+                return None
+        return values
+
+    def _record(self, key, got):
+        if self.spec.action == "hist":
+            found = self.found.setdefault(key, [0, got[0], got[0], {}])
+            found[0] += got[0]
+            found[1] = min(found[1], got[0])
+            found[2] = max(found[2], got[0])
+            index = ubp_x86.bucket_index(abs(got[0])), got[0] < 0
+            found[3][index] = found[3].get(index, 0) + 1
+        elif self.spec.action == "sum":
+            found = self.found.setdefault(key, [0, 0])
+            found[0] += got[0]
+            found[1] += 1
+        else:
+            self.found[key] = self.found.get(key, 0) + 1
+
+    def _value(self, found):
+        """int, Sum or Histogram of what _record keeps."""
+        if self.spec.action == "sum":
+            return Sum(*found)
+        if self.spec.action != "hist":
+            return found
+        buckets = []
+        for (index, is_negative), n in found[3].items():
+            low, high = ubp_x86.bucket_range(index)
+            buckets.append((-high, -low, n) if is_negative
+                           else (low, high, n))
+        return Histogram.from_buckets(sorted(buckets), *found[:3])
+
+    def reading(self, n_dropped):
+        """-> Reading"""
+        if self.spec.keys:
+            value = {key[0] if len(key) == 1 else key: self._value(found)
+                     for key, found in self.found.items()}
+        elif self.found:
+            value = self._value(self.found[()])
+        else:
+            value = {"hist": Histogram(), "sum": Sum(0, 0)}.get(
+                self.spec.action, 0)
+        if self.spec.action == "trace":
+            value = self.n_recorded
+        return Reading(value, self.n_recorded, self.n_faults, n_dropped)
+
+
+_SAMPLE = struct.Struct("<QQIIQI4xQ")   # perf_event_open(2), in its order
+_SAMPLE_TYPE = (PERF_SAMPLE_IDENTIFIER | PERF_SAMPLE_IP | PERF_SAMPLE_TID
+                | PERF_SAMPLE_TIME | PERF_SAMPLE_CPU | PERF_SAMPLE_REGS_USER)
+_DATA_HEAD, _DATA_TAIL = 1024 // 8, 1032 // 8   # perf_event_mmap_page, words
+_RING_PAGES = (512, 128, 32, 8)     # tried in turn; without privilege all
+#                                     rings may take 516 KiB per processor
+_READ_EACH_MS = 100
+_MAX_KEPT = 1 << 17             # events that wait for events()
+_MAX_STACK_SAMPLE = 32768       # bytes; a sample has 64 KiB at most
+
+
+class Ring:
+    """A ring that the kernel writes the samples of one processor to.
+
+        page 0      data_head: bytes written;  data_tail: bytes we have read
+        page 1 …    the records: type, misc, size (4 + 2 + 2), data
+
+    Its owner is an event of our own that never happens, so that it outlives
+    every thread of the target. Raises OSError.
+    """
+
+    def __init__(self, cpu):
+        attr = PerfEventAttr(
+            type=PERF_TYPE_SOFTWARE, config=PERF_COUNT_SW_DUMMY,
+            flags=PERF_EXCLUDE_KERNEL | PERF_EXCLUDE_HV | PERF_USE_CLOCKID
+            | PERF_WATERMARK, clockid=time.CLOCK_MONOTONIC)
+        for n_pages in _RING_PAGES:
+            self.size = n_pages * PAGE
+            attr.wakeup_watermark = self.size // 4
+            self.fd = perf_event_open(attr, 0, cpu)
+            try:
+                self._map = mmap.mmap(self.fd, PAGE + self.size)
+                break
+            except OSError:             # EPERM: perf_event_mlock_kb
+                os.close(self.fd)
+                if n_pages == _RING_PAGES[-1]:
+                    raise
+        self._words = memoryview(self._map).cast("Q")
+
+    def take(self):
+        """Every complete record since the last call. -> [(type, bytes)]"""
+        # Aligned words of 64 bits: one load each. x86 keeps their order.
+        tail, head = self._words[_DATA_TAIL], self._words[_DATA_HEAD]
+        at, end = tail % self.size, tail % self.size + head - tail
+        data = self._map[PAGE + at:PAGE + min(end, self.size)]
+        if end > self.size:
+            data += self._map[PAGE:PAGE + end - self.size]
+        self._words[_DATA_TAIL] = head
+        records, at = [], 0
+        while at + 8 <= len(data):
+            kind, _, size = struct.unpack_from("<IHH", data, at)
+            if size < 8:
+                break
+            records.append((kind, data[at + 8:at + size]))
+            at += size
+        return records
+
+    def close(self):
+        """Unmap it."""
+        self._words.release()
+        self._map.close()
+        os.close(self.fd)
+
+
+def _unpack_sample(data):
+    """(id, Trap) of a PERF_RECORD_SAMPLE's data."""
+    event, vaddr, pid, tid, when, cpu, abi = _SAMPLE.unpack_from(data)
+    at, regs, stack = _SAMPLE.size, b"", b""
+    if abi:
+        regs = ubp_x86.regs_of_sample(data[at:at + ubp_x86.PERF_REGS_SIZE])
+        at += ubp_x86.PERF_REGS_SIZE
+        if vaddr >> 63:                 # the kernel's: who called it
+            vaddr = ubp_x86.program_counter(regs)
+    if len(data) >= at + 8:             # size, bytes, and how many are real
+        size, = struct.unpack_from("<Q", data, at)
+        if size:
+            real, = struct.unpack_from("<Q", data, at + 8 + size)
+            stack = data[at + 8:at + 8 + min(size, real)]
+    return event, Trap(when, tid, pid, cpu, vaddr, regs, stack)
+
+
+def online_cpus():
+    """The processors that are on, by number."""
+    text = read_proc("/sys/devices/system/cpu/online").decode() or "0"
+    return [cpu for part in text.strip().split(",")
+            for cpu in range(int(part.split("-")[0]),
+                             int(part.split("-")[-1]) + 1)]
+
+
 class HardwarePart:
     """The sites of one probe that are in debug registers.
 
     Nothing is written to the target and none of its threads is stopped:
     the kernel counts. It has them follow to threads and processes that are
     started later, and takes them out when our descriptors close, in
-    whatever way we end.
+    whatever way we end. Where more than a count is wanted, it also writes a
+    sample of each hit to a ring; what found no room there is known from
+    the count. What a sample does not hold (memory other than the top of the
+    stack) is read a moment after the hit.
 
     notes   what the user should know
     """
 
-    def __init__(self, sites):
-        self.sites, self.notes = list(sites), []
-        self._events = {}           # descriptor -> Site
-        self._final = None          # {Site: hits}, once it is taken out
-        self._lock = threading.Lock()
+    name = "hw"
 
-    def arm(self, tracer, in_pause):
+    def __init__(self, sites, spec, tracer):
+        self.sites, self.notes, self.tracer = list(sites), [], tracer
+        self.tallies = collections.OrderedDict(
+            (site, Tally(site, spec)) for site in sites)
+        self._is_sampled = bool(spec.keys or spec.when
+                                or spec.action != "count")
+        self._stack_size = _stack_bytes(self.tallies.values())
+        self._rings = {}            # processor: Ring
+        self._events = {}           # descriptor: Site
+        self._ids = {}              # the kernel's number of an event: Site
+        self._kept = []             # (Trap, Site, values) for events()
+        self._lost = {site: 0 for site in sites}
+        self._is_removed, self._lock = False, threading.Lock()
+        self._owner, self._reader = os.getpid(), None
+
+    # -- putting in ---------------------------------------------------------
+
+    def arm(self, in_pause):
         """Equip every thread. Raises ProbeError, TraceeGone.
 
         in_pause   calls a function while every thread is stopped: only for
                    a target that starts threads faster than they are listed
+        Raises OSError, ENOSPC, where there is no register left.
         """
         check_debug_registers()
-        for attempt in range(_OPEN_ATTEMPTS):
-            tids = _all_threads(tracer.tgid)
-            self._open(tids, tracer)
-            if _all_threads(tracer.tgid) <= tids:
-                break
-            # Started by a thread that was equipped, it inherited the
-            # breakpoints; by one that was not, it did not. Begin again.
-            self._close()
-        else:
-            in_pause(lambda: self._open(_all_threads(tracer.tgid), tracer))
-        if not self._events:
-            raise TraceeGone("probe", tracer.name(), "it has no threads left")
-
-    def _open(self, tids, tracer):
-        """A breakpoint at each site for each of the threads, or none."""
+        tgid = self.tracer.tgid
         try:
-            for site in self.sites:
-                attr = _breakpoint_attr(site)
-                for tid in tids:
-                    self._open_one(attr, tid, site)
-        except OSError as error:
+            if self._is_sampled:
+                for cpu in online_cpus():
+                    self._rings[cpu] = Ring(cpu)
+            for _ in range(_OPEN_ATTEMPTS):
+                tids = _all_threads(tgid)
+                self._open(tids)
+                if _all_threads(tgid) <= tids:
+                    break
+                # Started by a thread that was equipped, it inherited the
+                # breakpoints; by one that was not, it did not: once more.
+                self._close_events()
+            else:
+                in_pause(lambda: self._open(_all_threads(tgid)))
+            if not self._events:
+                raise TraceeGone("probe", self.tracer.name(),
+                                 "it has no threads left")
+        except BaseException as error:
             self._close()
-            if error.errno == errno.ENOSPC:
-                raise
-            raise _perf_refusal(error, "%s of %s" % (
-                site_name(site), tracer.name()))
+            if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+                raise _perf_refusal(error, "%s of %s" % (
+                    site_name(self.sites[0]), self.tracer.name()))
+            raise
+        if self._is_sampled:
+            self._reader = threading.Thread(
+                target=self._keep_reading, daemon=True,
+                name="ubp-hw-%d" % tgid)
+            self._reader.start()
 
-    def _open_one(self, attr, tid, site):
+    def _open(self, tids):
+        for site in self.sites:
+            attr = _breakpoint_attr(site)
+            if self._is_sampled:
+                attr.flags |= PERF_DISABLED | PERF_USE_CLOCKID
+                attr.clockid, attr.sample_period = time.CLOCK_MONOTONIC, 1
+                attr.sample_type = _SAMPLE_TYPE
+                attr.sample_regs_user = ubp_x86.PERF_REGS
+                if self._stack_size:
+                    attr.sample_type |= PERF_SAMPLE_STACK_USER
+                    attr.sample_stack_user = self._stack_size
+            for tid in tids:
+                # A ring has one writer at a time, so events that may be
+                # inherited write to the ring of their processor.
+                for cpu in self._rings or (-1,):
+                    self._open_one(attr, tid, cpu, site)
+
+    def _open_one(self, attr, tid, cpu, site):
         """perf_event_open, with less where the kernel allows less."""
         while True:
             try:
-                self._events[perf_event_open(attr, tid, -1)] = site
-                return
+                fd = perf_event_open(attr, tid, cpu)
+                break
             except OSError as error:
                 if error.errno == errno.ESRCH:
                     return          # it has ended
@@ -7859,37 +8105,136 @@ class HardwarePart:
                                "that exec add")
                 else:
                     raise
+        self._events[fd] = site
+        if self._is_sampled:
+            number = ctypes.c_uint64()
+            ioctl(fd, PERF_EVENT_IOC_SET_OUTPUT, self._rings[cpu].fd)
+            ioctl(fd, PERF_EVENT_IOC_ID, ctypes.addressof(number))
+            self._ids[number.value] = site
+            ioctl(fd, PERF_EVENT_IOC_ENABLE, 0)
 
     def _note(self, text):
         if text not in self.notes:
             self.notes.append(text)
 
-    def counts(self):
-        """{Site: hits}, over all threads and the children of them."""
-        with self._lock:
-            if self._final is not None:
-                return dict(self._final)
-            return self._read()
+    # -- reading ------------------------------------------------------------
+
+    def readings(self):
+        """{Site: Reading}, over all threads and the children of them."""
+        if self._owner == os.getpid():      # else the lock may be held
+            with self._lock:
+                if not self._is_removed:
+                    self._read()
+        return collections.OrderedDict(
+            (site, tally.reading(self._lost[site]))
+            for site, tally in self.tallies.items())
 
     def _read(self):
-        found = collections.OrderedDict((site, 0) for site in self.sites)
+        """What was counted first: it may not exceed what was sampled."""
+        counts = dict.fromkeys(self.sites, 0)
         for fd, site in self._events.items():
-            found[site] += int.from_bytes(os.read(fd, 8), "little")
-        return found
+            counts[site] += int.from_bytes(os.read(fd, 8), "little")
+        self._drain()
+        for site, n in counts.items():
+            tally = self.tallies[site]
+            if self._is_sampled:
+                self._lost[site] = max(self._lost[site], n - tally.n_seen)
+            else:
+                tally.n_recorded = n
+                tally.found = {(): n}
+
+    def _drain(self):
+        """Compute what the samples in the rings stand for, in their order."""
+        hits = []
+        for ring in self._rings.values():
+            for kind, data in ring.take():
+                if kind == PERF_RECORD_SAMPLE:
+                    number, hit = _unpack_sample(data)
+                    if number in self._ids:
+                        hits.append((hit.time, len(hits), hit,
+                                     self._ids[number]))
+        for _, _, hit, site in sorted(hits):
+            tally = self.tallies[site]
+            if tally.spec.action == "trace" and len(self._kept) >= _MAX_KEPT:
+                continue                # lost: seen by the kernel only
+            values = tally.add(hit, _reader_of(hit))
+            if values is not None:
+                self._kept.append((hit, site, values))
+
+    def _keep_reading(self):
+        """In a thread: before the rings are full."""
+        poll = select.poll()
+        for ring in self._rings.values():
+            poll.register(ring.fd, select.POLLIN)
+        while not self._is_removed:
+            poll.poll(_READ_EACH_MS)
+            with self._lock:
+                if not self._is_removed:
+                    self._drain()
+
+    def take_events(self, until):
+        """[(Trap, Site, values)] up to a time, in order; each is given once.
+
+        until   CLOCK_MONOTONIC, ns: what is later may still be incomplete
+        """
+        with self._lock:
+            if not self._is_removed:
+                self._drain()
+            self._kept.sort(key=lambda kept: kept[0].time)
+            n = sum(kept[0].time <= until for kept in self._kept)
+            taken, self._kept = self._kept[:n], self._kept[n:]
+        return taken
+
+    # -- taking out ---------------------------------------------------------
 
     def remove(self):
         """Take the breakpoints out; what they counted is kept."""
         with self._lock:
-            if self._final is None:
-                for fd in self._events:
-                    fcntl.ioctl(fd, PERF_EVENT_IOC_DISABLE, 0)
-                self._final = self._read()
-                self._close()
+            if self._is_removed:
+                return
+            for fd in self._events:
+                ioctl(fd, PERF_EVENT_IOC_DISABLE, 0)
+            self._read()
+            self._is_removed = True
+            self._close()
 
-    def _close(self):
+    def _close_events(self):
         for fd in self._events:
             os.close(fd)
-        self._events = {}
+        self._events, self._ids = {}, {}
+
+    def _close(self):
+        self._close_events()
+        for ring in self._rings.values():
+            ring.close()
+        self._rings = {}
+
+
+def _stack_bytes(tallies):
+    """How much of the stack's top a sample must hold for expressions."""
+    for tally in tallies:
+        if tally.spec.stack_size:
+            return min(tally.spec.stack_size + 7 & ~7, _MAX_STACK_SAMPLE)
+    if any(ubp_x86.stack_inputs(ubp_x86.REGS_32BIT, tally.names)
+           or any(e.reads_memory for e in tally.used) for tally in tallies):
+        return 128
+    return 0
+
+
+def _reader_of(hit):
+    """read(vaddr, size) as it was at a hit where the sample tells, else as
+    it is by now."""
+    low = ubp_x86.stack_pointer(hit.regs) if hit.regs else 0
+
+    def read(vaddr, size):
+        at = vaddr - low
+        if 0 <= at <= at + size <= len(hit.stack):
+            return hit.stack[at:at + size]
+        try:
+            return read_memory(hit.pid, vaddr, size)
+        except ProcessLookupError:
+            return read_memory(hit.tid, vaddr, size)
+    return read
 
 
 def no_register_left(where, taken, wanted, error=None):
@@ -8172,9 +8517,6 @@ class Target:
         self._check_open("probe")
         strategies = strategies_of(strategy)
         spec = make_spec(action, when)
-        if spec != _PLAIN_COUNT and strategies != ("jump",):
-            raise ProbeError("probe", _where_text(where), "%r by a debug "
-                             "register is not built yet" % action)
         with self._lock:
             sites = self._sites(where)
             if len(sites) > max_sites:
@@ -8210,9 +8552,9 @@ class Target:
         def in_pause(action):
             self._worker.call(lambda: self._tracer.pause(
                 action, timeout, "arm"), timeout)
-        part = HardwarePart(sites)
+        part = HardwarePart(sites, probe._spec, self._tracer)
         try:
-            part.arm(self._tracer, in_pause)
+            part.arm(in_pause)
         except OSError as error:
             raise no_register_left(probe.where, taken, sites, error)
         probe._parts.append(part)
@@ -10033,7 +10375,7 @@ def open_metrics(kind, rows, losses, expression="", keys=()):
 
 import argparse                                                 # noqa: E402
 import contextlib                                               # noqa: E402
-import select                                                   # noqa: E402
+import fcntl                                                    # noqa: E402
 import shutil                                                   # noqa: E402
 
 VERBS = """

@@ -5451,6 +5451,30 @@ def regs_of_sample(data):
     return _REGS.pack(*[values.get(n, 0) for n in range(27)])
 
 
+_NAMED = dict(zip(REGISTERS, (
+    _RAX, _RCX, _RDX, _RBX, _RSP, _RBP, _RSI, _RDI,
+    _R8, _R9, _R10, _R11, _R12, _R13, _R14, _R15)))
+_NAMED.update(("arg%d" % n, index) for n, index in enumerate(
+    (_RDI, _RSI, _RDX, _RCX, _R8, _R9)))        # psABI 3.2.3
+
+
+def register_inputs(regs, names):
+    """{name: value} of those names of an Expression that registers hold."""
+    values = _REGS.unpack(regs)
+    return {name: values[_NAMED[name]] for name in names if name in _NAMED}
+
+
+def stack_inputs(regs, names):
+    """{name: vaddr} of those names that are on the stack at an entry.
+
+    The return address is at rsp; arg6 and on lie above it, psABI 3.2.3.
+    """
+    top = stack_pointer(regs)
+    return {name: top if name == "caller" else top + 8 * int(name[3:]) - 40
+            for name in names if name == "caller"
+            or name.startswith("arg") and int(name[3:]) > 5}
+
+
 def _replaced(regs, changes):
     """A regset with {index: value} put in."""
     image = bytearray(regs)

@@ -60,6 +60,92 @@ class Hardware(unittest.TestCase):
                 self.assertEqual(n, probe.read(), "counted after removal")
                 process.quit()
 
+    def test_computes_what_a_jump_computes(self):
+        for make in (lambda: ubp.Count(sum="arg0"),
+                     lambda: ubp.Hist("arg0 - 500"),
+                     lambda: ubp.Hist("arg1 * arg0 % 777")):
+            with self.subTest(repr(make())), live.Target("life") as process, \
+                    ubp.attach(process.pid) as target:
+                for when in (None, "arg0 % 3 == 1 and arg1 > 300"):
+                    by_hw = target.probe("exe:step", make(), when, "hw")
+                    by_jump = target.probe("exe:step", make(), when)
+                    for command in "ctf":
+                        process.ask(command)
+                    self.assertGreater(by_jump.hits, 400)
+                    self.assertEqual(by_jump.read(), by_hw.read())
+                    self.assertEqual(by_jump.hits, by_hw.hits)
+                    by_hw.remove()
+                    by_jump.remove()
+                process.quit()
+
+    def test_keys_tell_threads_processes_and_callers_apart(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            tids = target.probe("exe:step", ubp.Count(by="tid"),
+                                strategy="hw")
+            pids = target.probe("exe:step", ubp.Count(by="pid, cpu >= 0"),
+                                strategy="hw")
+            callers = target.probe("exe:step", ubp.Count(by="caller"),
+                                   strategy="hw")
+            for command in "ctf":
+                process.ask(command)
+            counts = tids.read()
+            self.assertEqual(counts.pop(process.pid), 1009)
+            self.assertEqual(sorted(counts.values()), [211] * 4 + [307])
+            self.assertEqual(sorted(pids.read().values()), [307, 1853])
+            self.assertEqual(pids.read()[process.pid, 1], 1853)
+            functions = {}
+            for vaddr, n in callers.read().items():
+                name = target.find("0x%x" % vaddr)[0].function.name
+                functions[name] = functions.get(name, 0) + n
+            self.assertEqual(2160, sum(functions.values()))
+            self.assertEqual(2160, callers.hits)
+            process.quit()
+
+    def test_a_watch_tells_who_wrote(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            probe = target.probe("mem:counter:rw", ubp.Count(by="caller"),
+                                 strategy="hw")
+            process.ask("w")
+            process.ask("r")
+            self.assertEqual([53, 101], sorted(probe.read().values()))
+            for vaddr in probe.read():
+                self.assertEqual("main", target.find("0x%x" % vaddr)[
+                    0].function.name)
+            process.quit()
+
+    def test_memory_that_cannot_be_read_is_a_counted_fault(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            probe = target.probe("exe:step", ubp.Hist("u64[arg0]"),
+                                 strategy="hw")
+            n = process.ask("c")["n"]
+            self.assertEqual((n, n, 0), (probe.hits, probe.dropped,
+                                         probe.read().count))
+            process.quit()
+
+    def test_hits_that_find_no_room_are_counted(self):
+        with live.Target("busy", 2) as process, \
+                ubp.attach(process.pid) as target:
+            small, ubp._RING_PAGES = ubp._RING_PAGES, (1,)
+            try:
+                probe = target.probe("exe:hot", ubp.Count(by="tid"),
+                                     strategy="hw")
+            finally:
+                ubp._RING_PAGES = small
+            control = target.probe("exe:hot", ubp.Count())
+            with probe._parts[0]._lock:         # nobody reads meanwhile
+                process.send("g")
+                time.sleep(0.3)
+                process.ask("p")
+            self.assertGreater(control.hits, 0)
+            self.assertEqual(control.hits, probe.hits)
+            self.assertGreater(probe.dropped, 0)
+            self.assertEqual(control.hits - probe.dropped,
+                             sum(probe.read().values()))
+            process.quit()
+
     def test_watch_of_writes_ignores_reads_and_neighbours(self):
         with live.Target("life") as process, \
                 ubp.attach(process.pid) as target:
