@@ -73,7 +73,6 @@ import errno                                                    # noqa: E402
 import fnmatch                                                  # noqa: E402
 import itertools                                                # noqa: E402
 import json                                                     # noqa: E402
-import logging                                                  # noqa: E402
 import mmap                                                     # noqa: E402
 import queue                                                    # noqa: E402
 import re                                                       # noqa: E402
@@ -96,8 +95,22 @@ __all__ = ["attach", "launch", "status", "clean", "Target", "Probe", "Count",
            "UbpError", "AttachError", "TraceeGone", "SymbolError",
            "ProbeError", "UbpTimeout", "__version__"]
 
-log = logging.getLogger("ubp")
-log.addHandler(logging.NullHandler())
+
+class _Log:
+    """The logger "ubp". Until the host has imported logging nobody listens:
+    a short command need not spend a twentieth of its time on the import."""
+
+    def __getattr__(self, level):
+        if "logging" not in sys.modules:
+            return lambda *words: None
+        import logging
+        logger = logging.getLogger("ubp")
+        if not logger.handlers:
+            logger.addHandler(logging.NullHandler())
+        return getattr(logger, level)
+
+
+log = _Log()
 
 # ---- 1  Errors ------------------------------------------------------------
 #
@@ -8871,21 +8884,28 @@ def _become(path, argv, go_read, error_write):
         os._exit(127)
 
 
+def _cannot_run(name, code, why="", hint=""):
+    """An AttachError with its errno, for a program that cannot be run."""
+    error = AttachError("run", name, why or os.strerror(code), hint)
+    error.errno = code
+    return error
+
+
 def _find_program(name):
     """Where execvp(3) would find it. Raises AttachError."""
-    folders = [""] if "/" in name else os.get_exec_path()
-    for folder in folders:
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            if not os.access(path, os.X_OK):
-                raise AttachError("run", name, "permission denied")
-            mode = os.stat(path).st_mode
-            if mode & (stat.S_ISUID | stat.S_ISGID) and os.geteuid():
-                raise AttachError("run", name, "it is setuid, and would run "
-                                  "without its privilege when traced",
-                                  "sudo")
-            return path
-    raise AttachError("run", name, "not found")
+    folders = [""] if "/" in name else os.get_exec_path() if name else []
+    code, why = errno.ENOENT, "not found"
+    for path in [os.path.join(folder, name) for folder in folders]:
+        if not os.path.isfile(path) or not os.access(path, os.X_OK):
+            if os.path.lexists(path):
+                code, why = errno.EACCES, "it is not executable"
+            continue
+        mode = os.stat(path).st_mode
+        if mode & (stat.S_ISUID | stat.S_ISGID) and os.geteuid():
+            raise _cannot_run(name, errno.EPERM, "it is setuid, and would "
+                              "run without its privilege when traced", "sudo")
+        return path
+    raise _cannot_run(name, code, why)
 
 
 class Launch:
@@ -9032,7 +9052,7 @@ def launch(argv, timeout=5):
     try:
         failed = target._worker.call(lambda: launcher.run(timeout), timeout)
         if failed:
-            raise AttachError("run", argv[0], os.strerror(failed))
+            raise _cannot_run(argv[0], failed)
     except UbpError:
         target.close()
         raise
@@ -10376,7 +10396,6 @@ def open_metrics(kind, rows, losses, expression="", keys=()):
 import argparse                                                 # noqa: E402
 import contextlib                                               # noqa: E402
 import fcntl                                                    # noqa: E402
-import shutil                                                   # noqa: E402
 
 VERBS = """
 count    count calls of functions, as a live table on a terminal
@@ -10978,8 +10997,7 @@ def open_targets(options):
     is true of all.
     """
     if options.command:
-        check_command(options.command[0])
-        return [launch_command(options.command)]
+        return [launch(options.command)]
     targets, errors = [], []
     for pid in options.pids:
         try:
@@ -10988,41 +11006,6 @@ def open_targets(options):
             errors.append(error)
     report_all(errors, bool(targets))
     return targets
-
-
-# As env(1) has them; execve(2) says which.
-EXIT_OF_ERRNO = {errno.ENOENT: 127, errno.EACCES: 126, errno.ENOEXEC: 126}
-
-
-class CommandError(UbpError):
-    """The COMMAND cannot be run. exit_status: 126 or 127, as env(1) has."""
-
-    def __init__(self, name, why, exit_status):
-        super().__init__("run", name, why)
-        self.exit_status = exit_status
-
-
-def check_command(name):
-    """Raise CommandError unless a shell would find a program of that name."""
-    if shutil.which(name):
-        return
-    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    paths = [name] if "/" in name else [os.path.join(folder, name)
-                                        for folder in folders]
-    if name and any(os.path.exists(path) for path in paths):
-        raise CommandError(name, "it is not executable", 126)
-    raise CommandError(name, "not found", 127)
-
-
-def launch_command(command):
-    """Return the Target of a COMMAND that is held at its entry point."""
-    try:
-        return launch(command)
-    except UbpError as error:
-        for number, exit_status in EXIT_OF_ERRNO.items():
-            if getattr(error, "why", "") == os.strerror(number):
-                raise CommandError(command[0], error.why, exit_status)
-        raise
 
 
 def kill_command(target):
@@ -11669,13 +11652,17 @@ def reserve_standard_fds():
             os.open(os.devnull, os.O_RDONLY)
 
 
+# Of a COMMAND that cannot be run: env(1); which it is, execve(2) tells.
+EXIT_OF_ERRNO = {errno.ENOENT: 127, errno.EACCES: 126, errno.ENOEXEC: 126}
+
+
 def exit_status(error, argv):
     """Return the exit status that an error means."""
     if "--" in argv:
         code = getattr(error, "returncode", None)   # it ended by itself
         if code is not None:
             return code if code >= 0 else 128 - code
-        return getattr(error, "exit_status", 125)
+        return EXIT_OF_ERRNO.get(getattr(error, "errno", None), 125)
     return 2 if isinstance(error, Misuse) else 1
 
 

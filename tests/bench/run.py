@@ -354,11 +354,11 @@ def row_pause_busy(is_quick):
 
 # ---- rows: ubp itself ------------------------------------------------------
 
-def first_output(argv, env):
+def first_output(argv, env, folder=None):
     """Return ms from starting argv to the first byte on its stdout, and
     the ms of CPU time that it used until its end."""
     start = time.perf_counter()
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE,
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=folder,
                                stderr=subprocess.PIPE, env=env)
     select.select([process.stdout], [], [], ANSWER_SECONDS)
     elapsed = (time.perf_counter() - start) * 1000
@@ -390,13 +390,17 @@ def copied():
 
 def row_first(is_quick):
     """From exec of `ubp count` to its table, and of an empty Python."""
-    ours, empty = [], []
+    ours, as_module, empty = [], [], []
     with Leaf() as leaf, copied() as (folder, env):
+        words = ["count", "-p", str(leaf.pid), "exe:leaf", "--duration",
+                 "0.001"]
         for _ in range(5 if is_quick else 15):
             ours.append(first_output(
-                [sys.executable, os.path.join(folder, "ubp.py"), "count",
-                 "-p", str(leaf.pid), "exe:leaf", "--duration", "0.001"],
+                [sys.executable, os.path.join(folder, "ubp.py")] + words,
                 env))
+            # What is imported is kept compiled; a script never is.
+            as_module.append(first_output(
+                [sys.executable, "-m", "ubp"] + words, env, folder))
             empty.append(first_output(
                 [sys.executable, "-c", "print(1)"], env))
     wall = statistics.median(sample[0] for sample in ours)
@@ -404,6 +408,8 @@ def row_first(is_quick):
     for name, value in (
             ("CPU time of all of it, exit included",
              statistics.median(sample[1] for sample in ours)),
+            ("the same by python -m ubp, which is kept compiled",
+             statistics.median(sample[0] for sample in as_module)),
             ("python -c print(1)",
              statistics.median(sample[0] for sample in empty)),
             ("CPU time of that",
