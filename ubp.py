@@ -3302,8 +3302,7 @@ class _StackMachine:
         if 0x50 <= opcode < 0x70:
             return push(self._register(opcode - 0x50))
         if 0x70 <= opcode < 0x90:
-            offset = cursor.uleb(signed=True)
-            return push(self._register(opcode - 0x70) + offset & _U64_MAX)
+            return push(self.based(opcode - 0x70, cursor.uleb(signed=True)))
         if opcode not in _EXPRESSION:
             raise _Truncated()
         name, forms = _EXPRESSION[opcode]
@@ -3321,6 +3320,10 @@ class _StackMachine:
         else:
             getattr(self, "_" + name)(*operands)
 
+    def based(self, number, offset):
+        """A register and an offset. Raises _Ended."""
+        return self._register(number) + offset & _U64_MAX
+
     def _register(self, number):
         value = (self.registers[number] if number < N_REGISTERS else None)
         if value is None:
@@ -3331,7 +3334,7 @@ class _StackMachine:
         self.stack.append(value & _U64_MAX)
 
     def _value(self, number, offset=0):
-        self.stack.append(self._register(number) + offset & _U64_MAX)
+        self.stack.append(self.based(number, offset))
 
     def _deref(self, size=8):
         if size not in (1, 2, 4, 8):
@@ -3546,11 +3549,29 @@ class _SavedRegisters:
         return _U64.unpack_from(stack, at)[0]
 
 
+def _simplified(kind, value):
+    """A rule with an expression of just DW_OP_breg made "based".
+
+    Such are all rules of a signal frame: 17 of them.
+    """
+    if kind == "expression" and value and 0x70 <= value[0] < 0x90:
+        cursor = Cursor(value[1:], 0)
+        try:
+            offset = cursor.uleb(signed=True)
+        except _Truncated:
+            return kind, value
+        if cursor.at == len(cursor.data):
+            return "based", (value[0] - 0x70, offset)
+    return kind, value
+
+
 class _AnyRow:
     """A step by a row of any kind."""
 
     def __init__(self, row, column, is_signal):
         self.row, self.column, self.is_signal = row, column, is_signal
+        self.rules = [(register,) + _simplified(*rule)
+                      for register, rule in row.rules.items()]
 
     def take(self, position):
         position.registers[RA] = position.pc
@@ -3560,7 +3581,7 @@ class _AnyRow:
         if register is None:
             cfa = machine.evaluate(value)
         else:
-            cfa = machine._register(register) + value & _U64_MAX
+            cfa = machine.based(register, value)
         if cfa <= before[RSP] and RSP not in self.row.rules:
             raise _Ended(DAMAGED)
         if self.row.rules.get(self.column, (None,))[0] == "undefined":
@@ -3569,9 +3590,9 @@ class _AnyRow:
             raise _Ended(NO_UNWIND_INFO)
         after = position.registers
         after[RSP] = cfa
-        for register, rule in self.row.rules.items():
+        for register, kind, value in self.rules:
             after[register] = self._value(position, machine, cfa,
-                                          before[register], *rule)
+                                          before[register], kind, value)
         if after[RSP] is None or after[self.column] is None:
             raise _Ended(UNKNOWN_REGISTER)
         return after[self.column]
@@ -3579,6 +3600,8 @@ class _AnyRow:
     @staticmethod
     def _value(position, machine, cfa, before, kind, value):
         """The caller's value of a register, None if there is none."""
+        if kind == "based":
+            return position.read(machine.based(*value))
         if kind == "undefined":
             return None
         if kind == "register":
@@ -3729,7 +3752,9 @@ class Unwinder:
         if module is None:
             return _Stop(UNKNOWN_CODE)
         if not isinstance(module, Module):
-            return _FramePointer(self.code)
+            # By convention; which a prologue has not yet followed.
+            return (_FramePointer(self.code) if is_return
+                    else _Stop(NO_UNWIND_INFO))
         vaddr = pc - is_return - module.bias
         frame = module.unwind.call_frame(vaddr)
         if (frame is None or is_return and vaddr + 1 == frame.fde.vaddr
@@ -3778,7 +3803,7 @@ def has_frame_pointers(module):
     """
     starts = module.unwind.starts
     n_frames = n_pointers = 0
-    for start in starts[::len(starts) // 500 + 1]:
+    for start in starts[::len(starts) // 200 + 1]:
         frame = module.unwind.call_frame(start)
         if frame is None or frame.cie.is_signal:
             continue

@@ -5360,7 +5360,7 @@ _FRAME_SETUP = re.compile(       # push rbp; mov rbp,rsp. Or: mov [rsp+N],rbp;
     rb"\x55\x48(?:\x89\xe5|\x8b\xec)"              # lea rbp,[rsp+N]
     rb"|\x48\x89(?:\x6c\x24(.)\x48\x8d\x6c\x24\1"
     rb"|\xac\x24(....)\x48\x8d\xac\x24\2)", re.S)
-_N_SETUP = 12        # instructions of a function that may come before it
+_N_SETUP = 48        # instructions of a function that may come before it
 _N_EPILOGUE = 32     # instructions that may come between the pop and the end
 _SYSCALL_ARGS = (_RDI, _RSI, _RDX, _R10, _R8, _R9)
 _U64_MAX = (1 << 64) - 1

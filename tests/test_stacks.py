@@ -102,6 +102,18 @@ class Rows(unittest.TestCase):
             with self.subTest(path):
                 self.compare(path, 1 if IS_ALL else 16)
 
+    def test_rows_in_memory_are_those_of_the_file(self):
+        """What is left of a file that can no longer be opened."""
+        file = next(m for m in ubp.modules(os.getpid())
+                    if "libc" in m.name and m.unwind.starts)
+        maps = [m for m in ubp.read_maps(os.getpid())
+                if file.is_mapped_from(m.path)]
+        unwind = ubp.Unwind(ubp.Elf(ubp.MemoryImage(os.getpid(), maps), "x"))
+        self.assertEqual(file.unwind.starts, unwind.starts)
+        for start in unwind.starts[::50]:
+            self.assertEqual(file.unwind.call_frame(start),
+                             unwind.call_frame(start))
+
     def compare(self, path, stride):
         unwind = ubp.Unwind(elf_of(path))
         n_rows = 0
@@ -635,6 +647,28 @@ class Names(unittest.TestCase):
         os.mkfifo(path)                 # would wait for ever
         self.assertEqual("", self.look(symbols, vaddr).function)
 
+    @unittest.skipUnless(live.IS_ROOT, "only root makes pid namespaces")
+    def test_a_jit_in_a_container_knows_another_pid(self):
+        with live.Process(["unshare", "-pf", "--kill-child", sys.executable,
+                           "-S", "-c", "import os\n" + JIT_TARGET.replace(
+                               "print(", "print(os.getpid(), ")]) as child:
+            inner, vaddr = child.line().split()
+            with open("/proc/%d/task/%d/children" % (child.pid, child.pid)) \
+                    as f:
+                pid = int(f.read())
+            self.assertNotEqual(pid, int(inner))
+            path = "/tmp/perf-%s.map" % inner
+            if os.path.lexists(path):
+                self.skipTest("%s exists: remove it" % path)
+            try:
+                with open(path, "w") as f:
+                    f.write("%s 40 inside\n" % vaddr)
+                symbols = ubp.Symbols(pid, ubp.modules(pid))
+                self.assertEqual("inside", symbols.name(
+                    int(vaddr, 16), False).function)
+            finally:
+                os.unlink(path)
+
     def test_functions_and_offsets(self):
         with live.Target("", path=build("stacks")) as target:
             symbols = ubp.Symbols(target.pid, ubp.modules(target.pid))
@@ -721,8 +755,8 @@ def gdb_frames(pid):
             in re.findall(GDB_LINE, text, re.M)]
 
 
-def walk_of(pid, size=STACK):
-    """The Walk and Frames of a stopped thread."""
+def walk_of(pid, size=STACK, code=None):
+    """The Walk and Frames of a stopped thread. code: a CodeMap to reuse."""
     ubp.ptrace(ubp.PTRACE_SEIZE, pid)
     try:
         ubp.ptrace(ubp.PTRACE_INTERRUPT, pid)
@@ -732,7 +766,7 @@ def walk_of(pid, size=STACK):
         stack = read_stack(pid, rsp, size)
     finally:
         ubp.ptrace(ubp.PTRACE_DETACH, pid)
-    code = ubp.CodeMap(pid, ubp.modules(pid))
+    code = code or ubp.CodeMap(pid, ubp.modules(pid))
     walk = ubp.Unwinder(pid, code).walk(
         ubp_x86.program_counter(regs), ubp_x86.dwarf_registers(regs), rsp,
         stack)
@@ -803,6 +837,41 @@ class Stopped(unittest.TestCase):
                 child.line()
                 live.settled(lambda: live.states(child.pid) == "S")
                 self.compare(child.pid, 10)
+
+    def test_threads_end_where_they_began(self):
+        with live.Target("busy", 3) as target:
+            live.stop(target.pid)
+            for tid in live.threads(target.pid):
+                walk, frames = walk_of(tid)
+                self.assertEqual(ubp.END, walk.why, frames)
+                self.assertRegex(frames[-1].function, "clone|^_start$")
+
+    def test_a_jit_between_frames_of_c(self):
+        if subprocess.call(["which", "node"], stdout=subprocess.DEVNULL):
+            self.skipTest("no node; apt-get install nodejs")
+        with live.Process(["node", "--perf-basic-prof", "-e", """
+                function busy(x, y) {
+                    for (let i = 0; i < 2000; i++) x += Math.sin(i);
+                    return x - y; }
+                function outer() { [5, 3, 1, 9].sort(busy); }
+                const end = Date.now() + 20000;
+                for (let i = 0; Date.now() < end; i++)
+                    { outer(); if (i == 3000) console.log("ready"); }
+                """]) as child:
+            self.addCleanup(os.unlink, "/tmp/perf-%d.map" % child.pid)
+            child.line()
+            texts, code = [], ubp.CodeMap(child.pid, ubp.modules(child.pid))
+
+            def is_whole():
+                live.stop(child.pid)
+                walk, frames = walk_of(child.pid, code=code)
+                os.kill(child.pid, signal.SIGCONT)
+                text = " < ".join(frame.text for frame in frames)
+                texts.append(text)
+                return walk.why == ubp.END and re.search(
+                    r"busy .* < .*Sort.* < .* \[eval\]:1:1 < .*node::Start"
+                    " < .*main.* < _start$", text)
+            self.assertTrue(live.settled(is_whole), texts)
 
     def test_redis(self):
         if subprocess.call(["which", "redis-server"],
