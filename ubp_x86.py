@@ -3294,6 +3294,17 @@ class Code:
         """lock xadd mem, reg"""
         self.op(b"\x0f\xc1", reg, mem, 8, b"", b"\xf0")
 
+    def include(self, other):
+        """Append the code of another, whose labels become ours."""
+        def moved(parts):
+            return [part + self.n_labels if isinstance(part, int) else
+                    (part[0], part[1] + self.n_labels)
+                    if isinstance(part, tuple) and len(part) == 2 else part
+                    for part in parts]
+        self.parts += moved(other.parts)
+        self.cold += moved(other.cold)
+        self.n_labels += other.n_labels
+
     def sized(self, is_short):
         """{index of a part: its size}, {label: offset} of a choice of
         jumps that are short."""
@@ -3876,7 +3887,8 @@ def parse_expressions(text, is_exit=False):
 #             2**63 of a signed value and 0 of an unsigned one
 #
 #     table   n_entries entries:
-#             +0   state           0 free, 1 being written, else table_tag
+#             +0   state           0 free, 1 to 15 being written, else
+#                                  table_tag() of the keys
 #             +8   the keys        a word each; a str or buf as bytes, filled
 #                                  up with zeros to whole words
 #             +k   payload         count, sum or hist
@@ -3905,7 +3917,7 @@ SUM_COUNT, SUM_LOW, SUM_HIGH, SUM_SIZE = 0, 8, 16, 24
 HIST_LOW, HIST_HIGH, HIST_LEAST, HIST_MOST, HIST_BUCKETS = 0, 8, 16, 24, 32
 N_BUCKETS = 496
 ENTRY_STATE, ENTRY_KEYS = 0, 8
-STATE_FREE, STATE_BUSY = 0, 1
+STATE_FREE, STATE_READY = 0, 16
 N_PROBED = 8                    # entries of a table that a lookup tries
 RING_RESERVED, RING_FULL, RING_CONSUMED, RING_SLOTS = 0, 8, 64, 128
 SLOT_SEQUENCE, SLOT_TSC, SLOT_TID, SLOT_CPU = 0, 8, 16, 20
@@ -3938,6 +3950,8 @@ class Spec(NamedTuple):
     depth: int = 0          # frames to walk by frame pointers
     stack_size: int = 0     # bytes of the stack's top in each record
     is_exit: bool = False   # the site is an exit of its function
+    is_inside: bool = False     # the site is behind its prologue: rbp is
+    #                             its own frame, [rsp] no return address
     kept: Tuple[str, ...] = ()              # arguments stored in a frame
 
 
@@ -4001,7 +4015,7 @@ def frames_layout(spec):
 
     A frame is rsp (0: free), tsc, then the kept arguments; all zero first.
     """
-    size = FRAME_ARGS + 8 * len(spec.kept)
+    size = 1 << (FRAME_ARGS + 8 * len(spec.kept) - 1).bit_length()
     return size, size * (spec.n_frames + N_NEIGHBOURS - 1)
 
 
@@ -4165,12 +4179,14 @@ class _Machine:
         self.code, self.plan = Code(), plan
         self.dead = window.dead_regs & ~(1 << RSP)
         self.inputs = input_registers(spec)
-        self.depth = 0              # bytes pushed below the site's rsp
+        self.depth = 0              # bytes pushed below the site's rsp,
+        self.deepest = 0            # and at most
         self.slots = {}             # register -> depth where it was pushed
         self.touched = set()        # registers that no longer hold ...
         self.stage = 0
         self.used = (set(), set())  # ... by stage
         self.wanted = set()         # of those, read after all
+        self.stacks = set()         # stages that need the stack
         self.free = []
         self.pinned, self.held = {}, set()  # name -> operand; registers
         self.is_flags_saved = window.flags_dead
@@ -4232,10 +4248,18 @@ class _Machine:
         """What was pushed when so many bytes lay below the site's rsp."""
         return Mem(RSP, self.depth - depth)
 
+    def grow(self, size):
+        """size more bytes of stack; negative ones go back."""
+        self.stacks.add(self.stage)
+        self.code.lea(RSP, Mem(RSP, -size))
+        self.depth += size
+        self.deepest = max(self.deepest, self.depth)
+
     def push(self, reg):
         """push reg"""
         self.code.put(push_r64(reg))
         self.depth += 8
+        self.deepest = max(self.deepest, self.depth)
 
     def saved(self, stage):
         """The registers that a stage must save, in order."""
@@ -4258,7 +4282,8 @@ class _Machine:
             flags and (not self.dead >> RAX & 1 or RAX in self.plan.wanted)
         pushes = ([RAX] if with_rax else []) + regs
         before = self.depth
-        if not before and (pushes or flags and is_ax_used):
+        if not before and (pushes or flags and is_ax_used
+                           or stage in self.plan.stacks):
             self.code.put(lea_rsp_disp(-_RED_ZONE_SIZE)
                           if self.place.can_stack else b"")
             self.depth += _RED_ZONE_SIZE * self.place.can_stack
@@ -4295,9 +4320,11 @@ class _Owned(int):
 
 
 class _Plan(NamedTuple):
-    """What a try found out: registers used by stage, and read from slots."""
-    used: tuple
-    wanted: frozenset
+    """What a try found out: registers used by stage, those read from where
+    they were pushed, and the stages that need the stack."""
+    used: tuple = (frozenset(), frozenset())
+    wanted: frozenset = frozenset()
+    stacks: frozenset = frozenset()
 
 
 # -- Expressions as code. An operand is where a value is: a constant (_Imm),
@@ -4594,7 +4621,7 @@ class _Values(_Machine):
             self.fetch(reg, _Imm(size), None, 2)
             self.code.alu_imm(CMP, RAX, size)
             self.code.jump(self.fault, _NE)
-            source = Mem(RSP, -8)       # below rsp, where signals keep off
+            source = Mem(RSP, -16)      # below rsp, where signals keep off
         if size == 8:
             self.code.mov(reg, source)
         else:
@@ -4605,16 +4632,15 @@ class _Values(_Machine):
         """rax = how many bytes process_vm_readv copies, or negative.
 
         address  a register;   size  a register or _Imm, but no zero
-        dest     makes the operand that is the destination; None: [rsp - 8]
+        dest     makes the operand that is the destination; None: [rsp - 16]
         A part for each page: what lies before an unmapped one is copied.
         """
         code = self.code
-        frame = 24 + 16 * n_pages       # local iovec, remote ones, 8 bytes
+        frame = 32 + 16 * n_pages      # local iovec, remote ones, 16 bytes
         self.touch(*_SYSCALL_USES)
         self.require(self.place.private, "memory")
-        code.lea(RSP, Mem(RSP, -frame))
-        self.depth += frame
-        code.lea(RDI, dest() if dest else Mem(RSP, frame - 8))
+        self.grow(frame)
+        code.lea(RDI, dest() if dest else Mem(RSP, frame - 16))
         code.store(Mem(RSP), RDI)
         if type(size) is _Imm:
             code.set(RDX, int(size))
@@ -4651,8 +4677,7 @@ class _Values(_Machine):
         code.set(RAX, NR_PROCESS_VM_READV)
         code.put(b"\x0f\x05")
         code.mark(none)
-        code.lea(RSP, Mem(RSP, frame))
-        self.depth -= frame
+        self.grow(-frame)
 
     # -- What chooses: jumps where they decide, values where they are used.
 
@@ -4853,68 +4878,91 @@ class _Body(_Values):
     def make(self):
         """Emit all of it. done: where a hit ends, whatever came of it."""
         spec, code = self.spec, self.code
-        self.done, self.layout = code.label(), None
-        missed, first = code.label(), None
-        self.is_framed = spec.action == "enter" or entry_spec(spec)
-        if spec.when and not self.is_framed:
+        self.layout = None if spec.action == "enter" else block_layout(spec)
+        self.frames = spec if spec.action == "enter" else entry_spec(spec)
+        self.done, missed, first = code.label(), code.label(), None
+        if spec.when and not self.frames:
             self.begin(0, set(), _volatile([spec.when]))
             first = self.save(0)
             self.prepare([spec.when])
             self.fault = code.label()
             self.unless(spec.when.tree, missed)
             self.count_aside(self.fault, HEAD_FAULTS, missed)
-        parts = spec.keys + spec.values
-        if spec.when and self.is_framed:
-            parts += (spec.when,)
-        self.begin(1, self.reserved(), _volatile(parts))
+        self.parts = spec.keys + spec.values
+        if spec.when and self.frames:
+            self.parts += (spec.when,)
+        self.begin(1, self.reserved(), self.volatile())
         second = self.save(1)
         self.fault = code.label()
-        self.act(parts)
+        if spec.action == "enter":
+            self.enter()
+        else:
+            self.act()
         code.mark(self.done)
         self.restore(second)
         code.mark(missed)
         if first:
             self.restore(first)
 
+    def volatile(self):
+        """Registers that the action's expressions may change at any time."""
+        spec = self.spec
+        regs = _volatile(self.parts)
+        if spec.stack_size or spec.action == "stack":
+            regs |= _SYSCALL_USES
+        return regs
+
     def reserved(self):
         """Registers that an action itself needs."""
         spec = self.spec
-        regs = {RCX} if spec.action == "hist" else set()
+        regs = {RAX, RDX} if spec.action == "trace" or self.frames else set()
         if spec.action == "hist" or spec.keys or spec.action == "stack":
-            regs.add(RAX)
-        if spec.action in ("enter", "trace") or self.is_framed:
-            regs |= {RAX, RDX}
+            regs |= {RAX, RCX}
         return regs
 
-    def act(self, parts):
+    def steady(self, tree):
+        """A tree's value in a register that the action leaves alone."""
+        reg = self.in_register(tree)
+        if type(reg) is int and reg in self.reserved():
+            return self.owned(None, reg)
+        return reg
+
+    def unused_volatile(self):
+        """Registers that only expressions keep from being taken."""
+        return sorted(self.volatile() - self.reserved() - self.held)
+
+    def end_of_expressions(self):
+        """From here on nothing is computed: more registers are free."""
+        self.free += self.unused_volatile()
+
+    def act(self):
         """Emit the action, behind what a stage saves."""
-        spec = self.spec
-        if spec.action == "enter":
-            self.enter()
-            return
-        end = self.done
-        if self.is_framed:
-            end = self.code.label()
-            frame = self.find_frame(end)
-        self.prepare(parts)
-        if spec.when and self.is_framed:
+        spec, end = self.spec, self.code.label()
+        if self.frames:
+            frame = self.find_frame()
+        self.prepare(self.parts)
+        if spec.when and self.frames:
             self.unless(spec.when.tree, end)
+            self.count_aside(self.fault, HEAD_FAULTS, end)
+            self.fault = self.code.label()
         if spec.action == "trace":
             self.trace(end)
         elif spec.keys or spec.action == "stack":
-            self.keyed(end)
+            self.keyed()
         else:
-            value = self.in_register(spec.values[0].tree) \
-                if spec.values else None
-            base = self.shard()
-            disp = 0 if block_layout(spec).kind == "word" else HEAD_SIZE
-            self.add(base, self.place.block + disp, value)
-            self.give(_Owned(base))
-            self.give(value)
-        self.count_aside(self.fault, HEAD_FAULTS, end)
-        if self.is_framed:
-            self.code.mark(end)
+            self.unkeyed(end)
+        self.code.mark(end)
+        if self.frames:
             self.code.store_imm(Mem(frame, FRAME_SP), 0)
+
+    def unkeyed(self, end):
+        """Add to the only payload."""
+        value = self.steady(self.spec.values[0].tree) \
+            if self.spec.values else None
+        self.end_of_expressions()
+        base = self.shard()
+        self.add(base, self.place.block + self.layout.start, value)
+        self.count_aside(self.fault, HEAD_FAULTS, end)
 
     # -- Parts that actions share.
 
@@ -5082,7 +5130,626 @@ class _Body(_Values):
         code.jump(back)
         code.back()
 
-    # -- Tables: a word per key, hashed; see the drawing above.
+    # -- Tables: see the drawing above. tag holds the hash, then the state.
+
+    def keyed(self):
+        """Find or make the entry of the keys, and add to it."""
+        spec, code, layout = self.spec, self.code, self.layout
+        out, lost, found = code.label(), code.label(), code.label()
+        keys = self.keys()
+        value = self.steady(spec.values[0].tree) if spec.values else None
+        self.end_of_expressions()
+        tag, entry, index = self.take(), self.shard(), self.take()
+        at = self.place.block + layout.start
+        self.hash(tag, index, keys)
+        code.mov(index, tag)
+        code.shift(SHR, index, 65 - spec.n_entries.bit_length())
+        self.scale_index(index, layout.entry_size)
+        code.alu(ADD, entry, index)
+        code.alu_imm(OR, tag, STATE_READY)
+        code.op(b"\x39", tag, Mem(entry, at, is_wide=True))     # cmp
+        code.jump(lost, _NE)
+        self.compare_keys(entry, at, keys, lost)
+        code.mark(found)
+        self.search(lost, found, out, (tag, entry, index, at), keys)
+        self.give(_Owned(tag))
+        self.give(_Owned(index))
+        self.add(entry, at + layout.payload_offset, value)
+        self.give(_Owned(entry))
+        self.count_aside(self.fault, HEAD_FAULTS, out)
+        code.mark(out)
+        if isinstance(keys, _KeyWords):
+            self.grow(-8 * keys.n)
+
+    def scale_index(self, index, size):
+        """index *= size"""
+        if size & size - 1:
+            self.code.op(b"\x69", index, index, 8, _S32.pack(size))
+        else:
+            self.code.shift(SHL, index, size.bit_length() - 1)
+
+    def keys(self):
+        """Compute the keys: one integer into a register, more into words
+        on the stack. -> that register, or _KeyWords"""
+        spec, code = self.spec, self.code
+        if not self.are_keys_words():
+            return self.steady(spec.keys[0].tree)
+        n = (self.layout.payload_offset - ENTRY_KEYS) // 8
+        self.grow(8 * n)
+        keys = _KeyWords(n, self.depth)
+        for key, (_, offset, _) in zip(spec.keys, self.layout.fields):
+            at = offset - ENTRY_KEYS
+            if key.kind == "int":
+                reg = self.in_register(key.tree)
+                code.store(self.key_word(keys, at), reg)
+                self.give(reg)
+            else:
+                self.text(key, lambda at=at: self.key_word(keys, at))
+                self.fill(keys, at, key.size)
+        if spec.action == "stack":
+            self.walk(keys, self.layout.fields[-1][1] - ENTRY_KEYS)
+        return keys
+
+    def are_keys_words(self):
+        """Are the keys more than an integer?"""
+        spec = self.spec
+        return (spec.action == "stack" or len(spec.keys) > 1
+                or bool(spec.keys) and spec.keys[0].kind != "int")
+
+    def key_word(self, keys, offset=0, index=-1):
+        """Where a word of the keys is; index counts words."""
+        return Mem(RSP, self.depth - keys.depth + offset, index, 3)
+
+    def fill(self, keys, at, size):
+        """Zeros from byte rcx of a key to its last word's end."""
+        code, more, end = self.code, self.code.label(), self.code.label()
+        code.mark(more)
+        code.alu_imm(CMP, RCX, _words(size))
+        code.jump(end, _AE)
+        code.op(b"\xc6", 0, self.key_word(keys, at)._replace(
+            index=RCX, shift=0), 1, b"\0")                       # movb $0
+        code.alu_imm(ADD, RCX, 1)
+        code.jump(more)
+        code.mark(end)
+
+    def hash(self, tag, spare, keys):
+        """tag = table_hash() of the keys."""
+        code = self.code
+        code.set(tag, _GOLDEN)
+        if not isinstance(keys, _KeyWords):
+            code.op(b"\x0f\xaf", tag, keys)                     # imul
+            return
+        code.mov(spare, tag)
+        code.clear(tag)
+        self.each_word(keys, lambda word, index: (
+            code.alu(XOR, tag, self.key_word(keys, word, index)),
+            code.op(b"\xc1", 1, tag, 8, b"\x20"),               # ror $32
+            code.op(b"\x0f\xaf", tag, spare)))                  # imul
+
+    def compare_keys(self, entry, at, keys, other):
+        """Go to other if the entry holds other keys."""
+        code, key = self.code, Mem(entry, at + ENTRY_KEYS, is_wide=True)
+        if not isinstance(keys, _KeyWords):
+            code.op(b"\x39", keys, key)                         # cmp
+            code.jump(other, _NE)
+            return
+        self.each_word(keys, lambda word, index: (
+            code.mov(RAX, self.key_word(keys, word, index)),
+            code.alu(CMP, RAX, key._replace(
+                disp=key.disp + word, index=index, shift=3)),
+            code.jump(other, _NE)))
+
+    def each_word(self, keys, emit):
+        """emit(offset, index) for each word: one by one, or in a loop."""
+        if keys.n <= _N_UNROLLED:
+            for n in range(keys.n):
+                emit(8 * n, -1)
+            return
+        code, more = self.code, self.code.label()
+        self.touch(RCX)
+        code.clear(RCX)
+        code.mark(more)
+        emit(0, RCX)
+        code.alu_imm(ADD, RCX, 1)
+        code.alu_imm(CMP, RCX, keys.n)
+        code.jump(more, _NE)
+
+    def search(self, lost, found, out, where, keys):
+        """Aside: try the entries in turn; claim a free one.
+
+        One that another is writing is passed by, never waited for: it may
+        be this very thread's, below a signal handler.
+        """
+        code, (tag, entry, count, at) = self.code, where
+        state = Mem(entry, at + ENTRY_STATE, is_wide=True)
+        key = Mem(entry, at + ENTRY_KEYS, is_wide=True)
+        again, check, claim, other = [code.label() for _ in range(4)]
+        self.touch(RAX)
+        code.aside()
+        code.mark(lost)
+        code.set(count, N_PROBED)
+        code.mark(again)
+        code.mov(RAX, state)
+        code.alu(CMP, RAX, tag)
+        code.jump(check, _E)
+        code.test(RAX)
+        code.jump(claim, _E)
+        code.mark(other)
+        code.alu_imm(ADD, entry, self.layout.entry_size)
+        code.alu_imm(SUB, count, 1)
+        code.jump(again, _NE)
+        self.count_head(HEAD_DROPPED)
+        code.jump(out)
+        code.mark(check)
+        self.compare_keys(entry, at, keys, other)
+        code.jump(found)
+        code.mark(claim)                # count, 1 to 8, says "being written"
+        code.lock_cmpxchg(state, count)
+        code.jump(again, _NE)
+        if isinstance(keys, _KeyWords):
+            self.each_word(keys, lambda word, index: (
+                code.mov(RAX, self.key_word(keys, word, index)),
+                code.store(key._replace(disp=key.disp + word, index=index,
+                                        shift=3), RAX)))
+        else:
+            code.store(key, keys)
+        code.store(state, tag)
+        code.jump(found)
+        code.back()
+
+    # -- Stacks: return addresses by frame pointers.
+
+    def walk(self, keys, at):
+        """Store return addresses into the keys, zeros behind the last.
+
+        The page of rsp is mapped, as the site itself pushes there; what is
+        beyond is read by the syscall. Each frame must lie above the last.
+        """
+        code, spec = self.code, self.spec
+        frame, count = self.owned(("name", False, "rbp")), self.take()
+        more, far, got, end = [code.label() for _ in range(4)]
+        code.clear(RAX)
+        for n in range(spec.depth):
+            code.store(self.key_word(keys, at + 8 * n), RAX)
+        code.clear(count)
+        if not spec.is_inside:
+            code.mov(RAX, Mem(RSP, self.depth))
+            code.store(self.key_word(keys, at), RAX)
+            code.set(count, 1)
+        code.mark(more)
+        code.alu_imm(CMP, count, spec.depth)
+        code.jump(end, _AE)
+        code.op(b"\xf7", 0, frame, 4, struct.pack("<I", 7))     # test $7
+        code.jump(end, _NE)
+        code.lea(RAX, Mem(RSP, self.depth))
+        code.alu(CMP, RAX, frame)
+        code.jump(end, _A)
+        code.lea(RCX, Mem(frame, 8))
+        code.alu(XOR, RCX, RAX)
+        code.shift(SHR, RCX, 12)
+        code.jump(far, _NE)
+        code.mov(RAX, Mem(frame, 8))
+        code.mov(RCX, Mem(frame))
+        code.mark(got)
+        code.test(RAX)
+        code.jump(end, _E)
+        code.store(self.key_word(keys, at, count), RAX)
+        code.alu_imm(ADD, count, 1)
+        code.alu(CMP, RCX, frame)
+        code.mov(frame, RCX)
+        code.jump(more, _A)
+        code.jump(end)
+        code.mark(far)
+        self.fetch(frame, _Imm(16), None, 2)
+        code.alu_imm(CMP, RAX, 16)
+        code.jump(end, _NE)
+        code.mov(RAX, Mem(RSP, -8))
+        code.mov(RCX, Mem(RSP, -16))
+        code.jump(got)
+        code.mark(end)
+        self.give(_Owned(count))
+        self.give(frame)
+
+    # -- Memory: strings and buffers, by the syscall.
+
+    def text(self, value, dest):
+        """Copy a str or buf to dest(). rcx = its bytes; may fault."""
+        code, tree = self.code, value.tree
+        address, end = self.owned(tree[2]), code.label()
+        if value.kind == "str":
+            self.fetch(address, _Imm(tree[3]), dest, 2)
+            self.give(address)
+            code.test(RAX)
+            code.jump(self.fault, _LE)
+            code.clear(RCX)
+            more = code.label()
+            code.mark(more)
+            place = dest()
+            code.alu_imm(CMP, place._replace(index=RCX, shift=0), 0, 1)
+            code.jump(end, _E)
+            code.alu_imm(ADD, RCX, 1)
+            code.alu(CMP, RCX, RAX)
+            code.jump(more, _NE)
+            code.mark(end)
+            return
+        size = self.owned(tree[3])
+        fits = code.label()
+        self.touch(RCX)
+        code.clear(RCX)
+        code.test(size)
+        code.jump(end, _LE)
+        code.alu_imm(CMP, size, tree[4])
+        code.jump(fits, _LE)
+        code.set(size, tree[4])
+        code.mark(fits)
+        self.fetch(address, size, dest, 2)
+        code.alu(CMP, RAX, size)
+        code.jump(self.fault, _NE)
+        code.mov(RCX, RAX)
+        code.mark(end)
+        self.give(size)
+        self.give(address)
+
+    # -- Records: see the drawing of a ring.
+
+    def trace(self, end):
+        """Reserve a ticket, claim its slot, fill it, publish it."""
+        code, layout = self.code, self.layout
+        at = self.place.block + layout.start
+        slot, usual = self.take(), self.free
+        # Until a value is computed, what that may change is free as well.
+        self.free = self.unused_volatile() + usual
+        base = self.shard()
+        ticket = self.ticket(base, at, end)
+        code.mov(slot, RAX)
+        code.alu_imm(AND, slot, layout.n_entries - 1)
+        code.op(b"\x69", slot, slot, 8, _S32.pack(layout.entry_size))
+        code.alu(ADD, slot, base)
+
+        def field(offset):
+            return Mem(slot, at + RING_SLOTS + offset, is_wide=True)
+        sequence = field(SLOT_SEQUENCE)
+        code.lea(ticket, Mem(RAX, 1, RAX, 0))
+        code.mov(RAX, sequence)
+        code.alu(CMP, RAX, ticket)              # a later one was faster
+        code.jump(end, _A)
+        code.put(b"\xa8\x01")                   # test $1, %al
+        code.jump(end, _NE)                     # another is still at it
+        code.lock_cmpxchg(sequence, ticket)
+        code.jump(end, _NE)
+        self.stamp(field, base)
+        self.free = [reg for reg in usual if reg != slot]
+        for n, value in enumerate(self.spec.values):
+            self.record(n, value, field)
+        if layout.stack_offset:
+            self.copy_stack(field)
+        code.alu_imm(ADD, sequence, 1)
+        self.give(_Owned(slot))
+
+    def ticket(self, base, at, end):
+        """rax = a ticket. -> a register that was used for it"""
+        code, spare = self.code, self.take()
+        reserved = Mem(base, at + RING_RESERVED, is_wide=True)
+        self.touch(RAX)
+        if self.spec.policy == "overwrite":
+            code.set(RAX, 1)
+            code.lock_xadd(reserved, RAX)
+            return spare
+        again, full = code.label(), code.label()
+        tries = None
+        if self.spec.policy == "block":
+            tries = self.take()
+            code.set(tries, _N_WAITS)
+        code.mov(RAX, reserved)
+        code.mark(again)
+        code.mov(spare, RAX)
+        code.alu(SUB, spare, Mem(base, at + RING_CONSUMED, is_wide=True))
+        code.alu_imm(CMP, spare, self.layout.n_entries, 8, True)
+        code.jump(full, _AE)
+        code.lea(spare, Mem(RAX, 1))
+        code.lock_cmpxchg(reserved, spare)
+        code.jump(again, _NE)
+        code.aside()
+        code.mark(full)
+        if tries is not None:
+            self.wait(tries, spare, reserved, again)
+        code.lock_inc(Mem(base, at + RING_FULL, is_wide=True))
+        code.jump(end)
+        code.back()
+        return spare
+
+    def stamp(self, field, base):
+        """The time, who, where."""
+        code, place = self.code, self.place
+        if place.tsc is not None:
+            self.touch(RAX, RDX)
+            self.read_tsc()
+            code.store(field(SLOT_TSC), RAX)
+        else:
+            code.store_imm(field(SLOT_TSC), 0)
+        reg = self.take()
+        if place.tid_offset is not None:
+            code.mov(reg, Mem(FS, place.tid_offset), 4)
+            code.store(field(SLOT_TID), reg, 4)
+        else:
+            code.store_imm(field(SLOT_TID), 0, 4)
+        code.mov(reg, base)
+        code.alu(SUB, reg, Mem(RIP, place.shards.base))
+        code.shift(SHR, reg, place.shards.shift)
+        code.store(field(SLOT_CPU), reg, 4)
+        code.store_imm(field(SLOT_SITE), place.site_index)
+        self.give(_Owned(reg))
+
+    def record(self, n, value, field):
+        """Store one value; or, if it faults, its bit and zero."""
+        code, word = self.code, field(SLOT_VALUES + 8 * n)
+        self.fault, after = code.label(), code.label()
+        if value.kind == "int":
+            operand = self.operand(value.tree)
+            if type(operand) is Mem:
+                operand = self.owned(None, operand)
+            if type(operand) is _Imm:
+                code.store_imm(word, int(operand))
+            else:
+                code.store(word, operand)
+            self.give(operand)
+        else:
+            at = self.layout.fields[n][1]
+            self.text(value, lambda: field(at))
+            code.store(word, RCX)
+        code.mark(after)
+        if self.fault in code.jumped:
+            code.aside()
+            code.mark(self.fault)
+            code.alu_imm(OR, field(SLOT_FAULTS), 1 << n, 4, True)
+            code.store_imm(word, 0)
+            code.jump(after)
+            code.back()
+
+    def copy_stack(self, field):
+        """The registers that unwinding begins with, and the stack's top."""
+        code, at = self.code, self.layout.stack_offset
+        size = self.spec.stack_size
+        for n, name in enumerate(STACK_REGISTERS):
+            operand = self.name(name)
+            if type(operand) is Mem:
+                operand = self.owned(None, operand)
+            code.store(field(at + 8 + 8 * n), operand)
+            self.give(operand)
+        reg = self.name("rsp")
+        copied = code.label()
+        self.fetch(reg, _Imm(size),
+                   lambda: field(at + 8 + 8 * len(STACK_REGISTERS)),
+                   size // PAGE_SIZE + 2)
+        code.test(RAX)
+        code.jump(copied, _NS)
+        code.clear(RAX)
+        code.mark(copied)
+        code.store(field(at), RAX)
+        self.give(reg)
+
+    def wait(self, tries, spare, reserved, again):
+        """A full ring: sleep until the reader wakes us or 10 ms are over,
+        _N_WAITS times at most, and never without a living tracer."""
+        code, place = self.code, self.place
+        self.require(place.tracer, "overflow=block")
+        self.require(place.private, "overflow=block")
+        give_up = code.label()
+        tracer = Mem(RIP, place.tracer)
+        code.alu_imm(SUB, tries, 1)
+        code.jump(give_up, _S)
+        code.mov(spare, Mem(RIP, place.private))
+        code.test(spare)
+        code.jump(give_up, _E)                  # a forked child
+        code.mov(spare, tracer, 4)
+        code.op(b"\xf7", 0, spare, 4, struct.pack("<I", _FUTEX_TID_MASK))
+        code.jump(give_up, _E)                  # nobody will wake us
+        code.op(b"\xf7", 0, spare, 4, struct.pack("<I", _FUTEX_OWNER_DIED))
+        code.jump(give_up, _NE)
+        code.op(b"\x0f\xba", 5, tracer, 4, b"\x1f", b"\xf0")    # lock bts
+        code.op(b"\x0f\xba", 5, spare, 4, b"\x1f")
+        before = self.depth
+        self.grow(_RED_ZONE_SIZE)
+        kept = (RCX, RDX, RSI, RDI, 8, 9, 10, 11)
+        for reg in kept:
+            self.push(reg)
+        code.put(b"\x68" + struct.pack("<i", _WAIT_NS))         # push imm32
+        code.put(b"\x6a\0")                     # struct timespec: 0 s
+        code.mov(RDX, spare)
+        code.lea(RDI, tracer)
+        code.clear(RSI)                         # FUTEX_WAIT, not private
+        code.mov(10, RSP)
+        code.set(RAX, NR_FUTEX)
+        code.put(b"\x0f\x05")
+        code.lea(RSP, Mem(RSP, 16))
+        for reg in reversed(kept):
+            code.put(pop_r64(reg))
+        code.lea(RSP, Mem(RSP, _RED_ZONE_SIZE))
+        self.depth = before
+        code.mov(RAX, reserved)
+        code.jump(again)
+        code.mark(give_up)
+
+    # -- Frames: entries leave one under their rsp, exits take it.
+
+    def frame_slot(self, key, frame):
+        """key = the site's rsp; frame = where its search begins."""
+        size, _ = frames_layout(self.frames)
+        code, n, spare = self.code, self.frames.n_frames, self.take()
+        code.lea(key, Mem(RSP, self.depth))
+        code.op(b"\x69", frame, key, 8, _S32.pack(_GOLDEN_32))  # imul
+        code.shift(SHR, frame, 32 - (size.bit_length() - 1))
+        code.alu_imm(AND, frame, (n - 1) * size, 8, True)
+        code.lea(spare, Mem(RIP, self.place.frames))
+        code.alu(ADD, frame, spare)
+        self.give(_Owned(spare))
+        return size
+
+    def find_frame(self):
+        """Pin what the frame of this exit knows. -> its register"""
+        self.require(self.place.frames, "elapsed")
+        code = self.code
+        names = frozenset().union(*(part.names for part in self.parts))
+        key, frame = self.take(), self.take()
+        if "elapsed" in names:
+            self.require(self.place.tsc, "elapsed")
+            self.touch(RAX, RDX)
+            now = self.take()
+            self.read_tsc()
+            code.mov(now, RAX)
+        size = self.frame_slot(key, frame)
+        other, found = code.label(), code.label()
+        code.op(b"\x39", key, Mem(frame))                       # cmp
+        code.jump(other, _NE)
+        code.mark(found)
+        code.aside()
+        code.mark(other)
+        for _ in range(N_NEIGHBOURS - 1):
+            code.alu_imm(ADD, frame, size)
+            code.op(b"\x39", key, Mem(frame))
+            code.jump(found, _E)
+        self.count_head(HEAD_UNMATCHED)
+        code.jump(self.done)
+        code.back()
+        self.give(_Owned(key))
+        if "elapsed" in names:
+            self.elapsed(now, frame)
+            self.pin("elapsed", now)
+        for n, name in enumerate(self.frames.kept):
+            self.pinned[name] = Mem(frame, FRAME_ARGS + 8 * n)
+        self.held.add(frame)
+        return frame
+
+    def elapsed(self, now, frame):
+        """now = ns since the frame's entry, none if the clocks disagree."""
+        code, early, on = self.code, self.code.label(), self.code.label()
+        code.alu(SUB, now, Mem(frame, FRAME_TSC))
+        code.jump(early, _B)
+        code.mark(on)
+        code.aside()
+        code.mark(early)
+        code.clear(now)
+        code.jump(on)
+        code.back()
+        code.mov(RAX, now)
+        self.scale()
+        code.mov(now, RAX)
+
+    def enter(self):
+        """Leave a frame for the exit, or none if the condition is false."""
+        code, spec = self.code, self.spec
+        self.require(self.place.frames, "elapsed")
+        skip = code.label()
+        if spec.when:
+            self.prepare([spec.when])
+            self.unless(spec.when.tree, skip)
+            self.skip_aside(skip)
+        key, frame = self.take(), self.take()
+        size = self.frame_slot(key, frame)
+        same, filled, crowded = [code.label() for _ in range(3)]
+        near = [same] + [code.label() for _ in range(N_NEIGHBOURS - 1)]
+        self.touch(RAX)
+        for n, label in enumerate(near):
+            code.op(b"\x39", key, Mem(frame, n * size))         # cmp
+            code.jump(label, _E)
+        code.clear(RAX)
+        code.lock_cmpxchg(Mem(frame), key)
+        code.jump(crowded, _NE)
+        code.mark(filled)
+        code.aside()
+        for n in range(1, N_NEIGHBOURS):
+            code.mark(near[n])
+            code.alu_imm(ADD, frame, n * size)
+            code.jump(same)
+        code.mark(same)
+        self.count_head(HEAD_ABANDONED)
+        code.jump(filled)
+        code.mark(crowded)
+        for _ in range(N_NEIGHBOURS - 1):
+            code.alu_imm(ADD, frame, size)
+            code.clear(RAX)
+            code.lock_cmpxchg(Mem(frame), key)
+            code.jump(filled, _E)
+        self.count_head(HEAD_CROWDED)
+        code.jump(self.done)
+        code.back()
+        self.fill_frame(frame)
+
+    def skip_aside(self, skip):
+        """The condition is false, or faults: no frame must be found at the
+        exit, not even one that was left there by a longjmp."""
+        code, clear, found = self.code, self.code.label(), self.code.label()
+        code.aside()
+        if self.fault in code.jumped:
+            code.mark(self.fault)
+            self.count_head(HEAD_FAULTS)
+            code.jump(clear)
+        code.mark(skip)
+        self.count_head(HEAD_SKIPPED)
+        code.mark(clear)
+        key, frame = self.take(), self.take()
+        size = self.frame_slot(key, frame)
+        for n in range(N_NEIGHBOURS):
+            code.op(b"\x39", key, Mem(frame))                   # cmp
+            code.jump(found, _E)
+            code.alu_imm(ADD, frame, size)
+        code.jump(self.done)
+        code.mark(found)
+        code.store_imm(Mem(frame), 0)
+        self.count_head(HEAD_ABANDONED)
+        code.jump(self.done)
+        code.back()
+        self.give(_Owned(key))
+        self.give(_Owned(frame))
+
+    def fill_frame(self, frame):
+        """The arguments, then the time: as late as can be."""
+        code = self.code
+        for n, name in enumerate(self.spec.kept):
+            reg = self.in_register(("name", False, name))
+            code.store(Mem(frame, FRAME_ARGS + 8 * n), reg)
+            self.give(reg)
+        if self.place.tsc is not None:
+            self.touch(RAX, RDX)
+            self.read_tsc()
+            code.store(Mem(frame, FRAME_TSC), RAX)
+
+
+class _KeyWords(NamedTuple):
+    """Keys on the stack: how many words, pushed at which depth."""
+    n: int
+    depth: int
+
+
+_N_UNROLLED = 4                 # words of keys; more take a loop
+_N_WAITS, _WAIT_NS = 10, 10000000       # of 10 ms: 100 ms for each hit
+_FUTEX_TID_MASK, _FUTEX_OWNER_DIED = 0x3fffffff, 0x40000000  # linux/futex.h
+NR_FUTEX = 202                  # asm/unistd_64.h
+
+
+def table_hash(words, is_one_int):
+    """The hash of an entry's key words, as bodies compute it.
+
+    is_one_int  the key is a single integer
+    """
+    mask, h = (1 << 64) - 1, 0
+    if is_one_int:
+        return words[0] * _GOLDEN & mask
+    for word in words:
+        h ^= word
+        h = (h >> 32 | h << 32 & mask) * _GOLDEN & mask
+    return h
+
+
+def table_tag(words, is_one_int):
+    """The state of a ready entry with these key words: never below 16."""
+    return table_hash(words, is_one_int) | STATE_READY
+
+
+def table_index(words, is_one_int, n_entries):
+    """Where the search for these key words begins; n_entries: of the Spec.
+    """
+    return table_hash(words, is_one_int) >> 65 - n_entries.bit_length()
 
 
 _plans = {}                     # (spec, what is dead) -> _Plan
@@ -5096,16 +5763,26 @@ def compiled(spec, place, window):
     """
     block_layout(spec)
     key = (spec, window.dead_regs, window.flags_dead)
-    plan = _plans.get(key, _Plan((set(), set()), frozenset()))
+    plan = _plans.get(key, _Plan())
     for _ in range(_N_TRIES):
         machine = _Body(spec, place, window, plan)
         machine.make()
-        found = _Plan(machine.used, plan.wanted | machine.wanted)
+        found = _Plan(tuple(map(frozenset, machine.used)),
+                      plan.wanted | machine.wanted,
+                      frozenset(machine.stacks))
         if found == plan:
             break
         plan = found
     else:
         raise UbpError("compile", spec.action, "registers run in circles")
+    if not place.can_stack and machine.deepest > _RED_ZONE_SIZE:
+        raise UbpError("compile", spec.action,
+                       "more stack than a goroutine is sure to have")
+    size = sum(len(part) if isinstance(part, bytes) else 8
+               for part in machine.code.parts + machine.code.cold)
+    if size > MAX_CODE:
+        raise UbpError("compile", spec.action,
+                       "more than %d bytes of code" % MAX_CODE)
     if len(_plans) > 1000:
         _plans.clear()
     _plans[key] = plan
@@ -5123,9 +5800,7 @@ def body(spec, place, window, vaddr):
     """
     code = compiled(spec, place, window)
     code.join()
-    if code.finish() > MAX_CODE:
-        raise UbpError("compile", spec.action,
-                       "more than %d bytes of code" % MAX_CODE)
+    code.finish()
     return code.at(vaddr)
 
 
@@ -5267,16 +5942,24 @@ def trampoline(window, vaddr, parts):
     """Several bodies, in order of arming, then the window. -> Trampoline
 
     parts   [(Spec, Place), ...]
-    What a body reads, those before it leave alone even where it is dead.
+    What is rare lies behind the jump back. What a body reads, those before
+    it leave alone even where it is dead. Raises as body() does.
     """
-    code = b""
+    code = Code()
     for n, (spec, place) in enumerate(parts):
         kept = 0
         for later, _ in parts[n + 1:]:
             kept |= input_registers(later)
-        narrowed = window._replace(dead_regs=window.dead_regs & ~kept)
-        code += body(spec, place, narrowed, vaddr + len(code))
-    return _with_copies(window, vaddr, code)
+        code.include(compiled(spec, place, window._replace(
+            dead_regs=window.dead_regs & ~kept)))
+    copies = code.label()
+    code.mark(copies)
+    code.put(_with_copies(window, vaddr, b"").code)
+    code.parts += code.cold
+    code.finish()
+    at = code.labels[copies]
+    made = _with_copies(window, vaddr, code.at(vaddr)[:at])
+    return made._replace(code=made.code + code.at(vaddr)[len(made.code):])
 
 
 CACHE_LINE = 64
