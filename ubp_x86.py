@@ -6021,12 +6021,21 @@ def reach(low, high):
 # any instant. Sources: <sys/user.h>, <asm/sigcontext.h>, <asm/ucontext.h>,
 # arch/x86/kernel/fpu/signal.c; the measured order is in the README.
 #
-#     frame +0    pretcode: the restorer            8 bytes
-#           +8    uc_flags, uc_link                16
-#           +24   uc_stack: flags no kernel takes  24
-#           +48   sigcontext                      256   fpstate at +232
-#           +304  uc_sigmask                        8
-#           fpstate: 64-byte aligned, above the frame, magic2 behind it
+#     frame +0    pretcode: the restorer           8 bytes    Q
+#           +8    uc_flags, uc_link                2 x 8      QQ
+#           +24   uc_stack: sp, flags, size        8, 4, 8    QI4xQ
+#           +48   sigcontext: r8 to eflags         18 x 8     18Q
+#           +192  cs, gs, fs, ss                   4 x 2      H4xH
+#           +200  err, trapno, oldmask, cr2        4 x 8      32x
+#           +232  fpstate: its vaddr, behind       8          Q
+#           +240  reserved                         8 x 8      64x
+#           +304  uc_sigmask                       8          8s
+#
+#     fpstate, 64-byte aligned: what XSAVE writes, and in it
+#           +464  magic1, size with magic2         4, 4       II
+#           +472  features, size without           8, 4       QI
+#           +484  reserved                         28         28x
+#           end   magic2                           4          I
 
 _REGS = struct.Struct("<27Q")    # struct user_regs_struct
 (_R15, _R14, _R13, _R12, _RBP, _RBX, _R11, _R10, _R9, _R8, _RAX, _RCX, _RDX,
@@ -6048,14 +6057,22 @@ _N_EPILOGUE = 32     # instructions that may come between the pop and the end
 _SYSCALL_ARGS = (_RDI, _RSI, _RDX, _R10, _R8, _R9)
 _U64_MAX = (1 << 64) - 1
 _RED_ZONE = 128
+_FRAME = struct.Struct("<QQQQI4xQ18QH4xH32xQ64x8s")
+_SOFTWARE_BYTES, _MAGIC2 = struct.Struct("<IIQI28x"), struct.Struct("<I")
+_POP_RAX = struct.Struct("<QQ")         # a POP_RAX_RET, and what it pops
+_SOFTWARE_AT, _FXSAVE_SIZE = 464, 512   # SDM 13.4.1: bytes that XSAVE leaves
+_XSTATE_BV_AT, _XSAVE_HEADER = 512, 64  # SDM 13.4.2
+_FPSTATE_ALIGN = 64
 _SIGCONTEXT_RIP = 48 + 8 * 16    # from the frame's start: 0xb0
 _SIGCONTEXT_RSP = 48 + 8 * 15
-FRAME_HEAD = 312                 # bytes before fpstate
 FP_XSTATE_MAGIC1, FP_XSTATE_MAGIC2 = 0x46505853, 0x46505845
 _UC_FLAGS = 7                    # UC_FP_XSTATE, SIGCONTEXT_SS, STRICT_RESTORE
 _SS_REJECTED = 0x7ffffff0        # sigaltstack(2) refuses it: nothing changes
 _XFEATURE_TILE_DATA = 1 << 18    # AMX; SDM 13.1
-_XSTATE_WITHOUT_TILES = 2816     # what sigreturn takes without permission
+# Where the tiles' data begin, behind their configuration (CPUID 0xd, leaf
+# 18, EBX; 64 bytes at 2752): arch_prctl(2) ARCH_REQ_XCOMP_PERM allows the
+# rest, and sigreturn takes no more from a thread that never asked.
+_XSTATE_WITHOUT_TILES = 2816
 _USER_CS_32 = 0x23               # <asm/segment.h>
 
 NR_RT_SIGRETURN = 15
@@ -6339,7 +6356,8 @@ def syscall_regs(regs, gadget, frame, number, args):
 
 def frame_size(xstate):
     """Bytes that a signal frame takes, its alignment included."""
-    return FRAME_HEAD + 64 + len(xstate) + 4 + 64 + 16
+    return (_FRAME.size + 16 + len(xstate) + _FPSTATE_ALIGN
+            + _MAGIC2.size + _POP_RAX.size)
 
 
 def own_stack_top(regs):
@@ -6354,10 +6372,10 @@ def usable_xstate(xstate):
     an ordinary frame. Source: arch/x86/kernel/fpu/signal.c,
     check_xstate_in_sigframe; XCR0 is in the software bytes at 464.
     """
-    if len(xstate) < 576:
-        return xstate[:512]
-    features = _U64.unpack_from(xstate, 464)[0]
-    in_use = _U64.unpack_from(xstate, 512)[0]
+    if len(xstate) < _FXSAVE_SIZE + _XSAVE_HEADER:
+        return xstate[:_FXSAVE_SIZE]
+    features = _U64.unpack_from(xstate, _SOFTWARE_AT)[0]
+    in_use = _U64.unpack_from(xstate, _XSTATE_BV_AT)[0]
     if in_use & _XFEATURE_TILE_DATA:
         return None
     if features & _XFEATURE_TILE_DATA:
@@ -6375,33 +6393,39 @@ def signal_frame(regs, xstate, sigmask, restorer, top, pop_rax=0):
               POP_RAX_RET too, of SYSCALL_RET: together they are one
     top       the highest vaddr that may be written, exclusive
     """
-    image = bytearray(xstate)
-    magic2 = b""
-    if len(image) > 512:
-        features = _U64.unpack_from(image, 464)[0] & ~_XFEATURE_TILE_DATA
-        struct.pack_into("<IIQI", image, 464, FP_XSTATE_MAGIC1,
-                         len(image) + 4, features, len(image))
-        image[484:512] = bytes(28)
-        magic2 = struct.pack("<I", FP_XSTATE_MAGIC2)
-    else:
-        image[464:512] = bytes(48)
-    fpstate = (top - len(image) - len(magic2)) & ~63
-    vaddr = ((fpstate - FRAME_HEAD) & ~15) - 8
+    image = _frame_image(xstate)
+    fpstate = (top - len(image)) & -_FPSTATE_ALIGN
+    vaddr = ((fpstate - _FRAME.size) & -16) - 8
     values = list(_REGS.unpack(regs))
     if will_restart(regs):
         values[_PC] -= 2
         values[_RAX] = values[_ORIG_RAX]
-    frame = struct.pack("<QQQQII Q", restorer, _UC_FLAGS, 0, 0,
-                        _SS_REJECTED, 0, 0)
-    frame += struct.pack("<18Q", *(values[i] for i in _SIGCONTEXT_ORDER))
-    frame += struct.pack("<HHHH", values[_CS] & 0xffff, 0, 0,
-                         values[_SS] & 0xffff)
-    frame += struct.pack("<4QQ8Q", 0, 0, 0, 0, fpstate, *(0,) * 8) + sigmask
-    frame += bytes(fpstate - vaddr - len(frame))
-    frame += bytes(image) + magic2
+    frame = _FRAME.pack(
+        restorer,
+        _UC_FLAGS, 0,
+        0, _SS_REJECTED, 0,
+        *([values[i] for i in _SIGCONTEXT_ORDER] + [
+            values[_CS] & 0xffff, values[_SS] & 0xffff,
+            fpstate,
+            sigmask]))
+    frame = frame.ljust(fpstate - vaddr, b"\0") + image
     if pop_rax:
-        return vaddr - 16, struct.pack("<QQ", pop_rax, NR_RT_SIGRETURN) + frame
+        return (vaddr - _POP_RAX.size,
+                _POP_RAX.pack(pop_rax, NR_RT_SIGRETURN) + frame)
     return vaddr, frame
+
+
+def _frame_image(xstate):
+    """An XSAVE image as a signal frame has it; an FXSAVE one has no size."""
+    image = bytearray(xstate)
+    if len(image) == _FXSAVE_SIZE:
+        image[_SOFTWARE_AT:] = bytes(_SOFTWARE_BYTES.size)
+        return bytes(image)
+    features = _U64.unpack_from(image, _SOFTWARE_AT)[0]
+    _SOFTWARE_BYTES.pack_into(
+        image, _SOFTWARE_AT, FP_XSTATE_MAGIC1, len(image) + _MAGIC2.size,
+        features & ~_XFEATURE_TILE_DATA, len(image))
+    return bytes(image) + _MAGIC2.pack(FP_XSTATE_MAGIC2)
 
 
 def frames_on_stack(memory, vaddr, restorers):
