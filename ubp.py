@@ -4925,7 +4925,7 @@ class Injection:
         threads.sort(key=lambda t: ubp_x86.injection_rank(t.regs))
         for thread in threads:
             try:
-                why = self._unfit(thread)
+                why = self._unfit(thread) or self._prepare(thread)
                 if not why:
                     self._thread = thread
                     return
@@ -4934,27 +4934,33 @@ class Injection:
         raise Again("no thread can run a syscall now: " + why)
 
     def _unfit(self, thread):
-        """Prepare a thread. -> why it cannot be used, or "" """
+        """Why a thread cannot run syscalls, or ""."""
         if ubp_x86.is_32bit(thread.regs):
             return "thread %d runs 32-bit code" % thread.tid
-        xstate = ubp_x86.usable_xstate(_get_xstate(thread.tid))
-        if xstate is None:
+        if ubp_x86.usable_xstate(_get_xstate(thread.tid)) is None:
             return "thread %d uses AMX tiles" % thread.tid
         if self._is_dispatched(thread.tid):
             return ("the syscalls of thread %d are blocked (Syscall User "
                     "Dispatch)" % thread.tid)
         if _in_rseq_section(thread):
             return "thread %d is in an rseq section" % thread.tid
-        ptrace(PTRACE_GETSIGMASK, thread.tid, 8,
-               ctypes.addressof(self._mask))
-        size = (ubp_x86.frame_size(xstate) + 32 + len(self._text)
-                + len(_FRAME_MARK))
-        top = self._place(thread, size)
+        return ""
+
+    def _prepare(self, thread):
+        """Write a thread's signal frame. -> why there is no room, or "".
+
+        Below `top`: the mark that tells a later ubp whose these bytes were,
+        `text`, and the frame.
+        """
+        xstate = ubp_x86.usable_xstate(_get_xstate(thread.tid))
+        text = self._text.ljust(len(self._text) + 15 & -16, b"\0")
+        text += _FRAME_MARK
+        top = self._place(thread, ubp_x86.frame_size(xstate) + len(text))
         if not top:
             return ("thread %d runs on a stack whose bounds are unknown"
                     % thread.tid)
-        text = self._text.ljust(len(self._text) + 15 & ~15, b"\0")
-        text += _FRAME_MARK
+        ptrace(PTRACE_GETSIGMASK, thread.tid, 8,
+               ctypes.addressof(self._mask))
         self.text_vaddr = top - len(text)
         self._frame, image = ubp_x86.signal_frame(
             thread.regs, xstate, self._mask.raw, self._restorer,
@@ -6003,11 +6009,10 @@ def make_arena(tracer, low, high, need, timeout, kind="auto"):
     """
     n_shards = 1 << (n_possible_cpus() - 1).bit_length()
     layout = _layout(need, n_shards, tracer.name())
-    place = [place_arena(read_maps(tracer.vm_tid()), low, high,
-                         layout.total)]
+    base = place_arena(read_maps(tracer.vm_tid()), low, high, layout.total)
 
     def action():
-        base = place[0]
+        nonlocal base
         if not base:
             raise ProbeError(
                 "place an arena in", tracer.name(),
@@ -6016,26 +6021,17 @@ def make_arena(tracer, low, high, need, timeout, kind="auto"):
         source, offset = cpu_source(tracer)
         shards = ubp_x86.Shards(source, offset, n_shards - 1,
                                 layout.shard_shift, base + _LITERAL_AT)
-        with Injection(tracer, b"ubp\0") as injection:
-            fd = -1
-            if _may_have_memfd(injection, base, layout, kind):
-                fd = _map_memfd(injection, base, layout)
-            if fd < 0 and fd != -errno.EEXIST and kind != "memfd":
-                fd = _map_twice(injection, base, layout, MAP_PRIVATE
-                                | MAP_ANONYMOUS, -1) or _ANONYMOUS
-            if fd == _ANONYMOUS:    # nothing else would tell what it is
-                tracer.write_text(base, pack_header(
-                    tracer, base, layout, shards, 0, 0, 0, True))
+        fd = _inject_arena(tracer, base, layout, shards, kind)
         if fd == -errno.EEXIST:     # taken since the maps were read
-            place[0] = place_arena(read_maps(tracer.vm_tid()), low, high,
-                                   layout.total)
+            base = place_arena(read_maps(tracer.vm_tid()), low, high,
+                               layout.total)
             raise Again("the place for its arena is taken")
         if fd < 0 and fd != _ANONYMOUS:
             raise ProbeError("map memory into", tracer.name(),
                              os.strerror(-fd))
-        return base, shards, fd
+        return shards, fd
 
-    base, shards, fd = tracer.pause(action, timeout, "map the arena")
+    shards, fd = tracer.pause(action, timeout, "map the arena")
     try:
         if fd < 0:
             arena = Arena(tracer, base, layout, shards, None, 0)
@@ -6050,6 +6046,21 @@ def make_arena(tracer, low, high, need, timeout, kind="auto"):
     finally:
         if fd >= 0:
             os.close(fd)
+
+
+def _inject_arena(tracer, base, layout, shards, kind):
+    """Map an arena at base. -> our descriptor, _ANONYMOUS, or -errno"""
+    fd = -1
+    with Injection(tracer, b"ubp\0") as injection:
+        if _may_have_memfd(injection, base, layout, kind):
+            fd = _map_memfd(injection, base, layout)
+        if fd < 0 and fd != -errno.EEXIST and kind != "memfd":
+            fd = _map_twice(injection, base, layout, MAP_PRIVATE
+                            | MAP_ANONYMOUS, -1) or _ANONYMOUS
+        if fd == _ANONYMOUS:        # nothing else would tell what it is
+            tracer.write_text(base, pack_header(
+                tracer, base, layout, shards, 0, 0, 0, True))
+    return fd
 
 
 def _fill_private(arena):
@@ -8310,6 +8321,7 @@ def _where_text(where):
 # prints, exits, or runs from the garbage collector or in a forked child.
 
 _LAST_WAIT_S = 10.0     # for transfers, when the interpreter ends
+_MARGIN_S = 30          # behind the time-out of a job of the worker
 
 
 class Worker:
@@ -8324,8 +8336,9 @@ class Worker:
     def call(self, function, timeout):
         """Run function() in the worker. -> its result, or its exception
 
-        Bounded by what function itself does with its time-outs; the margin
-        here is for a worker that waits its turn.
+        function keeps to the timeout (seconds) itself. Behind it _MARGIN_S
+        are granted: to a job of another thread that comes before it, and to
+        the steps that may not be left half done. Then it is a bug of ours.
         """
         job = _Job(function)
         with self._lock:
@@ -8337,7 +8350,7 @@ class Worker:
             if self._thread.ident is None:
                 self._thread.start()
             self._jobs.put(job)
-        limit = time.monotonic() + timeout + 30
+        limit = time.monotonic() + timeout + _MARGIN_S
         while not job.done.wait(0.2):
             self.tracer.reap_dead()
             if time.monotonic() > limit:
@@ -8473,7 +8486,9 @@ class Target:
 
     @property
     def pause_us(self):
-        """The longest time that all threads were stopped, microseconds."""
+        """The longest pause so far, microseconds: from the first interrupt
+        to the release of the last thread. No thread stood still for longer,
+        children included that inherited the probes."""
         return self._tracer.pause_us
 
     @property
