@@ -149,11 +149,16 @@ class Misuse(unittest.TestCase):
     CASES = """
                                           | verb is missing
 frobnicate -p 4 x                         | no verb
-hist -p 4 x                               | hist is not built yet
-trace -p 4 x                              | trace is not built yet
-latency -p 4 x                            | latency is not built yet
-stack -p 4 x                              | stack is not built yet
-show x                                    | show is not built yet
+hist -p 4 x                               | hist needs one expression
+hist -p 4 x -e arg0,arg1                  | hist needs one expression
+latency -p 4 x%return                     | probes entry and exit itself
+latency -p 4 x -e arg0                    | latency has no option -e
+trace -p 4 x --interval 1                 | belongs to count, hist, latency
+trace -p 4 x --unwind cfi                 | --unwind needs --stack
+trace -p 4 x -o x.svg                     | needs --stack
+stack -p 4 x -o x.prom                    | stack has no .prom to write
+show                                      | no file
+show x --by tid                           | by host
 count                                     | needs -p PID or -- COMMAND
 count -p 4                                | no probe
 count malloc                              | needs -p PID or -- COMMAND
@@ -165,10 +170,11 @@ count -p 4 malloc --duration 3parsecs     | is no time
 count -p 4 malloc --top 0                 | is no number
 count -p 4 malloc --strategy int3         | int3 is not built yet
 count -p 4 malloc --strategy magic        | no strategy
-count -p 4 malloc -e arg0                 | -e is not built yet
-count -p 4 malloc --if arg0               | --if is not built yet
-count -p 4 malloc + free                  | + is not built yet
-count -p 4 malloc -o x.svg                | .jsonl or .txt
+count -p 4 malloc -e arg0                 | -e; it belongs to hist, trace
+count -p 4 malloc --max-rate 5            | --max-rate is not built yet
+count -p 4 malloc +                       | no probe beside the +
+count -p 4 malloc -o x.svg                | count has no .svg to write
+count -p 4 malloc -o x.png                | the suffix chooses the format
 count -p 4 malloc%return                  | not built yet
 count -p 4 mem:0x1234/3:w                 | watches 1, 2, 4 or 8
 count -p 4 usdt:libc:setjmp               | not built yet
