@@ -11956,7 +11956,7 @@ class Watched:
             if armed.is_trigger or isinstance(armed.probe.action, Trace):
                 continue
             is_function = isinstance(armed.probe.action, Latency)
-            by_site = getattr(armed.probe, "by_site", armed.probe.counts)
+            by_site = armed.probe.by_site
             for site, value in by_site().items():
                 where = place(self.pid, site, armed.is_exit, is_function)
                 if not isinstance(value, dict):
