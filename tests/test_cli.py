@@ -4,6 +4,7 @@ A row of a table is a case that anybody can add. Every process that is probed
 is a child of the test, bounded in time and ended by its pid, and is compared
 byte by byte with its files afterwards.
 """
+import collections
 import fcntl
 import json
 import os
@@ -424,8 +425,8 @@ class Counts(Live):
         self.assert_whole()
 
     def test_json_schema(self):
-        process = self.armed("exe:hot", "exe:shorty", "--json", "--interval",
-                             "100ms", "--duration", "500ms")
+        process = self.armed("exe:*", "--json", "--interval", "100ms",
+                             "--duration", "500ms")
         self.target.send("g")
         status, out, err = self.finish(process)
         self.assertEqual(status, 0, err)
@@ -434,7 +435,7 @@ class Counts(Live):
         own = {"count": "address calls total".split(),
                "refused": "address rule why".split(),
                "end": "reason hits recorded dropped refused pause_us".split()}
-        total = 0
+        totals = collections.Counter()
         for line in lines:
             self.assertEqual(list(line), common + own[line["kind"]])
             self.assertEqual((line["v"], line["pid"]), (1, self.pid))
@@ -443,11 +444,14 @@ class Counts(Live):
             if line["kind"] == "count":
                 self.assertRegex(line["address"], r"\A0x[0-9a-f]+\Z")
                 self.assertTrue(line["module"].startswith("busy"))
-                total += line["calls"]
-                self.assertEqual(line["total"], total)
+                totals[line["address"]] += line["calls"]
+                self.assertEqual(line["total"], totals[line["address"]])
+        total = sum(totals.values())
         self.assertGreater(total, 0)
         self.assertEqual([line["kind"] for line in lines].count("end"), 1)
         last = lines[-1]
+        self.assertEqual(last["refused"], [
+            line["kind"] for line in lines].count("refused"))
         self.assertEqual((last["kind"], last["reason"]), ("end", "duration"))
         self.assertEqual(last["hits"], total)
         self.assertEqual(last["hits"], last["recorded"] + last["dropped"])
