@@ -1741,6 +1741,7 @@ class Window(NamedTuple):
     flags_dead: bool = False
     is_loop: bool = False   # a branch of the function leads back to site:
     #                         hits count passes, not only calls
+    is_trap: bool = False   # an int3, not a jump, is written to site
 
     @property
     def ranges(self):
@@ -2689,6 +2690,39 @@ def plan_window(function, site, branches, read=None, is_executable=None,
     dead_regs, flags_dead = liveness(analysis, site)
     return window._replace(dead_regs=dead_regs, flags_dead=flags_dead,
                            is_loop=site in analysis.targets)
+
+
+def plan_trap(site, function, branches, forbidden=(), seccomp=False,
+              taken=None):
+    """Return the Window for an int3 at site: any one instruction.
+
+    function    the Function that holds it, or None
+    The others are those of plan_window. One byte changes, and it begins an
+    instruction, so nothing can arrive in the middle. What remains is code
+    that is looked at by its address. Raises RefusalError, DecodeError,
+    and RelocationError for what runs nowhere else.
+    """
+    limits = _Limits(branches, branches.read, branches.is_executable,
+                     tuple(forbidden), seccomp, False, taken or ByteRanges())
+    insn = decode(branches.read(site, 15) or b"", site)
+    relocate(insn, site)                # raises for what stays
+    if branches.has_rseq:
+        if function is None:
+            raise RefusalError("rseq section", "its module has rseq sections,"
+                               " and no function is known here", site)
+        limits = limits._replace(forbidden=limits.forbidden + _rseq_ranges(
+            branches.analysis(function), limits))
+    for low, high, reason in limits.forbidden:
+        if low < site + insn.size and site < high:
+            raise RefusalError(reason, "%s at 0x%x is looked at by its "
+                               "address" % (reason, low), site)
+    if insn.flow == SYSCALL and seccomp:
+        raise RefusalError("syscall", "a seccomp filter may look at where "
+                           "the syscall at 0x%x is" % site, site)
+    if limits.taken.overlap(site, site + insn.size):
+        raise RefusalError("overlap", "another patch overlaps 0x%x" % site,
+                           site)
+    return Window(site, insn.size, (insn,), is_trap=True)
 
 
 def _behind_endbr64(analysis, endbr64, branches):
@@ -5938,6 +5972,11 @@ def _with_copies(window, vaddr, code):
     return Trampoline(vaddr, code, tuple(copies))
 
 
+def bare_trampoline(window, vaddr):
+    """The displaced instructions and the way back, no body. -> Trampoline"""
+    return _with_copies(window, vaddr, b"")
+
+
 def trampoline(window, vaddr, parts):
     """Several bodies, in order of arming, then the window. -> Trampoline
 
@@ -5979,6 +6018,8 @@ def window_patches(window, trampoline_vaddr):
     In the order of arming: the slot, which nothing executes yet, precedes
     the two-byte jump that leads to it. Removal is the reverse.
     """
+    if window.is_trap:
+        return ((window.site, BREAKPOINT),)
     if not window.slot:
         return ((window.site, jmp_rel32(window.site, trampoline_vaddr)),)
     return ((window.slot, jmp_rel32(window.slot, trampoline_vaddr)),
@@ -6113,6 +6154,9 @@ _VECTORED = {20: 1, 46: 44, 47: 45}
 # A frame cannot resume these exactly: they hold a temporary signal mask or
 # the rest of a time-out. Threads in them are the last choice.
 _INEXACT = {34, 130, 270, 271, 23, 7, 35, 230, 202, 219}
+
+
+PROGRAM_COUNTER_OFFSET = 8 * _PC     # in struct user, for PTRACE_POKEUSER
 
 
 def program_counter(regs):

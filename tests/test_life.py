@@ -304,5 +304,315 @@ class Hardware(unittest.TestCase):
                 target.detach()
 
 
+class Int3(unittest.TestCase):
+    """One byte, a stop per hit, and a guardian that sends threads on."""
+
+    # what traps.c is told | what that is
+    SIGNALS = """
+    c | calls
+    m | calls in threads that start later, several at the site at once
+    i | int3 and int $3 of the program's own, with a handler
+    r | raise(SIGTRAP) and kill(), with a handler
+    b | calls while SIGTRAP is blocked
+    p | calls while it is blocked and pending
+    s | calls while every signal is blocked
+    h | a storm of signals whose handler makes calls too
+    j | handlers that leave by siglongjmp
+    f | a child that forks
+    v | posix_spawn
+    e | vfork, calls in the child, exec
+    """
+    # what is probed in traps.c | hits for each call of step
+    WHERE = """
+    exe:step         | 1
+    exe:odd_push     | 1
+    exe:odd_push+1   | 1
+    exe:odd_call+4   | 1
+    exe:odd_jump+3   | 1
+    exe:odd_jump+9   | -
+    exe:odd_rip      | 1
+    exe:odd_indirect+11 | 1
+    exe:odd_loop+11  | -
+    exe:odd_ret+4    | 3
+    """
+
+    def unchanged(self, process):
+        self.assertEqual([], live.changed_text(process.pid)[:8])
+        self.assertEqual({}, live.tracers(process.pid))
+        self.assertEqual([], live.arenas(process.pid))
+
+    def test_signals_do_what_they_do_unprobed(self):
+        with live.Target("traps", seconds=120) as process:
+            fds = live.descriptors(process.pid)
+            with ubp.attach(process.pid) as target:
+                probe = target.probe("exe:step", ubp.Count(), strategy="int3")
+                guardian = target._guardian.process.pid
+                self.assertEqual({guardian}, set(live.tracers(
+                    process.pid).values()))
+                for line in self.SIGNALS.strip().splitlines():
+                    command, what = [w.strip() for w in line.split("|")]
+                    with self.subTest(what):
+                        before = probe.read()
+                        answer = process.ask(command)
+                        self.assertEqual((answer["n"], 0), (
+                            probe.read() - before, answer["wrong"]),
+                            process.stderr())
+            self.unchanged(process)
+            self.assertEqual(fds, live.descriptors(process.pid))
+            process.quit()
+
+    def test_any_instruction_takes_one(self):
+        for line in self.WHERE.strip().splitlines():
+            where, share = [w.strip() for w in line.split("|")]
+            with self.subTest(where), live.Target("traps") as process:
+                with ubp.attach(process.pid) as target:
+                    probe = target.probe(where, ubp.Count(), strategy="int3")
+                    n = sum(process.ask(c)["n"] for c in "cmbps")
+                    if share != "-":
+                        self.assertEqual(int(share) * n, probe.read())
+                    self.assertGreater(probe.read(), 0)
+                self.unchanged(process)
+                process.quit()
+
+    def test_every_instruction_at_once(self):
+        with live.Target("traps", seconds=120) as process:
+            with ubp.attach(process.pid) as target:
+                sites = ["exe:odd_%s+%d" % (name, at) for name, offsets in (
+                    ("call", (0, 4, 9, 13)), ("jump", (0, 3, 5, 9, 10, 15)),
+                    ("loop", (0, 3, 5, 8, 11, 13)), ("rip", (0, 7, 10)),
+                    ("indirect", (0, 7, 11, 13, 17)), ("push", (0, 1, 2, 5)),
+                    ("ret", (0, 4))) for at in offsets]
+                probe = target.probe(sites, ubp.Count(), strategy="int3")
+                self.assertEqual(len(sites), len(probe.sites), probe.refused)
+                for command in "bpsi":
+                    self.assertEqual(0, process.ask(command)["wrong"],
+                                     process.stderr())
+                self.assertGreater(min(probe.counts().values()), 0)
+            self.unchanged(process)
+            process.quit()
+
+    def test_computes_what_a_jump_computes(self):
+        for make in (lambda: ubp.Count(sum="arg0"),
+                     lambda: ubp.Hist("arg0 - 50")):
+            with self.subTest(repr(make())), \
+                    live.Target("traps", seconds=90) as process:
+                results = []
+                for strategy in ("jump", "int3"):
+                    with ubp.attach(process.pid) as target:
+                        probe = target.probe("exe:step", make(),
+                                             "arg0 % 3 != 1", strategy)
+                        for command in "cmfve":
+                            process.ask(command)
+                        results.append((probe.hits, probe.read()))
+                self.assertEqual(*results)
+                self.assertGreater(results[0][0], 400)
+                self.unchanged(process)
+                process.quit()
+
+    def test_what_a_jump_refuses_takes_an_int3(self):
+        with live.Target("traps") as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe(["exe:step", "exe:odd_jump+9"],
+                                     ubp.Count(), strategy="jump,int3")
+                changed = {vaddr: new for _, vaddr, _, new
+                           in live.changed_text(process.pid)}
+                first = {site.function.name: changed[site.vaddr]
+                         for site in probe.sites}
+                self.assertEqual(0xcc, first["odd_jump"])
+                self.assertNotEqual(0xcc, first["step"])
+                n = process.ask("c")["n"]
+                counts = {site.function.name: n for site, n
+                          in probe.counts().items()}
+                self.assertEqual({"step": n, "odd_jump": n - 1}, counts)
+            self.unchanged(process)
+            process.quit()
+
+    def test_probes_that_come_and_go_beside_it_keep_it(self):
+        with live.Target("traps", seconds=90) as process:
+            with ubp.attach(process.pid) as target:
+                first = target.probe("exe:step", ubp.Count(),
+                                     strategy="int3")
+                process.ask("c")
+                jump = target.probe("exe:odd_rip", ubp.Count())
+                third = target.probe("exe:step", ubp.Hist("arg0"),
+                                     strategy="int3")
+                n = process.ask("c")["n"]
+                self.assertEqual((2 * n, n, n),
+                                 (first.read(), jump.read(), third.hits))
+                self.assertTrue(any("out for" in note
+                                    for note in target.notes))
+                jump.remove()
+                process.ask("c")
+                self.assertEqual((3 * n, n, 2 * n),
+                                 (first.read(), jump.read(), third.hits))
+            self.unchanged(process)
+            process.quit()
+
+    def test_stopped_and_continued_it_stays_so(self):
+        with live.Target("traps") as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe("exe:step", ubp.Count(),
+                                     strategy="int3")
+                os.kill(process.pid, signal.SIGSTOP)
+                time.sleep(0.1)
+                process.send("m")
+                time.sleep(0.2)         # what stops traced shows as t
+                self.assertEqual(("t", 0), (live.states(process.pid),
+                                            probe.read()))
+                os.kill(process.pid, signal.SIGCONT)
+                self.assertEqual(process.answer()["n"], probe.read())
+            self.unchanged(process)
+            process.quit()
+
+    def test_a_program_that_ignores_sigtrap_is_refused(self):
+        with live.Target("traps", "ignored") as process:
+            with ubp.attach(process.pid) as target:
+                with self.assertRaises(ubp.ProbeError) as caught:
+                    target.probe("exe:step", ubp.Count(), strategy="int3")
+                self.assertIn("ignores SIGTRAP", str(caught.exception))
+            self.unchanged(process)
+
+    def test_threads_that_come_and_go_are_none_missed(self):
+        with live.Target("children", "threads", seconds=90) as process:
+            with ubp.attach(process.pid) as target:
+                process.ask("p")
+                probe = target.probe("exe:hot", ubp.Count(), strategy="int3")
+                start = process.ask("r")["hot"]
+                process.ask("g")
+                time.sleep(0.3)
+                end = process.ask("p")["hot"]
+                self.assertGreater(end, start)
+                self.assertEqual(end - start, probe.read())
+            self.unchanged(process)
+            process.ask("g")
+            process.quit()
+
+    def test_children_that_come_and_go_are_none_missed(self):
+        for mode in ("storm", "spawn"):
+            with self.subTest(mode), live.Target(
+                    "children", mode, seconds=90) as process:
+                with ubp.attach(process.pid) as target:
+                    process.ask("p")
+                    probe = target.probe("exe:hot", ubp.Count(),
+                                         strategy="int3")
+                    start = process.ask("r")["hot"]
+                    process.ask("g")
+                    time.sleep(0.3)
+                    end = process.ask("p")["hot"]
+                    self.assertGreater(end, start)
+                    self.assertEqual(end - start, probe.read())
+                self.unchanged(process)
+                process.ask("g")
+                process.quit()
+
+    def test_armed_and_removed_under_fire(self):
+        with live.Target("busy", 4, seconds=90) as process:
+            process.send("g")
+            for _ in range(5):
+                with ubp.attach(process.pid) as target:
+                    probe = target.probe(["exe:shorty", "exe:tiny"],
+                                         ubp.Count(), strategy="int3")
+                    time.sleep(0.05)
+                    self.assertGreater(probe.read(), 0)
+            process.ask("p")
+            self.unchanged(process)
+            process.quit()
+
+
+class Guardian(unittest.TestCase):
+    """What becomes of int3s when those who set them die."""
+
+    FRONT_END = ("t = ubp.attach(%d)\n"
+                 "for each in %r:\n"
+                 "    t.probe(each, ubp.Count(), strategy=%r)\n"
+                 "print('armed', t._guardian.process.pid, flush=True)\n"
+                 "time.sleep(60)\n")
+
+    def front_end(self, process, strategy="int3", extra=""):
+        return live.python((self.FRONT_END % (
+            process.pid, ["exe:shorty"], strategy)).replace(
+                "print", extra + "print"))
+
+    def test_front_end_killed_the_text_is_put_back(self):
+        for beside in ("", "t.probe('exe:hot', ubp.Count())\n"):
+            with self.subTest(beside), live.Target("busy", 3) as process:
+                process.send("g")
+                with self.front_end(process, extra=beside) as front:
+                    guardian = int(front.line().split()[1])
+                    time.sleep(0.1)
+                    front.process.kill()
+                    began = time.monotonic()
+                    self.assertTrue(live.settled(
+                        lambda: not live.tracers(process.pid), 20))
+                    took = time.monotonic() - began
+                self.assertTrue(live.settled(
+                    lambda: not os.path.exists("/proc/%d/exe" % guardian),
+                    20), "the guardian stays")
+                process.ask("p")
+                self.assertEqual([], live.changed_text(process.pid)[:8])
+                self.assertEqual([], live.arenas(process.pid))
+                process.quit()
+                print("int3 out %.0f ms after the kill" % (1e3 * took))
+
+    def test_its_end_by_sigterm_is_as_good(self):
+        with live.Target("busy", 2) as process:
+            process.send("g")
+            with self.front_end(process) as front:
+                os.kill(int(front.line().split()[1]), signal.SIGTERM)
+                self.assertTrue(live.settled(
+                    lambda: not live.tracers(process.pid), 20))
+                process.ask("p")
+                self.assertEqual([], live.changed_text(process.pid)[:8])
+            process.quit()
+
+    def test_a_host_that_becomes_another_program_is_noticed(self):
+        with live.Target("busy", 2) as process:
+            process.send("g")
+            code = self.FRONT_END % (process.pid, ["exe:shorty"], "int3")
+            code = code.replace("time.sleep(60)",
+                                "os.execl('/bin/sleep', 'sleep', '20')")
+            with live.python(code) as front:
+                front.line()
+                self.assertTrue(live.settled(
+                    lambda: not live.tracers(process.pid), 20))
+                process.ask("p")
+                self.assertEqual([], live.changed_text(process.pid)[:8])
+                self.assertTrue(live.settled(
+                    lambda: not live.arenas(process.pid), 20))
+            process.quit()
+
+    def test_the_command_names_the_guardian_and_the_danger(self):
+        with live.Target("traps") as process:
+            with live.Process([sys.executable, TOP + "/ubp.py", "count", "-p",
+                               process.pid, "--strategy", "jump,int3",
+                               "exe:step", "exe:odd_jump+9"]) as front:
+                self.assertTrue(live.settled(
+                    lambda: "kill -9" in front.stderr(), 20))
+                n = process.ask("c")["n"]
+                front.process.send_signal(signal.SIGINT)
+                self.assertEqual(0, front.wait())
+                text = front.stderr()
+            self.assertIn("1 site by jump, 1 site by int3", text)
+            self.assertIn("hits %d = recorded %d + dropped 0" % (
+                2 * n - 1, 2 * n - 1), text)
+            self.assertEqual([], live.changed_text(process.pid))
+            process.quit()
+
+    def test_target_that_ends_or_execs_is_no_error(self):
+        for command in "qx":
+            with self.subTest(command), \
+                    live.Target("children", "exec") as process:
+                with ubp.attach(process.pid) as target:
+                    probe = target.probe("exe:hot", ubp.Count(),
+                                         strategy="int3")
+                    n = process.ask("c")["hot"]
+                    process.send(command)
+                    process.line()
+                    self.assertEqual(n, probe.read())
+                if command == "x":
+                    self.assertEqual({}, live.tracers(process.pid))
+                    process.quit()
+
+
 if __name__ == "__main__":
     unittest.main()
