@@ -603,7 +603,7 @@ MAX_TABLE = 1 << 28      # bytes of one table; a 500 000-symbol one has 2^25
 MAX_SYMBOLS = 1 << 22
 MAX_HEADERS = 1 << 16    # sections, as e_shnum is 16 bits
 MAX_LOADS = 64           # PT_LOAD segments; linkers write four or five
-MAX_FRAME_ENTRY = 1 << 17    # bytes of one FDE; the longest in gcc has 20 000
+MAX_FRAME_ENTRY = 1 << 16    # bytes of one FDE; the longest in gcc has 20 000
 MAX_ALIASES = 1000       # symbols at one address that are looked at
 MAX_NAME = 4096          # bytes of a name that are looked at
 MAX_LINKS = 40           # symbolic links in a path, as in path_resolution(7)
@@ -1269,8 +1269,9 @@ class Unwind:
                                 cursor.number(1))
         text = _c_string(cursor.data, cursor.at)
         cursor.at += len(text) + 1
-        if identity != 0 or version not in (1, 3, 4):
-            raise _Truncated()
+        if (identity != 0 or version not in (1, 3, 4)
+                or text and not text.startswith(b"z")):
+            raise _Truncated()          # "eh" went out with gcc 2
         if version == 4:
             cursor.number(2)            # sizes of addresses and segments
         code_unit, data_unit = cursor.uleb(), cursor.uleb(signed=True)
@@ -1278,7 +1279,7 @@ class Unwind:
         encoding, lsda, is_augmented = 0, 0xff, text.startswith(b"z")
         behind = cursor.uleb() if is_augmented else 0
         behind += cursor.at
-        for letter in text[1:].decode("latin-1") if is_augmented else "":
+        for letter in text[1:].decode("latin-1"):
             if letter == "R":
                 encoding = cursor.number(1)
             elif letter == "L":
@@ -3028,7 +3029,8 @@ MAX_STATES = 256        # remembered rows; compilers nest two
 MAX_EXPRESSION = 1000   # operations of an expression, loops included
 MAX_EXPRESSION_STACK = 64
 MAX_STEPS = 1 << 16     # ready steps that are kept
-MAX_PERF_MAP = 1 << 26  # bytes of a JIT's map that are read
+MAX_PERF_MAP = 1 << 25  # bytes of a JIT's map that are read
+MAX_JIT = 1 << 19       # functions of one that are kept
 _LOOK_AGAIN_S = 1.0     # before maps are read again for an unknown address
 
 # How a walk ended.
@@ -3389,7 +3391,7 @@ class CodeMap:
 
     def __init__(self, pid, modules):
         self.pid, self.birth = pid, start_time(pid)
-        self.generation = 0             # changes with the modules
+        self.generation = 0             # changes with what is mapped
         self._looked = None             # when the maps were read
         self._starts, self._mappings = [], []
         self._set_modules(modules)
@@ -3441,8 +3443,11 @@ class CodeMap:
                 self._merge(modules(self.pid))
             except SymbolError:
                 return
-        self._mappings = [m for m in code if not self._is_of_module(m)]
-        self._starts = [m.start for m in self._mappings]
+        mappings = [m for m in code if not self._is_of_module(m)]
+        if mappings != self._mappings:
+            self._mappings = mappings
+            self._starts = [m.start for m in mappings]
+            self.generation += 1
 
     def _is_of_module(self, m):
         """Is this Mapping text of a module, by address and name?"""
@@ -3534,7 +3539,7 @@ class _SavedRegisters:
 
     def take(self, position):
         """Turn a position into its caller's; the caller's address."""
-        registers, base = position.registers, None
+        registers = position.registers
         base = registers[self.register]
         if base is None:
             raise _Ended(UNKNOWN_REGISTER)
@@ -3583,6 +3588,8 @@ class _AnyRow:
                       for register, rule in row.rules.items()]
 
     def take(self, position):
+        if self.row.rules.get(self.column, (None,))[0] == "undefined":
+            raise _Ended(END)           # as in _start and clone
         position.registers[RA] = position.pc
         before = list(position.registers)
         machine = _StackMachine(before, position.read)
@@ -3593,8 +3600,6 @@ class _AnyRow:
             cfa = machine.based(register, value)
         if cfa <= before[RSP] and RSP not in self.row.rules:
             raise _Ended(DAMAGED)
-        if self.row.rules.get(self.column, (None,))[0] == "undefined":
-            raise _Ended(END)           # as in _start and clone
         if self.column not in self.row.rules:
             raise _Ended(NO_UNWIND_INFO)
         after = position.registers
@@ -3713,8 +3718,6 @@ class Unwinder:
         """
         position = _Position(pc, registers, stack_vaddr, stack)
         addresses, interrupted = [pc], [0]
-        if self._generation != self.code.generation:
-            self._generation, self._steps = self.code.generation, {}
         try:
             while len(addresses) < max_depth:
                 pc = self._up(position)
@@ -3730,6 +3733,8 @@ class Unwinder:
 
     def _up(self, position):
         """Go to the caller; its address. Raises _Ended."""
+        if self._generation != self.code.generation:
+            self._generation, self._steps = self.code.generation, {}
         step = self._step(position.pc, position.is_return)
         pc = step.take(position)
         is_return = not getattr(step, "is_signal", False)
@@ -3745,21 +3750,22 @@ class Unwinder:
         """The step from an address, kept for the next time."""
         step = self._steps.get((pc, is_return))
         if step is None:
+            module = self.code.at(pc - is_return)
+            if module is None:          # for now: not to be kept
+                raise _Ended(UNKNOWN_CODE)
             if len(self._steps) >= MAX_STEPS:
                 self._steps.clear()
-            step = self._steps[pc, is_return] = self._find(pc, is_return)
+            step = self._find(module, pc, is_return)
+            self._steps[pc, is_return] = step
         return step
 
-    def _find(self, pc, is_return):
+    def _find(self, module, pc, is_return):
         """Make the step from an address ready.
 
         A return address may be the first byte behind its function, where
         the call was to one that does not return: so its row is that of the
         byte before. A signal does not return to an address behind a call.
         """
-        module = self.code.at(pc - is_return)
-        if module is None:
-            return _Stop(UNKNOWN_CODE)
         if not isinstance(module, Module):
             # By convention; which a prologue has not yet followed.
             return (_FramePointer(self.code) if is_return
@@ -3897,6 +3903,8 @@ class PerfMap:
             return
         if 0 < size and 0 <= start and start + size <= VADDR_END:
             if start not in self.entries:
+                if len(self.entries) >= MAX_JIT:
+                    return
                 self._starts = None
             self._n_lines += 1
             self.entries[start] = start + size, self._n_lines, name

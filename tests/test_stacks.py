@@ -651,6 +651,19 @@ class Names(unittest.TestCase):
         os.mkfifo(path)                 # would wait for ever
         self.assertEqual("", self.look(symbols, vaddr).function)
 
+    def test_code_that_appears_later_is_not_unknown_for_ever(self):
+        _, vaddr, symbols = self.jit()
+        unwinder = ubp.Unwinder(symbols.code.pid, symbols.code)
+        code = symbols.code
+        self.assertIsNotNone(code.at(vaddr))
+        mapping, code._mappings, code._starts = code._mappings, [], []
+        self.assertEqual(ubp.UNKNOWN_CODE,
+                         unwinder.walk(vaddr, {}, 0x1000, b"").why)
+        code._looked = None             # as a second later
+        self.assertEqual(ubp.NO_UNWIND_INFO,
+                         unwinder.walk(vaddr, {}, 0x1000, b"").why)
+        self.assertEqual(mapping, code._mappings)
+
     @unittest.skipUnless(live.IS_ROOT, "only root makes pid namespaces")
     def test_a_jit_in_a_container_knows_another_pid(self):
         with live.Process(["unshare", "-pf", "--kill-child", sys.executable,
