@@ -4146,6 +4146,10 @@ class Tracer:
             self._text = Gadgets(syscall_ret, pop_rax, tuple(restorers))
         return self._text
 
+    def forget_gadgets(self):
+        """Look for them anew: what is mapped, or is there, has changed."""
+        self._text = None
+
     def _read_text(self, mapping):
         try:
             return self.read(mapping.start, mapping.end - mapping.start)
@@ -4391,19 +4395,22 @@ class Tracer:
 
     def _has_stopped(self, thread):
         """Look at one thread. -> True if it needs no more waiting"""
+        thread.polls += 1
+        status = self.status_of(thread.tid, thread.polls % 8 == 0)
+        return status is not None and self._take_status(thread, status)
+
+    def status_of(self, tid, is_thorough):
+        """A thread's wait status; 0: it has ended; None: nothing happened.
+
+        is_thorough   look too for a stop that the host's waitpid(-1) took
+        """
         try:
-            status = wait_nohang(thread.tid, self._status)
-        except ChildProcessError:
-            self.lose(thread.tid)
-            return True
-        if status is None:
-            thread.polls += 1
-            if thread.polls % 8:
-                return False
-            status = self.stop_seen_by_others(thread.tid)
-            if status is None:
-                return False
-        return self._take_status(thread, status)
+            status = wait_nohang(tid, self._status)
+        except ChildProcessError:       # its end was reaped by the host
+            return 0
+        if status is None and is_thorough:
+            status = self.stop_seen_by_others(tid)
+        return status
 
     def stop_seen_by_others(self, tid):
         """The stop that a waitpid(-1) of the host took from us, or None.
@@ -4570,12 +4577,7 @@ class Tracer:
 
     def _drop_abandoned(self, thread):
         """Let go of a thread whose injected syscall took too long."""
-        try:
-            status = wait_nohang(thread.tid)
-            if status is None:
-                status = self.stop_seen_by_others(thread.tid)
-        except ChildProcessError:
-            status = 0
+        status = self.status_of(thread.tid, True)
         if status is None:
             return
         signo = status >> 8 & 0xff
@@ -4624,6 +4626,11 @@ class Tracer:
         for thread in stopped:
             self._let_go(thread)
         self._close_memory()
+
+    def let_go_held(self):
+        """Let a launched program go on from its entry point."""
+        self.held = False
+        self._release()
 
     def _await_group_stop(self):
         """Wait until threads that a signal had stopped are so again.
@@ -4937,7 +4944,7 @@ class Injection:
         except OSError:
             is_good = False
         if not is_good:
-            self.tracer._text = None
+            self.tracer.forget_gadgets()
             raise Again("the code for injections has changed")
 
     def _choose(self):
@@ -5109,13 +5116,8 @@ class Injection:
         polls, waiter = 0, self.tracer.waiter
         waiter.restart()
         while True:
-            try:
-                status = wait_nohang(tid)
-            except ChildProcessError:       # its end was reaped by the host
-                status = 0
             polls += 1
-            if status is None and polls % 8 == 0:
-                status = self.tracer.stop_seen_by_others(tid)
+            status = self.tracer.status_of(tid, polls % 8 == 0)
             if status is not None:
                 if status & 0xff != 0x7f:
                     self.tracer.lose(tid)
@@ -9404,11 +9406,7 @@ class Target:
         """Let a launched program go on from its entry point."""
         if self._tracer.held:
             self._check_process("start")
-
-            def let_go():
-                self._tracer.held = False
-                self._tracer._release()
-            self._worker.call(let_go, 5)
+            self._worker.call(self._tracer.let_go_held, 5)
 
     def detach(self):
         """Leave the probes in place and let go. May be repeated.
@@ -9636,10 +9634,13 @@ class _Child:
                     self._status = 0        # reaped by the host
                 return self._status
             if pid and (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
-                self._status = (-os.WTERMSIG(status)
-                                if os.WIFSIGNALED(status)
-                                else os.WEXITSTATUS(status))
+                self.note_end(status)
         return self._status
+
+    def note_end(self, status):
+        """Keep the wait status of its end, whoever has reaped it."""
+        self._status = (-os.WTERMSIG(status) if os.WIFSIGNALED(status)
+                        else os.WEXITSTATUS(status))
 
 
 def _become(path, argv, go_read, error_write):
@@ -9741,8 +9742,7 @@ class Launch:
                 if status is None:
                     time.sleep(0.00005)
             if status & 0xff != 0x7f:
-                self.child._status = (-(status & 0x7f) if status & 0x7f
-                                      else status >> 8 & 0xff)
+                self.child.note_end(status)
                 return False
             if is_wanted(status):
                 return True
@@ -9827,7 +9827,7 @@ def launch(argv, timeout=5):
     except UbpError:
         target.close()
         raise
-    target._tracer._text = None     # the loader has mapped more since
+    target._tracer.forget_gadgets()     # the loader has mapped more since
     return target
 
 
