@@ -2,7 +2,8 @@
 
 The judges: readelf, row by row; the CPU, which executes programs step by
 step while each call and return is noted; gdb and glibc's backtrace().
-UBP_TEST_ALL=1 compares every row of LIBRARIES and steps further.
+UBP_TEST_ALL=1 compares every row of LIBRARIES and steps further;
+`test_stacks.py cost` prints what a walk takes.
 """
 import collections
 import ctypes
@@ -790,6 +791,15 @@ def walk_of(pid, size=STACK, code=None):
     return walk, ubp.Symbols(pid, code).frames(walk)
 
 
+PYTHON = """
+import time
+print("ready", flush=True)
+def f(n): return sorted([n], key=g)
+def g(n): return f(n - 1) if n else time.sleep(60)
+f(3)
+"""
+
+
 class Stopped(unittest.TestCase):
     """Stacks of stopped programs against gdb's and glibc's."""
 
@@ -844,13 +854,10 @@ class Stopped(unittest.TestCase):
                 self.compare(target.pid, 3)
 
     def test_python(self):
-        code = ("import time\nprint('ready', flush=True)\n"
-                "def f(n): return sorted([n], key=g)\n"
-                "def g(n): return f(n-1) if n else time.sleep(60)\nf(3)")
         for python in sorted({os.path.realpath("/usr/bin/python3"),
                               os.path.realpath(sys.executable)}):
             with self.subTest(python), live.Process(
-                    [python, "-S", "-c", code]) as child:
+                    [python, "-S", "-c", PYTHON]) as child:
                 child.line()
                 live.settled(lambda: live.states(child.pid) == "S")
                 self.compare(child.pid, 10)
@@ -921,5 +928,48 @@ class Stopped(unittest.TestCase):
             self.assertEqual(whole, walk)
 
 
+def print_cost(pid):
+    """What a walk and its names take: the first, and the median."""
+    live.stop(pid)
+    ubp.ptrace(ubp.PTRACE_SEIZE, pid)
+    ubp.ptrace(ubp.PTRACE_INTERRUPT, pid)
+    os.waitpid(pid, 0x40000000)
+    regs = registers_of(pid)
+    rsp = ubp_x86.stack_pointer(regs)
+    stack = read_stack(pid, rsp)
+    ubp.ptrace(ubp.PTRACE_DETACH, pid)
+    code = ubp.CodeMap(pid, ubp.modules(pid))
+    unwinder, symbols = ubp.Unwinder(pid, code), ubp.Symbols(pid, code)
+    registers = ubp_x86.dwarf_registers(regs)
+    costs, names = [], []
+    for _ in range(1001):
+        began = time.perf_counter()
+        walk = unwinder.walk(ubp_x86.program_counter(regs), registers, rsp,
+                             stack)
+        between = time.perf_counter()
+        symbols.frames(walk)
+        costs.append((between - began) * 1e6)
+        names.append((time.perf_counter() - between) * 1e6)
+    median, n = sorted(costs)[500], len(walk.addresses)
+    print("%s: %d frames, %s; walk %.0f us at first, then %.1f (%.2f a frame)"
+          "; names %.0f us at first, then %.1f" % (
+              ubp.comm(pid), n, walk.why, costs[0], median, median / n,
+              names[0], sorted(names)[500]))
+
+
+def print_costs():
+    with live.Target("", path=build("stacks")) as target:
+        target.send("n")
+        target.line()
+        print_cost(target.pid)
+    with live.Process([sys.executable, "-S", "-c", PYTHON]) as child:
+        child.line()
+        time.sleep(0.1)
+        print_cost(child.pid)
+
+
 if __name__ == "__main__":
-    unittest.main()
+    if sys.argv[1:] == ["cost"]:
+        print_costs()
+    else:
+        unittest.main()
