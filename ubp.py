@@ -74,6 +74,7 @@ import fnmatch                                                  # noqa: E402
 import itertools                                                # noqa: E402
 import json                                                     # noqa: E402
 import mmap                                                     # noqa: E402
+import operator                                                 # noqa: E402
 import queue                                                    # noqa: E402
 import re                                                       # noqa: E402
 import select                                                   # noqa: E402
@@ -188,6 +189,8 @@ PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4      # <asm-generic/mman-common.h>
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 1, 2, 0x10, 0x20
 MAP_FIXED_NOREPLACE = 0x100000
 MADV_WIPEONFORK = 18
+MAP_FAILED = (1 << 64) - 1
+CLOCK_REALTIME = 0               # <linux/time.h>
 PF_KTHREAD     = 0x00200000      # <linux/sched.h>, field 9 of /proc/PID/stat
 CAP_SYS_PTRACE = 19              # <linux/capability.h>
 CAP_SYS_ADMIN  = 21
@@ -202,6 +205,8 @@ SYS_rt_sigaction, SYS_rt_tgsigqueueinfo = 13, 297
 SYS_sched_setscheduler, SYS_gettid, SYS_tgkill = 144, 186, 234
 SYS_getdents64, SYS_kcmp, SYS_memfd_create = 217, 312, 319
 SYS_perf_event_open = 298
+SYS_prctl, SYS_process_vm_readv = 157, 310
+PR_GET_TSC, PR_TSC_ENABLE = 25, 1               # <linux/prctl.h>
 
 PERF_TYPE_SOFTWARE, PERF_TYPE_BREAKPOINT = 1, 5     # <linux/perf_event.h>
 PERF_COUNT_SW_DUMMY    = 9
@@ -302,6 +307,9 @@ _readv = _declare("process_vm_readv", ctypes.c_ssize_t, _int, _ptr, _ulong,
 _writev = _declare("process_vm_writev", ctypes.c_ssize_t, _int, _ptr, _ulong,
                    _ptr, _ulong, _ulong)
 _sigtimedwait = _declare("sigtimedwait", _int, _ptr, _ptr, _ptr)
+_clock_gettime = _declare("clock_gettime", _int, _int, _ptr)
+_mmap = _declare("mmap", _ptr, _ptr, _size, _int, _int, _int, ctypes.c_int64)
+_mprotect = _declare("mprotect", _int, _ptr, _size, _int)
 _open = _declare("open", _int, ctypes.c_char_p, _int)
 _close = _declare("close", _int, _int)
 _ioctl = _declare("ioctl", _int, _int, _ulong, _ulong)
@@ -2581,6 +2589,7 @@ class Site(NamedTuple):
     offset: int                     # from the function's start
     names: tuple                    # the function's, the usual one first
     module: Module
+    is_return: bool = False         # its function's exits are meant
 
 
 class Spec(NamedTuple):
@@ -2596,7 +2605,6 @@ class Spec(NamedTuple):
 
 _NOT_BUILT = (              # (pattern, what it is)
     (re.compile(r"usdt:"), "static probes (usdt:)"),
-    (re.compile(r".*%return$"), "probing returns (%return)"),
     (re.compile(r".*[^:]:[0-9]+$"), "probing source lines (FILE:LINE)"))
 _ADDRESS = re.compile(r"0[xX][0-9a-fA-F]{1,16}$")
 _OFFSET = re.compile(r"(.+)\+(0[xX][0-9a-fA-F]{1,8}|[0-9]{1,9})$", re.S)
@@ -2632,6 +2640,8 @@ def parse_probe(text):
             raise ProbeError("use the probe", _quote(probe),
                              "%s is planned but not built yet" % what,
                              "probe a function's entry: [MODULE:]FUNCTION")
+    if probe.endswith("%return"):
+        return _parse_return(probe)
     colon = _MODULE.search(probe)
     module = probe[:colon.start()] if colon else ""
     function = probe[colon.end():] if colon else probe
@@ -2655,6 +2665,15 @@ def parse_probe(text):
     return Spec(probe, module, function, 0, False, None)
 
 
+def _parse_return(probe):
+    """FUNCTION%return -> Spec"""
+    spec = parse_probe(probe[:-len("%return")])
+    if spec.offset or spec.is_return or spec.watch:
+        raise _malformed(probe, len(probe) - len("%return"),
+                         "%return belongs to a whole function")
+    return spec._replace(text=probe, is_return=True)
+
+
 def _parse_memory(probe):
     """mem:[MODULE:]SYMBOL[+OFFSET]|0xADDRESS[/BYTES][:w|rw] -> Spec"""
     form = "mem:0xADDRESS|SYMBOL[/BYTES][:w|rw]"
@@ -2663,7 +2682,7 @@ def _parse_memory(probe):
         raise ProbeError("parse the probe", _quote(probe),
                          "column 5: no address and no symbol", form)
     spec = parse_probe(place) if not place.startswith("mem:") else None
-    if spec is None or is_pattern(spec.function):
+    if spec is None or is_pattern(spec.function) or spec.is_return:
         raise ProbeError("parse the probe", _quote(probe), "column 5: one "
                          "address or one symbol is watched", form)
     if size is not None and int(size) not in (1, 2, 4, 8):
@@ -2776,7 +2795,8 @@ def _add_site(sites, function, symbol, spec):
     if vaddr in sites:
         names = sites[vaddr].names + names
     names = tuple(collections.OrderedDict.fromkeys(names))
-    sites[vaddr] = Site(vaddr, function, spec.offset, names, function.module)
+    sites[vaddr] = Site(vaddr, function, spec.offset, names, function.module,
+                        spec.is_return)
 
 
 def _check_offset(function, offset, text):
@@ -2825,7 +2845,11 @@ def _address_site(chosen, spec):
             if function:
                 names = tuple(collections.OrderedDict.fromkeys(
                     (function.name,) + function.names))
-            return Site(vaddr, function, offset, names, module)
+            if spec.is_return and (offset or not function):
+                raise SymbolError("find", _quote(spec.text), "0x%x is not "
+                                  "where a function begins" % vaddr)
+            return Site(vaddr, function, offset, names, module,
+                        spec.is_return)
     raise SymbolError("find", _quote(spec.text),
                       "no module has code at 0x%x" % vaddr,
                       "MODULE:0xA takes the address that nm prints")
@@ -5799,7 +5823,7 @@ class Arena:
         self._last = {}             # {(offset, size): sums when last read}
         self.nonce = int.from_bytes(os.urandom(8), "little")
         self._flags = 0
-        self._kept = self._kept_last = None
+        self._kept = self._kept_last = self._kept_private = None
         self._write_header()
         self.store(_LITERAL_AT, struct.pack("<Q", base + self.code_size))
 
@@ -5832,6 +5856,11 @@ class Arena:
             held.write(self.base + offset, data)
         finally:
             held.close()
+
+    def store_word(self, cpu, offset, value):
+        """Write a word of a block of one processor, if it is there still."""
+        if self._kept is None:
+            self.store(self.shard_at(cpu) + offset, struct.pack("<Q", value))
 
     def has_room(self, low, high, need):
         """Can code in [low, high) jump here, and is there room for more?
@@ -5886,6 +5915,9 @@ class Arena:
         start = ubp_x86.line_start(self.next, len(made.code))
         if start != self.next:
             made = make(start)
+        if start + len(made.code) > self.base + self.code_size:
+            raise RelocationError("its arena is full", window.site,
+                                  "out of reach")
         self.next = start + len(made.code)
         self.store(start - self.base, made.code)
         record = Record(
@@ -5957,8 +5989,21 @@ class Arena:
             return memory[offset:offset + size]
         return read_memory(self.tracer.vm_tid(), self.base + offset, size)
 
+    def load_private(self, vaddr, size):
+        """Bytes of the private pages; as kept, when they are gone."""
+        if self._kept_private is None:
+            try:
+                return read_memory(self.tracer.vm_tid(), vaddr, size)
+            except OSError:
+                return b""
+        at = vaddr - self.private
+        return self._kept_private[at:at + size]
+
     def keep(self):
         """Copy all blocks, to be read when the memory is gone."""
+        if self.private:
+            self._kept_private = self.load_private(
+                self.private, self._private_used)
         try:
             kept = [self.load(cpu, 0, self._used)
                     for cpu in range(self.shards.mask + 1)]
@@ -5978,8 +6023,12 @@ class Arena:
 
 
 def _pid_namespace():
+    return _namespace_of(os.getpid())
+
+
+def _namespace_of(pid):
     try:
-        return os.stat("/proc/self/ns/pid").st_ino
+        return os.stat("/proc/%d/ns/pid" % pid).st_ino
     except OSError:
         return 0
 
@@ -6245,6 +6294,51 @@ def cpu_source(tracer):
     if re.search(rb"^flags\b.*\brdpid\b", flags, re.M):
         return ubp_x86.CPU_FROM_RDPID, 0
     return ubp_x86.CPU_FROM_LSL, 0
+
+
+# Where the C libraries keep a thread's tid: pthread_t, <nptl/descr.h> of
+# glibc, <pthread_impl.h> of musl 1.2 and of 1.1.
+_TID_OFFSETS = (0x2d0, 0x30, 0x38)
+
+
+def tid_source(tracer):
+    """The offset of a thread's tid from its fs base, or None.
+
+    Only what every thread agrees on, and no module starts threads by clone
+    itself. Called with all threads stopped.
+    """
+    offsets = set(_TID_OFFSETS)
+    is_own = _namespace_of(tracer.tgid) == _pid_namespace()
+    for thread in tracer.threads.values():
+        if thread.state != STOPPED or thread.tgid != tracer.tgid:
+            continue
+        name = thread.tid if is_own else int(
+            read_status(thread.tid).get("NSpid", "0").split()[-1])
+        base = ubp_x86.thread_pointer(thread.regs)
+        for offset in list(offsets):
+            try:
+                data = read_memory(thread.tid, base + offset, 4)
+            except OSError:
+                data = b""
+            if int.from_bytes(data, "little") != name:
+                offsets.discard(offset)
+    if len(offsets) != 1 or tracer.starts_raw_threads:
+        return None
+    return offsets.pop()
+
+
+def check_tsc(tracer, injection):
+    """Refuse a target that may not read the time stamp counter.
+
+    prctl(2), PR_GET_TSC; it is inherited, so one thread speaks for all.
+    """
+    if injection.call(SYS_prctl, PR_GET_TSC, injection.text_vaddr) < 0:
+        return
+    if read_memory(injection.tid, injection.text_vaddr,
+                   1)[0] != PR_TSC_ENABLE:
+        raise ProbeError("take the time in", tracer.name(), "it made the "
+                         "time stamp counter fault (prctl PR_SET_TSC)",
+                         "count and hist need no clock")
 
 
 def unmap(tracer, ranges, timeout):
@@ -6852,12 +6946,18 @@ class Reading(NamedTuple):
     abandoned: int = 0      # frames that were never left
     crowded: int = 0        # entries that found no room
     skipped: int = 0        # entries whose condition was false
+    unfinished: int = 0     # frames that are still running
     invalid: int = 0        # entries that contradict themselves
 
     @property
     def hits(self):
         """How often the sites were passed with a true condition."""
         return self.recorded + self.faults + self.dropped
+
+    @property
+    def entries(self):
+        """Frames entered with a true condition, where exits need them."""
+        return self.hits + self.crowded + self.abandoned + self.unfinished
 
     def __add__(self, other):
         value = (other.value if self.value is None
@@ -6915,15 +7015,16 @@ def table_reading(layout, keys, rows):
     A key may be in it twice, and in each processor's: values are added.
     """
     found, invalid, recorded = {}, 0, 0
+    is_one_int = len(keys) == 1 and keys[0].kind == "int"
     size, start = layout.entry_size // 8, layout.start // 8
     at = layout.payload_offset // 8
     for row in rows:
         states = row[start:start + size * layout.n_entries:size]
         for n, state in enumerate(states):
-            if state in (ubp_x86.STATE_FREE, ubp_x86.STATE_BUSY):
-                continue
+            if state < ubp_x86.STATE_READY:
+                continue            # free, or being written
             entry = row[start + n * size:start + (n + 1) * size]
-            if state != ubp_x86.table_tag(entry[1:at]):
+            if state != ubp_x86.table_tag(entry[1:at], is_one_int):
                 invalid += 1
                 continue
             value, count = payload_value(
@@ -6947,6 +7048,219 @@ def _entry_key(layout, keys, entry):
             parts.append(struct.pack("<%dQ" % len(words), *words)
                          .rstrip(b"\0"))
     return tuple(parts)
+
+
+class Clock:
+    """Turns time stamp counters into CLOCK_REALTIME, and is checked.
+
+    Two readings of both clocks, some time apart, tell the rate; each later
+    one is compared with what was foretold. Raises ProbeError where the
+    counter does not run at one rate in all processors and states.
+    """
+
+    _LEAST_NS = 20 * 10**6          # between the first two readings
+    _MOST_WRONG_NS = 10**6          # then CLOCK_REALTIME was set
+
+    def __init__(self, flags=None):
+        if flags is None:
+            text = read_proc("/proc/cpuinfo").decode(errors="replace")
+            flags = re.findall(r"^flags\s*:(.*)$", text, re.M)
+        for flag in "constant_tsc", "nonstop_tsc":
+            if not flags or any(flag not in each.split() for each in flags):
+                raise ProbeError(
+                    "take the time in", "the target", "the time stamp "
+                    "counter of this machine is no clock (no %s in "
+                    "/proc/cpuinfo)" % flag, "count and hist need no clock")
+        self._read_tsc = _tsc_reader()
+        self._first = self._last = self.read()
+        self.n_steps = 0            # how often CLOCK_REALTIME was set
+        self._rate = None           # ns per tick
+
+    def read(self):
+        """(tsc, CLOCK_REALTIME in ns) of one instant, to half a us."""
+        best = None
+        for _ in range(9):
+            before = self._read_tsc()
+            now = _realtime_ns()
+            after = self._read_tsc()
+            if best is None or after - before < best[0]:
+                best = after - before, (before + after) // 2, now
+        return best[1:]
+
+    def check(self):
+        """Read both clocks again, and note where they have parted."""
+        wait = self._LEAST_NS - (_realtime_ns() - self._first[1])
+        if self._rate is None and wait > 0:
+            time.sleep(min(wait, self._LEAST_NS) / 1e9)
+        now = self.read()
+        if self._rate is not None and abs(
+                self.ns(now[0]) - now[1]) > self._MOST_WRONG_NS:
+            self.n_steps += 1       # keep the rate, begin again from here
+            self._first = now[0] - 10**9, now[1] - int(10**9 * self._rate)
+        self._last = now
+        ticks = now[0] - self._first[0]
+        if ticks <= 0:
+            raise ProbeError("take the time in", "the target", "the time "
+                             "stamp counter of this machine runs backwards")
+        self._rate = (now[1] - self._first[1]) / ticks
+
+    def ns(self, tsc):
+        """CLOCK_REALTIME of a time stamp counter."""
+        return self._last[1] + int((tsc - self._last[0]) * self._rate)
+
+    @property
+    def anchor(self):
+        """(tsc, its CLOCK_REALTIME, ns per tick)"""
+        return self._last + (self._rate,)
+
+    @property
+    def scale(self):
+        """(mult, base): ns = base + (tsc * mult >> 32), for bodies."""
+        mult = int(self._rate * (1 << 32))
+        return mult, self._last[1] - (self._last[0] * mult >> 32)
+
+
+def _realtime_ns():
+    now = Timespec()
+    _clock_gettime(CLOCK_REALTIME, ctypes.addressof(now))
+    return now.tv_sec * 10**9 + now.tv_nsec
+
+
+_tsc_functions = []
+
+
+def _tsc_reader():
+    """A function that reads the time stamp counter of this processor.
+
+    Its code is in memory that is not writable while it is executable.
+    """
+    if not _tsc_functions:
+        vaddr = _mmap(None, PAGE, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        code = ubp_x86.READ_TSC
+        if vaddr in (None, MAP_FAILED):
+            raise ProbeError("take the time in", "the target",
+                             os.strerror(ctypes.get_errno()))
+        ctypes.memmove(vaddr, code, len(code))
+        if _mprotect(vaddr, PAGE, PROT_READ | PROT_EXEC) != 0:
+            raise ProbeError("take the time in", "the target", "this process "
+                             "may not map code: %s" % os.strerror(
+                                 ctypes.get_errno()),
+                             "a security module forbids execmem")
+        _tsc_functions.append(
+            ctypes.PYFUNCTYPE(ctypes.c_uint64)(vaddr))
+    return _tsc_functions[0]
+
+
+class TraceRing:
+    """One processor's records of a trace probe, for one reader.
+
+    Never waits: a record that is being written is set aside, and looked
+    at again. What the target says is checked: a record counts only if its
+    sequence was right before and after it was copied.
+    """
+
+    def __init__(self, block, cpu):
+        self.block = block
+        self.arena, self.cpu, self.layout = block.arena, cpu, block.layout
+        self.policy = block.spec.policy
+        self._at = block.offset + self.layout.start
+        self._slots = self._at + ubp_x86.RING_SLOTS
+        self._head = block.offset
+        self._next = 0              # the ticket to look at first
+        self._aside = {}            # tickets given out and not complete
+        self.n_read = self.n_lost = self.n_invalid = 0
+
+    def _word(self, offset):
+        return struct.unpack("<Q", self.arena.load(self.cpu, offset, 8))[0]
+
+    def reading(self):
+        """The Reading of this processor's hits, those not read too."""
+        try:
+            faults = self._word(self._head + ubp_x86.HEAD_FAULTS)
+            full = self._word(self._at + ubp_x86.RING_FULL)
+            given = self._word(self._at + ubp_x86.RING_RESERVED)
+        except OSError:
+            faults, full, given = 0, 0, self._next
+        unread = max(0, given - self._next)
+        lost = self.n_lost + max(0, unread - self.layout.n_entries)
+        recorded = max(0, given - lost)
+        return Reading(recorded, recorded, faults, full + lost,
+                       invalid=self.n_invalid)
+
+    def read(self, is_last=False):
+        """The records that are complete. -> [bytes of one or more]
+
+        is_last   nobody writes any more: what is not complete is lost
+        """
+        n, found = self.layout.n_entries, []
+        try:
+            reserved = self._word(self._at + ubp_x86.RING_RESERVED)
+            self._look_aside(found, is_last)
+            if not self._next <= reserved < self._next + (1 << 40):
+                self.n_invalid += reserved != self._next
+                self._next = reserved & (1 << 62) - 1
+                return found
+            oldest = max(self._next, reserved - n)
+            self.n_lost += oldest - self._next
+            for first, last in _unwrapped(oldest, reserved, n):
+                self._read_slots(first, last, found)
+            self._next = reserved
+            self._look_aside(found, is_last)
+            if self.policy != "overwrite":
+                self.arena.store_word(
+                    self.cpu, self._at + ubp_x86.RING_CONSUMED, reserved)
+        except OSError:
+            pass                    # of anonymous memory that is gone
+        return found
+
+    def _read_slots(self, first, last, found):
+        """Copy the slots of tickets that lie behind each other."""
+        size = self.layout.entry_size
+        at = self._slots + first % self.layout.n_entries * size
+        sequences, data, after = [
+            self.arena.load(self.cpu, at, (last - first) * size)
+            for _ in range(3)]
+        step, want = size // 8, range(2 * first + 2, 2 * last + 2, 2)
+        before = memoryview(sequences).cast("Q")[::step].tolist()
+        after = memoryview(after).cast("Q")[::step].tolist()
+        if before == after == list(want):
+            found.append(data)
+            self.n_read += last - first
+            return
+        for n, right in enumerate(want):
+            if before[n] == after[n] == right:
+                found.append(data[n * size:(n + 1) * size])
+                self.n_read += 1
+            else:
+                self._aside[first + n] = 0
+
+    def _look_aside(self, found, is_last):
+        """Take the records that have become complete; give up others."""
+        for ticket in list(self._aside):
+            size = self.layout.entry_size
+            at = self._slots + ticket % self.layout.n_entries * size
+            data = self.arena.load(self.cpu, at, size)
+            before = int.from_bytes(data[:8], "little")
+            data = self.arena.load(self.cpu, at, size)
+            after = self._word(at)
+            if before == after == 2 * ticket + 2:
+                found.append(data)
+                self.n_read += 1
+            elif is_last or after > 2 * ticket + 2:
+                self.n_lost += 1
+            else:
+                continue
+            del self._aside[ticket]
+
+
+def _unwrapped(first, last, n):
+    """Tickets first to last, in at most two runs of slots."""
+    if first < last:
+        wrap = min(last, (first // n + 1) * n)
+        yield first, wrap
+        if wrap < last:
+            yield wrap, last
 
 
 def added(one, other):
@@ -6990,6 +7304,16 @@ class SitePlan(NamedTuple):
     old: tuple              # ((vaddr, bytes), …) that a patch would replace
     spec: Optional[ubp_x86.Spec] = None     # what would be done there
     index: int = 0          # of the site among its probe's
+    at: int = 0             # the displaced instruction that it is done
+    #                         before, if that is not the window's first
+    dead: tuple = (0, False)        # registers and flags nobody needs there
+    is_taken: bool = False  # done only where that jcc is taken
+    parts: tuple = ()       # of a return: the SitePlans of entry and exits
+
+    @property
+    def all_parts(self):
+        """The SitePlans that are armed for it, together."""
+        return self.parts or (self,)
 
 
 class Action:
@@ -7099,16 +7423,54 @@ def make_spec(action, when=None, is_exit=False):
     elif isinstance(action, Hist):
         spec = ubp_x86.Spec("hist", values=_one_expression(
             action.expr, is_exit), **rest)
+    elif isinstance(action, Trace):
+        values = tuple(each for text in action.exprs
+                       for each in _expressions(text, is_exit))
+        spec = ubp_x86.Spec("trace", values=values, policy=action.overflow,
+                            **rest)
+    elif isinstance(action, Latency):
+        spec = ubp_x86.Spec("hist", values=_one_expression(
+            "u64(elapsed)", True), **rest)
     else:
         raise ProbeError("probe with", repr(action),
                          "that action is not built yet")
     ubp_x86.block_layout(spec)          # it says what is too much
-    return _fitted(spec, 1 << (n_possible_cpus() - 1).bit_length())
+    return _fitted(spec, 1 << (n_possible_cpus() - 1).bit_length(),
+                   getattr(action, "ring", None))
 
 
-def _fitted(spec, n_shards):
-    """A spec whose table is as large as is good for so many processors."""
-    if ubp_x86.block_layout(spec).kind != "table":
+def make_specs(action, when=None, is_return=False):
+    """(what a probe does, what the function's entries do for it or None).
+
+    A condition on a latency holds at the entry, unless it is one on what
+    only the exit knows.
+    """
+    if not (is_return or isinstance(action, Latency)):
+        return make_spec(action, when), None
+    at_entry = None
+    if isinstance(action, Latency) and when:
+        try:
+            at_entry = ubp_x86.parse_expression(when)
+            when = None
+        except ubp_x86.ExpressionError:
+            pass                    # then it must be one at the exit
+    spec = make_spec(action, when, True)
+    entry = ubp_x86.entry_spec(spec)
+    return spec, entry and entry._replace(when=at_entry)
+
+
+def _fitted(spec, n_shards, ring):
+    """A spec whose table or ring is as large as is good for so many
+    processors; a ring of so many bytes in each, if that was asked for."""
+    layout = ubp_x86.block_layout(spec)
+    if layout.kind == "ring":
+        size = ring or min(_RING_BYTES, _ALL_SHARDS_BYTES // n_shards)
+        n = max(2, size // layout.entry_size)
+        if n > 1 << 24:
+            raise ProbeError("make", "a ring of %d bytes" % size,
+                             "it has more than %d records" % (1 << 24))
+        return spec._replace(n_slots=1 << n.bit_length() - 1)
+    if layout.kind != "table":
         return spec
     most = min(_TABLE_BYTES, _ALL_SHARDS_BYTES // n_shards)
     n_entries = 4096
@@ -7127,11 +7489,15 @@ def assemble(window, vaddr, parts):
     return ubp_x86.trampoline(window, vaddr, parts)
 
 
-def _dummy_place(vaddr):
-    """A Place like any near vaddr: what is made for it has its size."""
-    return ubp_x86.Place(_DUMMY_SHARDS._replace(base=vaddr), 0,
-                         private=vaddr, frames=vaddr, tid_offset=720,
-                         tsc=(1 << 32, 0), tracer=vaddr)
+def _dummy_place(vaddr, offers=None):
+    """A Place like any near vaddr: what is made for it has its size.
+
+    offers   a Place with what the target offers; None: everything
+    """
+    offers = offers or ubp_x86.Place(
+        _DUMMY_SHARDS, 0, tid_offset=_TID_OFFSETS[0], tsc=(1 << 32, 0))
+    return offers._replace(shards=_DUMMY_SHARDS._replace(base=vaddr),
+                           private=vaddr, frames=vaddr, tracer=vaddr)
 
 
 _FAULT_SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE)
@@ -7140,12 +7506,18 @@ _CANCELLATION = ("__syscall_cancel_arch", "__syscall_cp_asm", "__cp_begin",
                  "__syscall_cp_internal")
 
 
+_MOST_BEFORE_EXIT = 12          # bytes in front of an exit to be displaced
+
+
 class Planner:
     """Plans sites in one process. Reads memory and files; stops nothing."""
 
     def __init__(self, pid, read):
         self.pid, self.read = pid, read
         self.taken = {}             # module -> ByteRanges
+        self.offers = None          # Place: what the target offers to bodies
+        self.windows = {}           # vaddr of each displaced insn: Window
+        self.patches = {}           # {window.site: Patch} that are armed
         self._scans = {}
         self._known = {}            # module -> (starts, Functions), sorted
         self._texts, self._forbidden, self._go = {}, {}, {}
@@ -7156,35 +7528,102 @@ class Planner:
         self._seccomp = status.get("Seccomp", "0") != "0"
         self._uprobes = _uprobes()
 
-    def plan(self, site, spec=_PLAIN_COUNT, index=0, patch=None):
+    def plan(self, site, spec=_PLAIN_COUNT, index=0, entry=None):
         """-> SitePlan; never raises for what the target's code is like.
 
-        patch   the Patch that is at the site already, if there is one
+        entry   what is done at the entry for exits that do spec, or None
         """
         if is_watch(site):
             return SitePlan(site, "", None, 0, "memory", "memory takes no "
                             "jump; --strategy hw watches it", ())
         try:
-            window = patch.window if patch else self._window(site)
-            vaddr = (window.site & -PAGE) - PAGE
-            parts = [body.part for body in patch.bodies] if patch else []
-            size = len(assemble(window, vaddr, parts + [
-                (spec, _dummy_place(vaddr))]).code)
-            old = (tuple(patch.old.items()) if patch
-                   else self._text_before(site, window))
+            if spec.is_exit:
+                return self._plan_return(site, spec, index, entry)
+            return self._plan_one(site, spec, index)
         except (RefusalError, RelocationError) as refusal:
             return SitePlan(site, "", None, 0, refusal.rule, refusal.why, ())
         except UbpError as error:
             return SitePlan(site, "", None, 0, "unreadable", error.why, ())
-        taken = self.taken[site.module]
-        for low, high in window.ranges if not patch else ():
-            taken.add(low, high)
-        return SitePlan(site, "jump", window, size, "", "", old, spec, index)
 
-    def plan_trap(self, site, spec=_PLAIN_COUNT, index=0, patch=None):
+    def _plan_one(self, site, spec, index, leave=None):
+        """The SitePlan of one instruction. Raises UbpError.
+
+        leave   the ubp_x86.Exit that it is, if it is one
+        A window that is planned or armed there already is shared.
+        """
+        module, at, dead = site.module, 0, (0, False)
+        window = self.windows.get(site.vaddr)
+        is_new = window is None
+        if is_new:
+            window = self._window(site, leave)
+        elif window.is_trap:
+            raise RefusalError("overlap", "an int3 of ubp is there",
+                               site.vaddr)
+        is_taken = leave is not None and leave.is_conditional
+        if is_taken or site.vaddr not in (window.site, window.site - len(
+                ubp_x86.ENDBR64)):
+            at = site.vaddr
+            dead = ubp_x86.liveness(self.scan(module).analysis(
+                self.function(module, at)), at)
+        vaddr = (window.site & -PAGE) - PAGE
+        patch = self.patches.get(window.site)
+        parts = [body.part for body in patch.bodies] if patch else []
+        place = _dummy_place(vaddr, self.offers)._replace(
+            at=at, dead=dead, is_taken=is_taken)
+        size = len(assemble(window, vaddr, parts + [(spec, place)]).code)
+        old = (tuple(patch.old.items()) if patch
+               else self._text_before(site, window))
+        if is_new:
+            taken = self.taken[module]
+            for low, high in window.ranges:
+                taken.add(low, high)
+            self._keep_window(window, site.vaddr)
+        return SitePlan(site, "jump", window, size, "", "", old, spec, index,
+                        at, dead, is_taken)
+
+    def _keep_window(self, window, vaddr):
+        self.windows[vaddr] = window
+        for insn in window.insns:
+            self.windows[insn.vaddr] = window
+
+    def _plan_return(self, site, spec, index, entry):
+        """The SitePlan of all exits of a function, and of its entry."""
+        module, function = site.module, self.function(site.module, site.vaddr)
+        if self._is_go(module):
+            raise RefusalError("Go", "a goroutine's stack moves, so an exit "
+                               "does not know its entry", site.vaddr)
+        if function is None or function.vaddr != site.vaddr:
+            raise RefusalError("unknown bounds", "nothing tells where its "
+                               "function begins and ends", site.vaddr)
+        own = {symbol + part for symbol in site.names for part in (".cold",)}
+
+        def is_part(vaddr):
+            other = module.function_at(vaddr)
+            return other is not None and any(
+                name.split(".cold")[0] + ".cold" in own
+                for name in other.names if ".cold" in name)
+        parts = []
+        if entry is not None:
+            parts.append(self._plan_one(site, entry, index))
+        for leave in ubp_x86.find_exits(function, self.scan(module), is_part):
+            there = site._replace(vaddr=leave.vaddr,
+                                  offset=leave.vaddr - site.vaddr)
+            try:
+                parts.append(self._plan_one(there, spec, index, leave))
+            except (RefusalError, RelocationError) as refusal:
+                raise RefusalError("exit", "its exit at +0x%x: %s" % (
+                    there.offset, refusal.why), leave.vaddr)
+        return parts[0]._replace(
+            site=site, parts=tuple(parts), spec=spec,
+            trampoline_size=sum(part.trampoline_size for part in parts))
+
+    def plan_trap(self, site, spec=_PLAIN_COUNT, index=0, entry=None):
         """-> SitePlan of an int3: any instruction that runs elsewhere too."""
-        module = site.module
+        module, patch = site.module, self.patches.get(site.vaddr)
         try:
+            if spec.is_exit:
+                raise RefusalError("exit", "exits are probed by jumps only",
+                                   site.vaddr)
             if patch is not None and not patch.window.is_trap:
                 raise RefusalError("overlap", "a jump is there", site.vaddr)
             if is_watch(site) or module.shared_text:
@@ -7208,6 +7647,7 @@ class Planner:
             return SitePlan(site, "", None, 0, "unreadable", str(error), ())
         if patch is None:
             self.taken[module].add(*window.ranges[0])
+            self._keep_window(window, site.vaddr)
         return SitePlan(site, "int3", window, size, "", "", old, spec, index)
 
     def close(self):
@@ -7217,16 +7657,17 @@ class Planner:
         """
         self._scans.clear()
 
-    def keep_only(self, armed):
-        """Give back the bytes of every window but these: [(module, window)].
-        """
-        self.taken = {}
-        for module, window in armed:
-            taken = self.taken.setdefault(module, ubp_x86.ByteRanges())
-            for low, high in window.ranges:
+    def keep_only(self, patches):
+        """Give back the bytes of every window but those of {…: Patch}."""
+        self.taken, self.windows, self.patches = {}, {}, patches
+        for patch in patches.values():
+            taken = self.taken.setdefault(patch.site.module,
+                                          ubp_x86.ByteRanges())
+            for low, high in patch.window.ranges:
                 taken.add(low, high)
+            self._keep_window(patch.window, patch.site.vaddr)
 
-    def _window(self, site):
+    def _window(self, site, leave=None):
         module = site.module
         if module.shared_text:
             raise RefusalError("shared text", "its text is mapped shared or "
@@ -7236,15 +7677,41 @@ class Planner:
             raise RefusalError("unknown bounds", "no symbol and no unwind "
                                "entry tells where its function ends",
                                site.vaddr)
-        window = ubp_x86.plan_window(
-            function, site.vaddr, self.scan(module),
-            forbidden=self._cancellation(module), seccomp=self._seccomp,
-            catches_faults=self._catches,
-            taken=self.taken.setdefault(module, ubp_x86.ByteRanges()))
+        window = self._plan_window(function, site, leave)
         if self._is_go(module):
             _refuse_in_go(function, window)
         _refuse_signal_return(function, window)
         return window
+
+    def _plan_window(self, function, site, leave):
+        """The Window at a site; of an exit also one that begins before it.
+        """
+        module = site.module
+        taken = self.taken.setdefault(module, ubp_x86.ByteRanges())
+
+        def plan(vaddr):
+            return ubp_x86.plan_window(
+                function, vaddr, self.scan(module),
+                forbidden=self._cancellation(module), seccomp=self._seccomp,
+                catches_faults=self._catches, taken=taken)
+        try:
+            return plan(site.vaddr)
+        except RefusalError:
+            if leave is None:
+                raise
+            analysis, vaddr = self.scan(module).analysis(function), site.vaddr
+            while site.vaddr - vaddr < _MOST_BEFORE_EXIT:
+                before = analysis.before(vaddr)
+                if before is None or before.vaddr + before.size != vaddr:
+                    break
+                vaddr = before.vaddr
+                try:
+                    window = plan(vaddr)
+                except RefusalError:
+                    continue
+                if any(insn.vaddr == site.vaddr for insn in window.insns):
+                    return window
+            raise
 
     def _is_go(self, module):
         if module not in self._go:
@@ -7402,6 +7869,121 @@ def _uprobes():
                 rb"^[pr]\S* (/\S+):(0x[0-9a-f]+)", text, re.M)]
 
 
+class RecordForm:
+    """How the records of a trace probe become Events."""
+
+    def __init__(self, probe, block):
+        self.probe, self.sites = probe, dict(
+            (index, site) for site, index in block.sites)
+        self.values = block.spec.values
+        self.kind = "exit" if block.spec.is_exit else "entry"
+        self.fields = block.layout.fields
+        form = "<QQIIII"
+        form += "".join("Q" if each.is_unsigned or each.kind != "int"
+                        else "q" for each in self.values)
+        self.inline = [n for n, each in enumerate(self.values)
+                       if each.kind != "int"]
+        for n in self.inline:
+            form += "%ds" % (self.fields[n][2] + 7 & -8)
+        size = struct.calcsize(form)
+        form += "%ds" % (block.layout.entry_size - size)
+        self.records = struct.Struct(form)
+        self.n_values, self.n_invalid = len(self.values), 0
+
+    def events(self, data, clock, tscs, pid_of):
+        """Events of records, in their order; what lies is left out.
+
+        tscs    (lowest, highest) that a record can have
+        """
+        tsc0, ns0, rate = clock.anchor
+        lowest, highest = tscs
+        new, last, found = tuple.__new__, 6 + self.n_values, []
+        probe, sites, inline = self.probe, self.sites, self.inline
+        for record in self.records.iter_unpack(data):
+            _, tsc, tid, cpu, index, faults = record[:6]
+            site, values = sites.get(index), record[6:last]
+            if site is None or not lowest <= tsc <= highest:
+                self.n_invalid += 1
+                continue
+            if inline or faults:
+                values = self._values(values, record[last:], faults)
+                if values is None:
+                    self.n_invalid += 1
+                    continue
+            found.append(new(Event, (
+                ns0 + int((tsc - tsc0) * rate), tid, cpu, pid_of(tid), site,
+                "hit" if site.offset else self.kind, values, (), probe)))
+        return found
+
+    def _values(self, values, texts, faults):
+        """The values with their texts; None if they contradict themselves.
+        """
+        values = list(values)
+        for n, text in zip(self.inline, texts):
+            size = values[n]
+            if size > self.fields[n][2]:
+                return None
+            values[n] = text[:size]
+        for n in range(self.n_values):
+            if faults >> n & 1:
+                values[n] = None
+        return None if faults >> self.n_values else tuple(values)
+
+
+class EventReader:
+    """Merges the rings of all trace probes of a target, in time order.
+
+    What is younger than the moment a look began is held back until the
+    next: an older record may still be on its way.
+    """
+
+    def __init__(self, target):
+        self._target, self._lock = target, threading.Lock()
+        self._forms, self._held, self._pids = {}, [], {0: target.pid}
+
+    def poll(self, probes, clock, is_last=False):
+        """The next Events of Trace probes. -> [Event]
+
+        is_last   nothing is recorded any more: hold nothing back
+        """
+        with self._lock:
+            clock.check()
+            start, found = clock.read(), self._held
+            for probe in probes:
+                for ring in probe._rings:
+                    is_over = is_last or probe._is_removed
+                    for data in ring.read(is_over):
+                        found += self._form(probe, ring).events(
+                            data, clock, (probe._armed_tsc, start[0] + 10**9),
+                            self._pid_of)
+            found.sort(key=_time_of)
+            n = len(found)
+            if not is_last:
+                n = bisect.bisect_left(found, (start[1] - 10**6,))
+            self._held = found[n:]
+            return found[:n]
+
+    def _form(self, probe, ring):
+        form = self._forms.get(ring.block)
+        if form is None:
+            form = self._forms[ring.block] = RecordForm(probe, ring.block)
+        return form
+
+    def _pid_of(self, tid):
+        """The process of a thread: the target, unless it forked since."""
+        found = self._pids.get(tid)
+        if found is None:
+            found = self._target.pid
+            if _namespace_of(found) == _pid_namespace():
+                tgid = read_status(tid).get("Tgid", "")
+                found = int(tgid) if tgid.isdigit() else found
+            self._pids[tid] = found
+        return found
+
+
+_time_of = operator.itemgetter(0)
+
+
 class Block(NamedTuple):
     """Data of a probe in an arena, of one site or of several."""
     arena: Arena
@@ -7409,6 +7991,8 @@ class Block(NamedTuple):
     spec: ubp_x86.Spec
     sites: tuple            # (Site, its index): each one's data lie behind
     #                         the last's; a table is shared by all of them
+    frames: tuple = ()      # (vaddr, bytes, bytes of a frame) of its table
+    is_indexed: bool = False    # a table's first key is the site's index
 
     @property
     def layout(self):
@@ -7426,6 +8010,8 @@ def _readings(block):
             yield site, Reading(word, word)
     elif layout.kind == "table":
         yield from _table_readings(block)
+    elif layout.kind == "ring":
+        pass                        # its TraceRings know: Probe.readings
     else:
         for n, (site, _) in enumerate(sites):
             yield site, block_reading(layout, arena.rows(
@@ -7440,6 +8026,11 @@ def _table_readings(block):
     layout, keys = block.layout, block.spec.keys
     whole = table_reading(layout, keys, block.arena.rows(
         block.offset, layout.size // 8))
+    if len(block.sites) == 1 and not block.is_indexed:
+        yield block.sites[0][0], whole._replace(value={
+            key[0] if len(key) == 1 else key: value
+            for key, value in whole.value.items()})
+        return
     tables = {index: {} for _, index in block.sites}
     for key, value in whole.value.items():
         rest = key[1] if len(key) == 2 else key[1:]
@@ -7452,6 +8043,14 @@ def _table_readings(block):
             value=value, recorded=recorded)
 
 
+def _n_frames(block):
+    """How many frames have been entered and not left."""
+    vaddr, size, each = block.frames
+    data = block.arena.load_private(vaddr, size)
+    return sum(any(word) for word in struct.iter_unpack(
+        "<Q%dx" % (each - 8), data[:len(data) // each * each]))
+
+
 def _recorded(value):
     return value if type(value) is int else value.count
 
@@ -7459,15 +8058,16 @@ def _recorded(value):
 class Body:
     """What one probe does at one site, and where its data is."""
 
-    def __init__(self, probe, plan, arena, place):
+    def __init__(self, probe, plan, part_plan, arena, place):
         self.probe, self.plan = probe, plan
+        self.part_plan = part_plan  # of its own window; plan is the whole's
         self.arena, self.place = arena, place
         self.record = None          # that tells of its data
 
     @property
     def part(self):
         """(Spec, Place), as trampolines are made of."""
-        return self.plan.spec, self.place
+        return self.part_plan.spec, self.place
 
 
 class Patch:
@@ -7477,6 +8077,7 @@ class Patch:
         self.site, self.window = plan.site, plan.window
         self.old = dict(plan.old)
         self.bodies = ()            # in the order of arming
+        self.all_parts = (self,)    # as a plan has them
         self.records = []           # (Arena, Record) of every trampoline
 
 
@@ -7489,7 +8090,8 @@ class Probe:
     def __init__(self, target, where, action, spec):
         self._target, self.where, self.action = target, where, action
         self.sites, self.refused = [], []
-        self._spec, self._blocks = spec, []
+        self._spec, self._blocks, self._rings = spec, [], []
+        self._armed_tsc = 0         # no record of a Trace is older
         self._parts = []            # what holds the sites that take no jump
         self._is_removed = False
 
@@ -7508,8 +8110,18 @@ class Probe:
             for site, reading in _readings(block):
                 found[site] = found[site] + reading if site in found \
                     else reading
+        if self._rings and self.sites:
+            # Sites share their rings: all of it is told of the first.
+            found.update((site, Reading(0)) for site in self.sites)
+            found[self.sites[0]] = sum((ring.reading()
+                                        for ring in self._rings), Reading(0))
         for part in self._parts:
             found.update(part.readings())
+        for block in self._blocks if found else ():
+            if block.frames:        # a table for all of the block's sites
+                first = block.sites[0][0]
+                found[first] = found[first]._replace(
+                    unfinished=_n_frames(block))
         return found
 
     def reading(self):
@@ -7555,7 +8167,7 @@ class Probe:
     def dropped(self):
         """Hits that were not recorded: no room, or a fault in a value."""
         reading = self.reading()
-        return reading.dropped + reading.faults
+        return reading.dropped + reading.faults + reading.crowded
 
     def strategies(self):
         """{strategy: number of sites} of those that are armed, in order."""
@@ -7586,16 +8198,49 @@ class Installer:
     def __init__(self, tracer, kind, note):
         self.tracer, self.kind, self.note = tracer, kind, note
         self.arenas = []
-        self.patches = {}           # vaddr of the site asked for: Patch
+        self.patches = {}           # {window.site: Patch}
         self._links = set()         # (Arena, other that its code refers to)
+        self.clock = None
+        self.offers = ubp_x86.Place(_DUMMY_SHARDS, 0)
+        self._looked = set()        # what was asked of the target already
+
+    def look(self, spec, limit):
+        """Find out what the target offers to a spec, before it is planned.
+
+        What was not asked before is asked in a pause of its own. Raises
+        ProbeError where a body could not do what it must.
+        """
+        wants = wanted_by(spec) - self._looked
+        if "tsc" in wants:
+            self.clock = self.clock or Clock()
+            self.clock.check()
+            self.offers = self.offers._replace(tsc=self.clock.scale)
+        if not wants:
+            return
+
+        def action():
+            offset = tid_source(self.tracer) if "tid" in wants else None
+            if wants & {"tsc", "memory"}:
+                with Injection(self.tracer, bytes(8)) as injection:
+                    if "tsc" in wants:
+                        check_tsc(self.tracer, injection)
+                    if "memory" in wants:
+                        injection.check(SYS_process_vm_readv, 0, 0, 1, 0, 1)
+            return offset
+        offset = self.tracer.pause(action, max(
+            0.1, limit - time.monotonic()), "look")
+        if "tid" in wants:
+            self.offers = self.offers._replace(tid_offset=offset)
+        self._looked |= wants
 
     def install(self, probe, plans, limit):
         """Arm the plans of a probe, in one pause: all, or nothing."""
+        probe._armed_tsc = self.clock.read()[0] if self.clock else 0
         try:
             steps = []
             for group in _by_reach(plans):
                 while group:
-                    arena, part = self._room_for(group, limit)
+                    arena, part = self._room_for(group, need_of, limit)
                     group = group[len(part):]
                     steps += self._write(probe, arena, part)
             self._arm(steps, limit)
@@ -7603,14 +8248,16 @@ class Installer:
             self.take_out([probe], limit)
             raise
 
-    def _room_for(self, plans, limit):
+    def _room_for(self, plans, need_of, limit):
         """An arena for the first of plans that are near each other.
 
+        need_of   the Need of such plans
         -> (Arena, those of plans that it has room for); it is made if
         there is none.
         """
-        low = min(plan.window.site for plan in plans)
-        high = max(plan.window.site for plan in plans) + PAGE
+        windows = [part.window.site for plan in plans
+                   for part in plan.all_parts]
+        low, high = min(windows), max(windows) + PAGE
         for arena in self.arenas:
             n = len(plans)
             while n and not arena.has_room(low, high, need_of(plans[:n])):
@@ -7631,24 +8278,45 @@ class Installer:
         is_shared = layout.kind in ("table", "ring")
         offset = arena.allocate(
             layout.size * (1 if is_shared else len(plans)))
-        probe._blocks.append(Block(arena, offset, spec, tuple(
-            (plan.site, plan.index) for plan in plans)))
-        steps = []
+        frames, each = frames_size(plans)
+        block = Block(arena, offset, spec, tuple(
+            (plan.site, plan.index) for plan in plans),
+            (arena.allocate_private(frames), frames, each) if frames else (),
+            len(spec.keys) > len(probe._spec.keys))
+        probe._blocks.append(block)
+        if layout.kind == "ring":
+            probe._rings += [TraceRing(block, cpu)
+                             for cpu in range(arena.shards.mask + 1)]
+        new = collections.OrderedDict()     # {window.site: [Body]}
         for n, plan in enumerate(plans):
             at = offset + (0 if is_shared else n * layout.size)
-            body = Body(probe, plan, arena, ubp_x86.Place(
-                arena.shards, at, plan.index, private=arena.private))
-            patch = self.patches.get(plan.site.vaddr) or Patch(plan)
+            for part in plan.all_parts:
+                new.setdefault(part.window.site, []).append(Body(
+                    probe, plan, part, arena,
+                    self._place(arena, at, part, block)))
+        steps = []
+        for vaddr, bodies in new.items():
+            patch = self.patches.get(vaddr) or Patch(bodies[0].part_plan)
+            first = bodies[0]
             try:
                 change = self._compose(
-                    patch, patch.bodies + (body,), arena,
-                    journal_block(layout, at, plan.index))
+                    patch, patch.bodies + tuple(bodies), arena, journal_block(
+                        layout, first.place.block, first.plan.index
+                        if block.is_indexed else _ANY_INDEX))
             except RelocationError as error:
-                probe._refuse(plan, error.rule, error.why)
-                continue
-            body.record = change.record
+                raise ProbeError("probe", site_name(first.plan.site),
+                                 error.why)
+            for body in bodies:
+                body.record = change.record
             steps.append((patch, change))
         return steps
+
+    def _place(self, arena, offset, plan, block):
+        """Where a body's data is, and what the target offers."""
+        return self.offers._replace(
+            shards=arena.shards, block=offset, site_index=plan.index,
+            private=arena.private, frames=block.frames[0] if block.frames
+            else 0, at=plan.at, dead=plan.dead, is_taken=plan.is_taken)
 
     def _compose(self, patch, bodies, arena, block):
         """Write a trampoline of bodies for a patch into an arena. -> Change
@@ -7665,7 +8333,7 @@ class Installer:
         change = Change(record, tuple(old for _, old in patch.records))
         patch.records.append((arena, record))
         patch.bodies = bodies
-        self.patches[site.vaddr] = patch
+        self.patches[patch.window.site] = patch
         return change
 
     def _arm(self, steps, limit):
@@ -7678,18 +8346,27 @@ class Installer:
                  if not patch.window.is_trap]       # others: the guardian
         refused = arm(self.tracer, arenas, jumps,
                       max(0.1, limit - time.monotonic())) if jumps else ()
+        lost = set()                # (probe, plan) whose text had changed
         for patch, change in steps:
-            body = patch.bodies[-1]
             if change in refused:
                 arena, record = patch.records.pop()
                 arena.void(record)
-                patch.bodies = patch.bodies[:-1]
+                lost.update((body.probe, body.plan) for body in patch.bodies
+                            if body.record is record)
+                patch.bodies = tuple(body for body in patch.bodies
+                                     if body.record is not record)
                 if not patch.bodies:
-                    del self.patches[patch.site.vaddr]
-                body.probe._refuse(body.plan, "changed text",
-                                   "its text changed meanwhile")
-            else:
-                body.probe.sites.append(body.plan.site)
+                    del self.patches[patch.window.site]
+        for probe, plan in sorted(lost, key=lambda item: item[1].index):
+            probe._refuse(plan, "changed text", "its text changed meanwhile")
+            if plan.parts:          # some of its exits are armed: no times
+                raise ProbeError("probe", site_name(plan.site),
+                                 "the text of an exit changed meanwhile")
+        for patch, change in steps:
+            for body in patch.bodies:
+                if (body.record is change.record and body.plan.site
+                        not in body.probe.sites):
+                    body.probe.sites.append(body.plan.site)
 
     def traps(self):
         """What a guardian has to do: Guard.do_arm's argument."""
@@ -7724,7 +8401,7 @@ class Installer:
             for arena in self.arenas], limit, lambda: _keep(unused)) \
             if done or unused else Removal(0, 0, 0, 0, (), ())
         for patch in done:
-            self.patches.pop(patch.site.vaddr, None)
+            self.patches.pop(patch.window.site, None)
         for arena in unused:
             if not _is_mapped_still(self.tracer, arena):
                 self.arenas.remove(arena)
@@ -7738,8 +8415,7 @@ class Installer:
             before[patch] = patch.bodies
             rest = tuple(body for body in patch.bodies
                          if body.probe not in gone)
-            size = patch.records[-1][1].size
-            arena, _ = self._room_for([patch], limit, Need(1, size, 0, 0))
+            arena, _ = self._room_for([patch], _need_of_code, limit)
             steps.append((patch, self._compose(patch, rest, arena,
                                                _NO_BLOCK)))
         for arena in {patch.records[-1][0] for patch, _ in steps}:
@@ -7771,6 +8447,7 @@ class Installer:
 
 
 _NO_BLOCK = "none", 0, (0, 0, 0, 0)
+_ANY_INDEX = 0xffff             # a table of one site has no index in its keys
 
 
 def journal_block(layout, offset, index):
@@ -7781,7 +8458,7 @@ def journal_block(layout, offset, index):
     table = (0, 0, 0, 0)
     if kind == "table":
         table = (layout.entry_size // 8, layout.payload_offset // 8,
-                 layout.n_entries.bit_length() - 1, index & 0xffff)
+                 layout.n_entries.bit_length() - 1, min(index, _ANY_INDEX))
     return kind, offset, table
 
 
@@ -7789,22 +8466,57 @@ def need_of(plans):
     """The Need of plans of one probe."""
     layout = ubp_x86.block_layout(plans[0].spec)
     n = 1 if layout.kind in ("table", "ring") else len(plans)
-    return Need(len(plans),
-                sum(plan.trampoline_size + ubp_x86.CACHE_LINE
-                    for plan in plans) + ubp_x86.CACHE_LINE,
-                n * layout.size, 8 * needs_private(plans[0].spec))
+    parts = [part for plan in plans for part in plan.all_parts]
+    return Need(len(parts),
+                sum(part.trampoline_size + 2 * ubp_x86.CACHE_LINE
+                    for part in parts),
+                n * layout.size, max(frames_size(plans)[0], 8 * any(
+                    needs_private(part.spec) for part in parts)))
+
+
+def frames_size(plans):
+    """(bytes of the table of frames, and of each) for plans, or (0, 0)."""
+    return max((ubp_x86.frames_layout(part.spec)[::-1] for plan in plans
+                for part in plan.all_parts if part.spec.action == "enter"),
+               default=(0, 0))
+
+
+def _need_of_code(patches):
+    """The Need of trampolines no longer than those in force."""
+    return Need(len(patches), sum(patch.records[-1][1].size
+                                  + 2 * ubp_x86.CACHE_LINE
+                                  for patch in patches), 0, 0)
+
+
+def names_of(spec):
+    """The inputs that the expressions of a spec read. -> set"""
+    found = set()
+    for each in (spec.when,) + spec.keys + spec.values:
+        if each is not None:
+            found |= each.names | ({"memory"} if each.reads_memory else set())
+    return found
+
+
+def wanted_by(spec):
+    """What a body needs that not every target offers. -> set"""
+    names = names_of(spec)
+    wants = names & {"tid", "memory"}
+    if spec.action == "trace":
+        wants |= {"tid", "tsc"}
+    if names & {"nsecs", "elapsed"} or spec.action == "enter":
+        wants |= {"tsc"}
+    return wants
 
 
 def needs_private(spec):
     """Does a body have to know whether it runs in a forked child?"""
-    return any(each.reads_memory or "pid" in each.names
-               for each in (spec.when,) + spec.keys + spec.values if each)
+    return bool(names_of(spec) & {"pid", "memory"})
 
 
 def _keep(arenas):
     """Look a last time at memory that is about to go."""
     for arena in arenas:
-        if arena.memory is None:
+        if arena.memory is None or arena.private:
             arena.keep()
 
 
@@ -9148,6 +9860,7 @@ class Target:
         self._worker = Worker(self._tracer)
         self._lock = threading.RLock()
         self._probes = []
+        self._traced, self._reader = [], EventReader(self)
         self._installer = Installer(
             self._tracer, os.environ.get("UBP_ARENA", "auto"), self._note)
         self._modules = self._planner = None
@@ -9244,7 +9957,7 @@ class Target:
         sites = collections.OrderedDict()
         for pattern in [where] if isinstance(where, str) else where:
             for site in self.find(pattern):
-                sites.setdefault(site.vaddr, site)
+                sites.setdefault((site.vaddr, site.is_return), site)
         return list(sites.values())
 
     # -- probing ------------------------------------------------------------
@@ -9260,17 +9973,25 @@ class Target:
         """
         self._check_open("probe")
         strategies = strategies_of(strategy)
-        spec = make_spec(action, when)
         with self._lock:
             sites = self._sites(where)
+            is_return = any(site.is_return for site in sites)
+            if is_return and not all(site.is_return for site in sites):
+                raise ProbeError("probe", _where_text(where), "entries and "
+                                 "exits in one probe", "use two probes")
+            spec, entry = make_specs(action, when, is_return)
             if len(sites) > max_sites:
                 raise ProbeError(
                     "probe", str(where), "it matches %d functions, more "
                     "than %d" % (len(sites), max_sites), "--max-sites N")
             probe = Probe(self, where, action, spec)
+            self._traced += [probe] * (spec.action == "trace")
             if self._planner is None:
                 self._planner = Planner(self.pid, self._read)
-            plans = [self._plan(site, spec, n, strategies)
+                self._planner.patches = self._installer.patches
+            self._look([each for each in (spec, entry) if each], strategies,
+                       timeout)
+            plans = [self._plan(site, spec, n, len(sites), entry, strategies)
                      for n, site in enumerate(sites)]
             probe.refused = [plan for plan in plans if not plan.strategy]
             good = [plan for plan in plans
@@ -9280,6 +10001,8 @@ class Target:
             if good:
                 self._with_ptrace(lambda: self._arm(probe, good, timeout),
                                   timeout, [probe])
+            if self._planner is not None:
+                self._planner.keep_only(self._installer.patches)
             if not probe.sites:
                 raise _none_armed(where, probe.refused)
             self._probes.append(probe)
@@ -9347,16 +10070,27 @@ class Target:
         for vaddr in refused:
             self._note("0x%x: its text changed meanwhile: no int3" % vaddr)
 
-    def _plan(self, site, spec, index, strategies):
+    def _look(self, specs, strategies, timeout):
+        """Ask the target for what bodies of the specs would need of it."""
+        installer = self._installer
+        if "jump" in strategies and any(map(wanted_by, specs)):
+            self._tracer.starts_raw_threads = _starts_raw_threads(
+                self._get_modules())
+            for spec in specs:
+                self._with_ptrace(lambda: installer.look(
+                    spec, time.monotonic() + timeout), timeout)
+        self._planner.offers = installer.offers
+
+    def _plan(self, site, spec, index, n_sites, entry, strategies):
         """The SitePlan of one of a probe's sites.
 
         In a table that sites share, the first key is the site's index.
         """
-        if ubp_x86.block_layout(spec).kind == "table":
+        spec = spec._replace(is_inside=bool(site.offset))
+        if n_sites > 1 and ubp_x86.block_layout(spec).kind == "table":
             number = ubp_x86.parse_expression("%d" % index)
             spec = spec._replace(keys=(number,) + spec.keys)
-        return _plan_site(self._planner, site, strategies, spec, index,
-                          self._installer.patches.get(site.vaddr))
+        return _plan_site(self._planner, site, strategies, spec, index, entry)
 
     def _arm(self, probe, plans, timeout):
         """In the worker: all of it, or, if that fails, nothing."""
@@ -9364,6 +10098,43 @@ class Target:
         self._tracer.starts_raw_threads = _starts_raw_threads(
             self._get_modules())
         self._installer.install(probe, plans, time.monotonic() + timeout)
+
+    # -- events -------------------------------------------------------------
+
+    def events(self, timeout=None):
+        """Iterate the Events of all Trace probes, in time order.
+
+        Ends when none came for timeout seconds, when the target has ended,
+        or no Trace probe is left; None: only then. 0: what is there now.
+        """
+        waited = time.monotonic()
+        while True:
+            probes = self._traces()
+            is_last = (not any(not probe._is_removed for probe in probes)
+                       or not self.alive)
+            found = self.read_events(is_last)
+            yield from found
+            if found:
+                waited = time.monotonic()
+            elif is_last or timeout is not None and (
+                    time.monotonic() - waited >= timeout):
+                return
+            else:
+                time.sleep(0.005)
+
+    def read_events(self, is_last=False):
+        """The Events that are there now, in time order. -> [Event]
+
+        is_last   also the youngest, which an older one may yet follow
+        """
+        probes, clock = self._traces(), self._installer.clock
+        if not probes or clock is None:
+            return []
+        return self._reader.poll(probes, clock, is_last)
+
+    def _traces(self):
+        """The Trace probes, those taken out too."""
+        return [probe for probe in self._traced if probe._rings]
 
     def _warn_of_seccomp(self):
         if read_status(self.pid).get("Seccomp", "0") != "0":
@@ -9397,9 +10168,7 @@ class Target:
             if probe in self._probes:
                 self._probes.remove(probe)
         if self._planner is not None:
-            self._planner.keep_only([
-                (patch.site.module, patch.window)
-                for patch in self._installer.patches.values()])
+            self._planner.keep_only(self._installer.patches)
         return total
 
     def run(self):
@@ -9934,7 +10703,8 @@ def _hits_in_block(view, record):
     header, total = view.header, 0
     first = _HEAD_WORDS
     n_words = {"filtered": 1, "sum": 1, "ring": 2, "table": (
-        record.table[0] << min(record.table[2], 20))}.get(
+        record.table[0] * ((1 << min(record.table[2], 20))
+                           + ubp_x86.N_PROBED - 1))}.get(
             record.kind, ubp_x86.HIST_BUCKETS // 8 + ubp_x86.N_BUCKETS
             * (2 if record.kind == "signed hist" else 1))
     room = (1 << header.shard_shift) // 8 - record.index
@@ -9964,8 +10734,8 @@ def _table_counts(words, record):
     states = words[0::size] if size > max(at, 1) else ()
     for n, state in enumerate(states):
         entry = words[n * size:(n + 1) * size]
-        if (state not in (ubp_x86.STATE_FREE, ubp_x86.STATE_BUSY)
-                and len(entry) == size and entry[1] == index):
+        if (state >= ubp_x86.STATE_READY and len(entry) == size and (
+                entry[1] == index or index == _ANY_INDEX)):
             yield (entry[at] if size < ubp_x86.N_BUCKETS
                    else sum(entry[at + ubp_x86.HIST_BUCKETS // 8:]))
 

@@ -2478,6 +2478,105 @@ def _refers_into(analysis, low, high, read, is_executable):
     return any(vaddr in analysis.references for vaddr in range(low, high))
 
 
+# -- Exits: where a frame of a function ends.
+
+class Exit(NamedTuple):
+    """An instruction that leaves a function for good."""
+    vaddr: int
+    function: Function      # itself, or the part that the exit is in
+    is_conditional: bool    # a tail jump that is not always taken
+
+
+def find_exits(function, branches, is_part=lambda vaddr: False):
+    """Where a function is left: every ret and tail jump. -> (Exit, ...)
+
+    is_part   does a part of this function (gcc's .cold) begin at a vaddr?
+    A part that comes back is one without a name, too; its exits are the
+    function's. Raises RefusalError for what may or may not be an exit, as
+    times would be wrong without it.
+    """
+    found, family = [], [function]
+    for each in family:
+        analysis = branches.analysis(each)
+        for form, vaddr in zip(analysis.forms, analysis.starts):
+            if form.flow in _LEAVES:
+                found += _exits_at(analysis, analysis.at(vaddr), family,
+                                   branches, is_part)
+        if any(insn.flow in _LEAVES for insn in analysis.strays):
+            raise RefusalError("exit", "0x%x is entered in the middle of an "
+                               "instruction" % each.vaddr, each.vaddr)
+        if analysis.last_flow in (NEXT, JCC, LOOP, XBEGIN, SYSCALL):
+            raise RefusalError("exit", "it runs on into what is behind it, "
+                               "at 0x%x" % analysis.end, analysis.end)
+    if not found:
+        raise RefusalError("exit", "it has no exit", function.vaddr)
+    return tuple(sorted(found))
+
+
+_LEAVES = frozenset((RET, JMP, JCC, LOOP, XBEGIN, JMP_IND, FAR))
+
+
+def _exits_at(analysis, insn, family, branches, is_part):
+    """[Exit] of one instruction that may leave; parts found join family."""
+    flow, vaddr, target = insn.flow, insn.vaddr, insn.target
+    if flow == RET:
+        return [Exit(vaddr, analysis.function, False)]
+    if flow == FAR:
+        raise RefusalError("exit", "0x%x leaves it by a far transfer" % vaddr,
+                           vaddr)
+    if flow == JMP_IND:
+        return _indirect_exit(analysis, vaddr, family, branches)
+    if target == family[0].vaddr:       # begins anew, at the same rsp
+        return [Exit(vaddr, analysis.function, flow != JMP)]
+    if any(f.vaddr <= target < f.vaddr + f.size for f in family):
+        return []
+    part = branches.function_at and branches.function_at(target)
+    if part and (is_part(part.vaddr) or _comes_back(part, family, branches)):
+        family.append(part)
+        return []
+    if part and target != part.vaddr:
+        raise RefusalError("exit", "0x%x jumps into the middle of another "
+                           "function" % vaddr, vaddr)
+    if flow in (LOOP, XBEGIN):
+        raise RefusalError("exit", "0x%x may leave it, by %s" % (
+            vaddr, flow), vaddr)
+    return [Exit(vaddr, analysis.function, flow == JCC)]
+
+
+def _comes_back(part, family, branches):
+    """Does it jump behind the first byte of a function of the family?"""
+    try:
+        targets = [insn.target for insn in (
+            branches.analysis(part).insn(place) for place, form in enumerate(
+                branches.analysis(part).forms) if form.flow in (JMP, JCC))]
+    except RefusalError:
+        return False
+    return any(f.vaddr < target < f.vaddr + f.size
+               for f in family for target in targets)
+
+
+def _indirect_exit(analysis, vaddr, family, branches):
+    """[Exit] if an indirect jump can lead nowhere inside, [] if always."""
+    jumps = resolve_jumps(analysis, branches.read, branches.is_executable)
+    if vaddr not in jumps.unresolved:
+        targets = analysis.known[vaddr]
+        if all(any(f.vaddr <= target < f.vaddr + f.size for f in family)
+               for target in targets):
+            return []
+        raise RefusalError("exit", "the jump table of 0x%x leads out of it"
+                           % vaddr, vaddr)
+    for each in family:
+        other = branches.analysis(each)
+        low, end = each.vaddr + 1, each.vaddr + each.size
+        if (other.entries or any(low <= name < end for name in other.names())
+                or any(low <= name < end for name in analysis.names())
+                or _refers_into(analysis, low, end, branches.read,
+                                branches.is_executable)):
+            raise RefusalError("exit", "0x%x may be a tail jump or one within "
+                               "it" % vaddr, vaddr)
+    return [Exit(vaddr, analysis.function, False)]
+
+
 # -- Liveness: what a body at a site need not save.
 
 _FLAGS_AT = 16                  # flags share a mask with the registers
@@ -4002,6 +4101,10 @@ class Place(NamedTuple):
     tracer: int = 0         # vaddr of the word that holds the tracer's tid
     direct: Tuple[Tuple[int, int], ...] = ()    # [low, high) that stay
     can_stack: bool = True  # may a body use more than the red zone?
+    at: int = 0             # the displaced instruction that the body comes
+    #                         before; 0: the first
+    dead: Tuple[int, bool] = (0, False)     # registers and flags dead there
+    is_taken: bool = False  # only where that instruction, a jcc, is taken
 
 
 class Layout(NamedTuple):
@@ -5978,27 +6081,66 @@ def bare_trampoline(window, vaddr):
 
 
 def trampoline(window, vaddr, parts):
-    """Several bodies, in order of arming, then the window. -> Trampoline
+    """Several bodies, in order of arming, and the window. -> Trampoline
 
-    parts   [(Spec, Place), ...]
+    parts   [(Spec, Place), ...]; Place.at tells which displaced instruction
+            a body comes before, if not the first
     What is rare lies behind the jump back. What a body reads, those before
     it leave alone even where it is dead. Raises as body() does.
     """
-    code = Code()
-    for n, (spec, place) in enumerate(parts):
-        kept = 0
-        for later, _ in parts[n + 1:]:
-            kept |= input_registers(later)
-        code.include(compiled(spec, place, window._replace(
-            dead_regs=window.dead_regs & ~kept)))
-    copies = code.label()
-    code.mark(copies)
-    code.put(_with_copies(window, vaddr, b"").code)
+    code, starts, copies = Code(), [], []
+    for insn in window.insns:
+        here = [part for part in parts if part[1].at == insn.vaddr
+                or not part[1].at and insn is window.insns[0]]
+        starts.append(code.label())
+        copies.append(code.label())
+        code.mark(starts[-1])
+        _add_bodies(code, window, insn, here)
+        code.mark(copies[-1])
+        code.put(bytes(len(relocate(insn, vaddr))))     # to be filled in
+    back = code.label()
+    code.mark(back)
+    code.put(bytes(JUMP_SIZE))
     code.parts += code.cold
     code.finish()
-    at = code.labels[copies]
-    made = _with_copies(window, vaddr, code.at(vaddr)[:at])
-    return made._replace(code=made.code + code.at(vaddr)[len(made.code):])
+    text, made = bytearray(code.at(vaddr)), []
+    for insn, start, copy in zip(window.insns, starts, copies):
+        start, at = code.labels[start], code.labels[copy]
+        moved = relocate(insn, vaddr + at)
+        text[at:at + len(moved)] = moved
+        if insn.flow == SYSCALL:        # its way back is counted from itself
+            start = at
+        made.append(Copy(insn.vaddr - window.site, insn.size,
+                         at if insn is window.insns[0] else start,
+                         at + len(moved) - start,
+                         insn.size * (insn.flow == SYSCALL)))
+    at = code.labels[back]
+    text[at:at + JUMP_SIZE] = jmp_rel32(vaddr + at,
+                                        window.site + window.size)
+    return Trampoline(vaddr, bytes(text), tuple(made))
+
+
+def _add_bodies(code, window, insn, parts):
+    """Put the bodies that come before a displaced instruction.
+
+    Those for a conditional jump that is taken are jumped over by its
+    opposite; behind them it is executed again, with the same flags.
+    """
+    if any(place.at for _, place in parts):
+        dead = next(place.dead for _, place in parts if place.at)
+        window = window._replace(dead_regs=dead[0], flags_dead=dead[1])
+    for is_taken in False, True:
+        these = [part for part in parts if part[1].is_taken == is_taken]
+        over = code.label()
+        if is_taken and these:
+            code.jump(over, insn.form.opcode & 15 ^ 1)
+        for n, (spec, place) in enumerate(these):
+            kept = 0
+            for later, _ in these[n + 1:]:
+                kept |= input_registers(later)
+            code.include(compiled(spec, place, window._replace(
+                dead_regs=window.dead_regs & ~kept)))
+        code.mark(over)
 
 
 CACHE_LINE = 64
@@ -6571,6 +6713,11 @@ def _is_frame_up(code, offset):
             return False
         offset += insn.size
     return True
+
+
+# A function that returns the time stamp counter: rdtsc; shl $32,%rdx;
+# or %rdx,%rax; ret
+READ_TSC = b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0\xc3"
 
 
 def entry_stub(entry):

@@ -169,7 +169,6 @@ count -p 4 malloc -e arg0                 | -e is not built yet
 count -p 4 malloc --if arg0               | --if is not built yet
 count -p 4 malloc + free                  | + is not built yet
 count -p 4 malloc -o x.svg                | .jsonl or .txt
-count -p 4 malloc%return                  | not built yet
 count -p 4 mem:0x1234/3:w                 | watches 1, 2, 4 or 8
 count -p 4 usdt:libc:setjmp               | not built yet
 count -p 4 :malloc                        | column 1

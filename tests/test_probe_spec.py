@@ -47,8 +47,8 @@ libc:0x10+4      | column 10: an address takes no offset
 123              | column 1: a number
 libc:12ab        | column 6: a number
 libc:0xzz        | column 6: a number
-malloc%return    | (%return) is planned but not built yet
-libc:f%return    | (%return) is planned but not built yet
+malloc+4%return  | column 9: %return belongs to a whole function
+f%return%return  | column 9: %return belongs to a whole function
 main.c:42        | (FILE:LINE) is planned but not built yet
 /src/a/main.c:42 | (FILE:LINE) is planned but not built yet
 usdt:python:gc   | (usdt:) is planned but not built yet
@@ -59,7 +59,7 @@ mem:mem:f        | column 5: one address or one symbol
 mem:coun*        | column 5: one address or one symbol
 mem:counter/3    | 3 bytes: a debug register watches 1, 2, 4 or 8
 mem:counter/16:w | 16 bytes: a debug register watches 1, 2, 4 or 8
-mem:f%return     | (%return) is planned but not built yet
+mem:f%return     | column 5: one address or one symbol
 """
 
 
