@@ -9387,13 +9387,46 @@ class Keeper(Tracer):
         self.blocked.discard(tid)
         super().lose(tid)
 
+    def _await_transfers(self, tids, limit):
+        """Wait a little until none of our threads is in a transfer."""
+        super()._await_transfers(tids, limit)
+        soon = min(limit, time.monotonic() + _TRANSFER_WAIT_S)
+        while time.monotonic() < soon and any(
+                t.state == RUNNING and _blocking_syscall(t.tgid, t.tid)
+                for t in list(self.threads.values())):
+            self.run(0.002)
+
+    def run(self, seconds):
+        """Go on with stops for a while. Takes those of this process only."""
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            for thread in list(self.threads.values()):
+                try:
+                    status = wait_nohang(thread.tid)
+                except ChildProcessError:
+                    status = 0          # it has ended, and was reaped
+                if status is not None:
+                    self.step(thread, status)
+            time.sleep(0.0002)
+
     def leave(self, timeout):
-        """Let go of every thread. The text is back."""
+        """Let go of every thread. The text is back.
+
+        One whose transfer our stop cut short is let go when the rest of it
+        is done, or, late, with a count that is short but true.
+        """
         self.is_leaving = True
+        limit = time.monotonic() + timeout
         try:
             self.pause(lambda: None, timeout, "let go")
         except TraceeGone:
             log.debug("pid %d has ended", self.tgid)
+        while self.threads and time.monotonic() < limit:
+            self.run(0.005)
+        self.cut_transfers()
+        limit = time.monotonic() + 1
+        while self.threads and time.monotonic() < limit:
+            self.run(0.005)
         self.close()
 
 
@@ -9586,25 +9619,12 @@ class Guard:
                 self.do_rest(5)
             except UbpError as error:
                 log.debug("%s", error)
-                self._run_for(0.05)
+                for keeper in list(self.keepers):
+                    keeper.run(0.05)
         owners = [view.header.owner_pid for view in find_arenas(self.tgid)
                   if view.header is not None]
         if owners and set(owners) == {self.host}:
             clean(self.tgid, all=True)
-
-    def _run_for(self, seconds):
-        """Go on with stops for a while."""
-        limit = time.monotonic() + seconds
-        while self.keepers and time.monotonic() < limit:
-            for keeper in list(self.keepers):
-                for thread in list(keeper.threads.values()):
-                    try:
-                        status = wait_nohang(thread.tid)
-                    except ChildProcessError:
-                        status = 0
-                    if status is not None:
-                        keeper.step(thread, status)
-            time.sleep(0.0005)
 
 
 class Channel:

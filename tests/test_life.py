@@ -505,6 +505,28 @@ class Int3(unittest.TestCase):
                 process.ask("g")
                 process.quit()
 
+    def test_blocking_calls_end_as_they_would(self):
+        for name, sites in (
+                ("blocked", ["libc:" + name for name in (
+                    "read", "write", "recv", "nanosleep", "poll", "select",
+                    "epoll_wait", "clock_nanosleep")]),
+                ("signals", ["libc:read", "libc:write", "exe:*"])):
+            with self.subTest(name), live.Target(
+                    name, seconds=90) as process:
+                with ubp.attach(process.pid) as target:
+                    probe = target.probe(sites, ubp.Count(),
+                                         strategy="int3", timeout=20)
+                    time.sleep(1)
+                    self.assertGreater(probe.read(), 100)
+                    if name == "blocked":
+                        for op, found in process.operations().items():
+                            self.assertEqual((0, 0, 0), (
+                                found["eintr"], found["short"],
+                                found["amiss"]), op)
+                    target.close(20)
+                self.assertEqual([], live.changed_text(process.pid)[:8])
+                process.quit()
+
     def test_armed_and_removed_under_fire(self):
         with live.Target("busy", 4, seconds=90) as process:
             process.send("g")
