@@ -10955,6 +10955,11 @@ def json_text(value):
                    else char for char in value)
 
 
+def json_value(value):
+    """Return a part of a key, or a traced value, for JSON."""
+    return json_text(value) if isinstance(value, str) else value
+
+
 class Where(NamedTuple):
     """The function that a result is about, and the process it is of."""
     host: str
@@ -11790,42 +11795,47 @@ class CallTree:
         return hit.where.label() + (" " + words if words else "")
 
 
-def chrome_events(hits):
-    """Yield the objects of a Chrome trace, for hits in order of time.
+class ChromeTrace:
+    """Hits as objects of a Chrome trace.
 
     ph B and E for entries and exits, X for an exit that knows its duration,
     i for what is neither; ts and dur are microseconds, since the first hit:
     CLOCK_REALTIME in a double would lose the nanoseconds. Source: Trace
     Event Format, by the authors of Catapult.
     """
-    base, names, began = None, set(), set()
-    pids = {}               # a pid of each host, as the viewer knows none
-    for hit in hits:
-        base = hit.time_ns if base is None else base
+
+    def __init__(self):
+        self.base = None
+        self.pids = {}          # a pid of each process, as hosts are unknown
+        self.began = set()      # (process, tid, function) that were entered
+
+    def feed(self, hit):
+        """Yield the objects of one Hit; hits come in order of time."""
+        self.base = hit.time_ns if self.base is None else self.base
         process = hit.where.host, hit.where.pid
-        pid = pids.setdefault(process, hit.where.pid
-                              if hit.where.pid not in pids.values()
-                              else max(pids.values()) + 1)
-        if process not in names:
-            names.add(process)
-            yield {"ph": "M", "name": "process_name", "pid": pid, "tid": 0,
+        if process not in self.pids:
+            taken = self.pids.values()
+            self.pids[process] = (hit.where.pid if hit.where.pid not in taken
+                                  else max(taken) + 1)
+            yield {"ph": "M", "name": "process_name", "tid": 0,
+                   "pid": self.pids[process],
                    "args": {"name": "%s pid %d" % process}}
-        values = dict(hit.values)
+        values = {name: json_value(value) for name, value in hit.values}
         elapsed = values.pop("elapsed", None)
         event = {"name": hit.where.label(), "cat": escape(hit.where.module),
-                 "ph": "i", "ts": (hit.time_ns - base) / 1000, "pid": pid,
-                 "tid": hit.tid, "args": values}
+                 "ph": "i", "ts": (hit.time_ns - self.base) / 1000,
+                 "pid": self.pids[process], "tid": hit.tid, "args": values}
         if hit.stack:
-            event["args"]["stack"] = list(hit.stack)
-        thread = process + (hit.tid, hit.where.label())
+            values["stack"] = [json_text(frame) for frame in hit.stack]
+        call = process + (hit.tid, hit.where.label())
         if hit.kind == "entry":
             event["ph"] = "B"
-            began.add(thread)
-        elif hit.kind == "exit" and thread in began:
+            self.began.add(call)
+        elif hit.kind == "exit" and call in self.began:
             event["ph"] = "E"
         elif hit.kind == "exit" and isinstance(elapsed, int):
-            event.update(ph="X", ts=(hit.time_ns - elapsed - base) / 1000,
-                         dur=elapsed / 1000)
+            event.update(ph="X", dur=elapsed / 1000,
+                         ts=(hit.time_ns - elapsed - self.base) / 1000)
         else:
             event["s"] = "t"
         yield event
@@ -11895,50 +11905,63 @@ class Loss(NamedTuple):
     refused: int
 
 
-def open_metrics(kind, rows, losses, expression="", keys=()):
+def open_metrics(parts, losses):
     """Return results as OpenMetrics text, for a textfile collector.
 
-    kind     "count", "sum", "hist" or "latency";   losses  a Loss a process
+    parts    [(kind, rows, expression, keys)]; kind "count", "sum", "hist"
+             or "latency";   losses  a Loss for each process
     Times are in seconds, the base unit that OpenMetrics asks for. Source:
     OpenMetrics 1.0, "Overall Structure", "Histogram", "Counter".
     """
-    lines, is_ns = [], kind == "latency" or is_time(expression)
-    if kind == "count":
-        lines += _metric_head("ubp_calls", "counter", "Calls of a function "
-                              "since it was probed.")
-        lines += ["ubp_calls_total%s %d" % (metric_labels(
-            *_row_labels(row, keys)), row.total) for row in rows]
-    elif kind == "sum":             # may fall: values may be negative
-        lines += _metric_head("ubp_sum", "gauge", "Sum of an expression over "
-                              "the calls of a function since it was probed.")
-        lines += ["ubp_sum%s %d" % (metric_labels(*_row_labels(row, keys) + [
-            ("expression", expression)]), row.total) for row in rows]
-    else:
-        name = ("ubp_latency_seconds" if kind == "latency" else
-                "ubp_value_seconds" if is_ns else "ubp_value")
-        lines += _metric_head(
-            name, "histogram", "Time from entry to exit of a function."
-            if kind == "latency" else "Values of an expression at the calls "
-            "of a function.", "seconds" if is_ns else "")
+    families = collections.OrderedDict()
+    for n, (kind, rows, expression, keys) in enumerate(parts):
+        is_ns = kind == "latency" or is_time(expression)
+        name, head = _metric_family(kind, is_ns)
+        lines = families.setdefault(name, head)
         for row in rows:
-            lines += metric_histogram(
-                name, _row_labels(row, keys) + (
-                    [] if kind == "latency" else [("expression",
-                                                   expression)]),
-                row.total, is_ns)
-    for name, text, field in (
-            ("ubp_hits", "How often probed places were passed.", "hits"),
-            ("ubp_dropped", "Hits that were not recorded.", "dropped")):
-        lines += _metric_head(name, "counter", text)
-        lines += ["%s_total%s %d" % (name, metric_labels(
-            ("host", loss.host), ("pid", loss.pid)), getattr(loss, field))
-            for loss in losses]
-    lines += _metric_head("ubp_refused_sites", "gauge",
-                          "Places that could not be probed.")
-    lines += ["ubp_refused_sites%s %d" % (metric_labels(
-        ("host", loss.host), ("pid", loss.pid)), loss.refused)
-        for loss in losses]
+            labels = _row_labels(row, keys)
+            if len(parts) > 1:
+                labels.append(("group", n))
+            if kind in ("sum", "hist"):
+                labels.append(("expression", expression))
+            if kind in ("count", "sum"):
+                lines.append("%s%s%s %d" % (
+                    name, "_total" * (kind == "count"),
+                    metric_labels(*labels), row.total))
+            else:
+                lines += metric_histogram(name, labels, row.total, is_ns)
+    lines = [line for family in families.values() for line in family]
+    for name, kind, text, field in (
+            ("ubp_hits", "counter", "How often probed places were passed.",
+             "hits"),
+            ("ubp_dropped", "counter", "Hits that were not recorded.",
+             "dropped"),
+            ("ubp_refused_sites", "gauge", "Places that could not be probed.",
+             "refused")):
+        lines += _metric_head(name, kind, text)
+        lines += ["%s%s%s %d" % (
+            name, "_total" * (kind == "counter"), metric_labels(
+                ("host", loss.host), ("pid", loss.pid)),
+            getattr(loss, field)) for loss in losses]
     return "\n".join(lines + ["# EOF", ""])
+
+
+def _metric_family(kind, is_ns):
+    """Return (name, [the lines in front of its samples])."""
+    if kind == "count":
+        return "ubp_calls", _metric_head(
+            "ubp_calls", "counter",
+            "Calls of a function since it was probed.")
+    if kind == "sum":                   # may fall: values may be negative
+        return "ubp_sum", _metric_head(
+            "ubp_sum", "gauge",
+            "Sum of an expression over calls since they were probed.")
+    name = ("ubp_latency_seconds" if kind == "latency" else
+            "ubp_value_seconds" if is_ns else "ubp_value")
+    return name, _metric_head(
+        name, "histogram", "Time from entry to exit of a function."
+        if kind == "latency" else "Values of an expression at the calls of "
+        "a function.", "seconds" if is_ns else "")
 
 
 # ---- 12  Command line -----------------------------------------------------
@@ -11959,37 +11982,43 @@ import contextlib                                               # noqa: E402
 import fcntl                                                    # noqa: E402
 
 VERBS = """
-count    count calls of functions, as a live table on a terminal
+count    count calls, or add up values, as a live table on a terminal
+hist     show how the values of an expression are distributed
+latency  show how long calls take, from entry to exit
+stack    count call stacks: a tree, folded lines, a flame graph
+trace    print a line for each hit, with values
+show     add up the JSON Lines of any number of hosts
 list     list the functions that probes name: address, size, module
 plan     show how each function would be probed, or why not; change nothing
 status   show the probes that are in place, whose, and their counts
 clean    take out probes that were left, or whose owner died
 """
-LATER_VERBS = "hist trace latency stack show".split()
-LATER_OPTIONS = "-e --if --by --sum --stack --hits --max-rate".split()
+LATER_OPTIONS = ("--max-rate",)
 
 HELP = """\
-usage: ubp VERB -p PID[,PID...] [OPTION...] PROBE...
-       ubp count [OPTION...] PROBE... -- COMMAND [ARGUMENT...]
+usage: ubp VERB -p PID[,PID...] [OPTION...] PROBE... [+ [OPTION...] PROBE...]
+       ubp VERB [OPTION...] PROBE... -- COMMAND [ARGUMENT...]
 
-Count calls of functions in running programs, by a jump in each function.
+Measure running programs, by a jump in each probed function.
 
-verbs (`ubp VERB --help` tells their options):
+verbs (`ubp VERB --help` tells their options, and has examples):
 %s
 probes:
   [MODULE:]FUNCTION[+OFFSET]   * and ? are wild; MODULE is a file name (libc),
                                a path, or exe: the program itself
+  [MODULE:]FUNCTION%%return     each exit of it: ret, elapsed, arg0 at entry
   [MODULE:]0xADDRESS           the address that nm prints; without MODULE: the
                                address in the running process
-
-not built yet: %s
-               %s
+expressions, Python's within 64 bits:
+  arg0 arg1 ... ret elapsed caller tid pid cpu nsecs rdi ...; us ms sec KiB MiB
+  u8(x) ... s64(x) casts: a C int needs s32(ret); u32[arg0+8] loads;
+  str(address) buf(address, size); hex(x) sym(x) for printing
 
 five commands worth copying:
   python3 ubp.py count -p PID 'libc:malloc' 'exe:*Command'
-  python3 ubp.py count 'libc:malloc' -- python3 -c 'print(len("ubp"))'
-  python3 ubp.py count -p "$(pgrep -d, -x nginx)" --json --interval 1 'libc:*'
-  python3 ubp.py list -p PID 'libc:str*'
+  python3 ubp.py hist -p PID libc:malloc -e arg0
+  python3 ubp.py trace -p PID 'libc:open*' -e 'str(arg0)' --hits 10
+  python3 ubp.py latency -p "$(pgrep -d, -x nginx)" libssl:SSL_read
   python3 ubp.py clean -p PID
 """
 
@@ -12028,6 +12057,10 @@ def say(text, hint=""):
 def report(error):
     """Say what went wrong, and what the user can do."""
     say(str(error), error.hint)
+    if isinstance(error, ubp_x86.ExpressionError):
+        start = max(error.column - 50, 0)
+        say("  " + error.text[start:start + 72])
+        say("  " + " " * len(escape(error.text[start:error.column])) + "^")
 
 
 def report_all(errors, is_success):
@@ -12150,6 +12183,35 @@ def error_words(error):
                        error.strerror)
 
 
+class WholeFile(Output):
+    """A file that others only ever see whole: replaced, never written to."""
+
+    def __init__(self, path, signals):
+        self.path = os.path.abspath(path)
+        folder = os.path.dirname(self.path)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UbpError("write to", path, "ENOENT: no such folder"
+                           if not os.path.isdir(folder) else
+                           "EACCES: its folder cannot be written to")
+        super().__init__(os.open(folder, os.O_RDONLY | os.O_DIRECTORY
+                                 | os.O_CLOEXEC), path, "utf-8", signals)
+
+    def replace(self, text):
+        """Put text in place of what the file holds. Raises UbpError."""
+        folder, name = os.path.split(self.path)
+        # A collector reads *.prom: the temporary name must not end so.
+        path = os.path.join(folder, ".%s.%d.tmp" % (name, os.getpid()))
+        try:
+            with open(path, "w", encoding="utf-8",
+                      errors="backslashreplace") as file:
+                file.write(text)
+            os.rename(path, self.path)
+        except OSError as error:
+            if os.path.lexists(path):
+                os.unlink(path)
+            raise UbpError("write to", self.name, error_words(error))
+
+
 def open_stdout(signals):
     """Return the Output that is descriptor 1. Raises UbpError: closed."""
     if fcntl.fcntl(1, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
@@ -12162,6 +12224,8 @@ def open_output(path, signals):
     """Return the Output for -o PATH, emptied; stdout where there is none."""
     if not path:
         return open_stdout(signals)
+    if path.endswith(WHOLE_FORMATS):
+        return WholeFile(path, signals)
     try:                               # O_NONBLOCK: a FIFO without a reader
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC
                      | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK, 0o666)
@@ -12306,42 +12370,82 @@ def parse_strategy(text):
 def parse_output(text):
     """Return the path of -o if its suffix names a format."""
     suffix = os.path.splitext(text)[1]
-    if suffix not in (".jsonl", ".txt"):
+    if suffix not in FORMATS:
         raise argparse.ArgumentTypeError(
-            "%r: the suffix chooses the format, .jsonl or .txt; "
-            "others are not built yet" % text)
+            "%r: the suffix chooses the format: %s" % (
+                text, ", ".join(FORMATS)))
     return text
 
 
+FORMATS = collections.OrderedDict([
+    # suffix: the verbs that have something to say in it
+    (".txt", "count hist latency stack trace show"),
+    (".jsonl", "count hist latency stack trace show"),
+    (".prom", "count hist latency"),
+    (".svg", "stack trace show"),
+    (".folded", "stack trace show"),
+    (".json", "trace"),
+])
+WHOLE_FORMATS = (".prom", ".svg", ".folded")    # replaced, never appended to
+PROBING = "count hist latency stack trace"      # the verbs that put probes in
 OPTIONS = collections.OrderedDict([
     # name: (verbs, arguments of add_argument)
-    ("-p", ("count list plan status clean", dict(
+    ("-p", (PROBING + " list plan status clean", dict(
         dest="pids", metavar="PID[,PID...]", type=parse_pids,
         action="append",
         help="the processes; may be repeated; takes what pgrep prints"))),
-    ("--duration", ("count", dict(
+    ("-e", ("hist trace plan", dict(
+        dest="exprs", metavar="EXPR[,EXPR]", action="append",
+        help="what to measure or to print: arg0, 'str(arg1)', ret, elapsed"
+        ))),
+    ("--if", (PROBING + " plan", dict(
+        dest="when", metavar="EXPR", help="only hits for which it is true"))),
+    ("--by", ("count hist latency plan show", dict(
+        metavar="EXPR[,EXPR]", help="one result for each of its values: tid, "
+        "caller, 'str(arg0)'; of show: host"))),
+    ("--sum", ("count stack", dict(
+        metavar="EXPR", help="add up its values instead of counting"))),
+    ("--stack", ("trace", dict(
+        action="store_true", help="print the call stack of each hit"))),
+    ("--tree", ("trace", dict(
+        action="store_true",
+        help="entry and exit of functions, nested, with durations"))),
+    ("--unwind", ("stack trace", dict(
+        metavar="HOW", choices=("cfi", "fp"),
+        help="cfi: by .eh_frame, from a copy of the stack; fp: by frame "
+             "pointers; by default what the modules allow"))),
+    ("--depth", ("stack", dict(
+        metavar="N", type=parse_number, default=64,
+        help="frames of a stack at most (default 64)"))),
+    ("--hits", (PROBING, dict(
+        metavar="N", type=parse_number, help="end after N hits"))),
+    ("--until", ("trace", dict(
+        metavar="EXPR", help="flight recorder: keep the last hits, print "
+        "them at the first hit for which EXPR is true, or at Ctrl-C"))),
+    ("--duration", (PROBING, dict(
         metavar="TIME", type=parse_seconds,
         help="end after this time: 10 (seconds), 500ms, 2m"))),
-    ("--interval", ("count", dict(
+    ("--interval", ("count hist latency", dict(
         metavar="TIME", type=parse_seconds,
-        help="redraw the table, or print one, this often"))),
-    ("--top", ("count", dict(
+        help="redraw, or print, or rewrite FILE.prom, this often"))),
+    ("--top", ("count hist latency stack show", dict(
         metavar="N", type=parse_number,
-        help="show the N most called functions only"))),
-    ("--json", ("count status", dict(
+        help="show the N largest only"))),
+    ("--json", (PROBING + " status show", dict(
         action="store_true", help="print JSON Lines"))),
-    ("-o", ("count", dict(
+    ("-o", (PROBING + " show", dict(
         dest="output", metavar="FILE", type=parse_output,
-        help="write to FILE.jsonl or FILE.txt instead of stdout"))),
+        help="write to FILE, whose suffix chooses the format: %s"
+             % " ".join(FORMATS)))),
     ("--leave", ("count", dict(
         action="store_true",
         help="leave the probes in place and exit; status reads them"))),
-    ("--dry-run", ("count clean", dict(
+    ("--dry-run", (PROBING + " clean", dict(
         action="store_true", help="only print what would be done"))),
-    ("--max-sites", ("count", dict(
+    ("--max-sites", (PROBING, dict(
         metavar="N", type=parse_number, default=10000,
         help="refuse probes that name more functions (default 10000)"))),
-    ("--strategy", ("count plan", dict(
+    ("--strategy", (PROBING + " plan", dict(
         metavar="LIST", type=parse_strategy, default="jump",
         help="how to probe, tried in order: jump (the default); int3 (any "
              "instruction, a stop per hit); hw (debug registers, four per "
@@ -12350,14 +12454,70 @@ OPTIONS = collections.OrderedDict([
         action="store_true",
         help="take out also what a running ubp of others put in"))),
 ])
+# What is said once for each group of probes; a lone + begins another group.
+GROUP_OPTIONS = "exprs when by sum stack unwind depth until".split()
+_EXPRESSION_OPTIONS = ("-e", "--if", "--by", "--sum", "--until")
 USAGE = {
-    "count": "count -p PID[,PID...] [OPTION...] PROBE...\n"
-             "       ubp count [OPTION...] PROBE... -- COMMAND [ARG...]",
     "list": "list -p PID[,PID...] PROBE...",
     "plan": "plan -p PID[,PID...] [OPTION...] PROBE...",
     "status": "status [-p PID[,PID...]] [--json]",
     "clean": "clean -p PID[,PID...] [--all] [--dry-run]",
+    "show": "show [--by host] [OPTION...] FILE.jsonl...|-",
 }
+for _verb in PROBING.split():
+    USAGE[_verb] = (
+        "%s -p PID[,PID...] [OPTION...] PROBE... [+ [OPTION...] PROBE...]\n"
+        "       ubp %s [OPTION...] PROBE... -- COMMAND [ARG...]"
+        % (_verb, _verb))
+EXAMPLES = {
+    "count": """
+ubp count -p PID 'libc:str*' --interval 1
+ubp count -p PID 'libssl:*' --by caller
+ubp count -p PID libc:write --by arg0 --sum arg2
+ubp count -p PID mem:counter/8:w --strategy hw --by caller
+""",
+    "hist": """
+ubp hist -p PID libc:read%return --if 'arg0 == 5' -e 's64(ret)'
+ubp hist -p PID 'exe:*Command%return' -e 's32(ret)'
+ubp hist -p PID libc:malloc -e arg0 --by tid
+""",
+    "latency": """
+ubp latency -p PID libc:pthread_mutex_lock
+ubp latency -p PID exe:processCommand --interval 1 -o redis.prom
+""",
+    "stack": """
+ubp stack -p PID libc:malloc --sum arg0 -o malloc.svg
+ubp stack -p PID libssl:SSL_write%return --if 's32(ret) <= 0'
+""",
+    "trace": """
+ubp trace -p PID libc:fsync%return -e 'arg0, elapsed' --if 'elapsed > 500*us'
+ubp trace -p PID libc:open64 -e 'str(arg0), hex(arg1)' --stack --hits 5
+ubp trace -p PID libssl:SSL_read%return -e 'buf(arg1, s32(ret))'
+ubp trace -p PID --tree 'exe:*Command' exe:call --if 'elapsed > 1*ms'
+ubp trace -p PID --json libc:malloc%return -e 'arg0, hex(ret)' + \\
+          libc:free -e 'hex(arg0)'
+ubp trace -p PID libc:abort --stack --hits 1
+ubp trace -p PID 'exe:*Command%return' -e elapsed --until 'elapsed > 10*ms'
+""",
+    "show": """
+ubp show web*.jsonl
+cat *.jsonl | ubp show - --by host --json
+ubp show stacks*.jsonl -o all.svg
+""",
+}
+
+
+class Group(NamedTuple):
+    """Probes that share what is said of them on the command line."""
+    probes: tuple = ()
+    exprs: tuple = ()       # texts of -e, one expression each
+    when: str = ""
+    keys: tuple = ()        # texts of --by
+    sum: str = ""
+    stack: bool = False
+    unwind: Optional[str] = None
+    depth: int = 64
+    until: str = ""
 
 
 def verb_parser(verb):
@@ -12365,9 +12525,13 @@ def verb_parser(verb):
     summary = dict(line.split(None, 1) for line in VERBS.split("\n") if line)
     # Probes are whatever argparse leaves over: its own positionals may not
     # stand between options before Python 3.7.
+    examples = EXAMPLES.get(verb, "")
     parser = Parser(prog="ubp " + verb, usage="ubp " + USAGE[verb],
                     description=summary[verb].capitalize() + ".",
-                    allow_abbrev=False, add_help=False)
+                    allow_abbrev=False, add_help=False,
+                    epilog=examples and "examples:" + examples.replace(
+                        "\n", "\n  ").rstrip(),
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.color = False               # Python 3.14 would colour --help
     parser.add_argument("-h", "--help", nargs=0, action=HelpAction,
                         help="show this help")
@@ -12377,57 +12541,102 @@ def verb_parser(verb):
     return parser
 
 
-def split_short(words):
-    """Return words with -p4242 as -p 4242, which 3.6 and 3.7 cannot split."""
-    result = []
-    for word in words:
-        if re.match(r"-[peo][^-]", word):
-            result += [word[:2], word[2:]]
-        else:
-            result.append(word)
+def split_words(words, verb):
+    """Return words as every argparse from 3.6 on splits them.
+
+    -p4242 becomes -p 4242; and an expression is tied to its option, as one
+    like `-arg0` would be taken for another option.
+    """
+    result, words = [], list(words)
+    while words:
+        word = words.pop(0)
+        if re.match(r"-[peo][^-=]", word):
+            words.insert(0, word[2:])
+            word = word[:2]
+        if (word in _EXPRESSION_OPTIONS and words
+                and verb in OPTIONS[word][0].split()):
+            word += "=" + words.pop(0)
+        result.append(word)
     return result
 
 
+def split_groups(words):
+    """Return words cut at each lone +."""
+    groups = [[]]
+    for word in words:
+        if word == "+":
+            groups.append([])
+        else:
+            groups[-1].append(word)
+    return groups
+
+
+VERB_LIST = "count, hist, latency, stack, trace, show, list, plan, status " \
+            "or clean"
+
+
 def parse_options(argv):
-    """Return the options that argv stands for.
+    """Return the options that argv stands for; options.groups: [Group].
 
     argv   the words behind the program's name
-    Raises Misuse, or HelpWanted with the text to print.
+    Raises Misuse, ExpressionError, or HelpWanted with the text to print.
     """
     words, command = list(argv), None
     if "--" in words:
         cut = words.index("--")
         words, command = words[:cut], words[cut + 1:]
     if not words:
-        raise Misuse("a verb is missing: count, list, plan, status or clean")
+        raise Misuse("a verb is missing: " + VERB_LIST)
     verb = words.pop(0)
     if verb in ("-h", "--help", "help"):
-        raise HelpWanted(HELP % (VERBS.strip("\n").replace("\n", "\n  ")
-                                 .join(["  ", "\n"]),
-                                 ", ".join(LATER_VERBS),
-                                 ", ".join(LATER_OPTIONS)))
+        raise HelpWanted(HELP % VERBS.strip("\n").replace("\n", "\n  ")
+                         .join(["  ", "\n"]))
     if verb in ("-V", "--version"):
         raise HelpWanted("ubp %s\n" % __version__)
-    if verb in LATER_VERBS:
-        raise Misuse("%s is not built yet" % verb)
     if verb not in USAGE:
-        raise Misuse("%r is no verb: say count, list, plan, status or clean"
-                     % verb)
-    options, rest = verb_parser(verb).parse_known_args(split_short(words))
-    options.verb, options.command, options.probes = verb, command, []
-    for word in rest:
-        check_rest(word, verb)
-        options.probes.append(word)
+        raise Misuse("%r is no verb: say %s" % (verb, VERB_LIST))
+    parts = []
+    for words in split_groups(split_words(words, verb)):
+        options, rest = verb_parser(verb).parse_known_args(words)
+        for word in rest:
+            check_rest(word, verb)
+        options.probes = rest
+        parts.append(options)
+    options = merged_options(parts)
+    options.verb, options.command = verb, command
     complete_options(options)
+    options.groups = [parse_group(verb, part, options) for part in parts]
     return options
+
+
+def merged_options(parts):
+    """Return the options of all groups as one; the last word counts."""
+    defaults = default_options()
+    merged = argparse.Namespace(**defaults)
+    for part in parts:
+        for name, value in vars(part).items():
+            if name in ("pids", "probes"):
+                setattr(merged, name, (getattr(merged, name, None) or [])
+                        + (value or []))
+            elif value != defaults.get(name):
+                setattr(merged, name, value)
+    return merged
+
+
+def default_options():
+    """Return {name: value} of all options as they are when none is given."""
+    return {arguments.get("dest", name.strip("-").replace("-", "_")):
+            arguments.get("default", False if arguments.get("action")
+                          == "store_true" else None)
+            for name, (_, arguments) in OPTIONS.items()}
 
 
 def check_rest(word, verb):
     """Raise Misuse unless a word that argparse left over may be a probe."""
     name = word.split("=")[0]
-    if name in LATER_OPTIONS or word == "+":
+    if name in LATER_OPTIONS:
         raise Misuse("%s is not built yet" % name)
-    if word.startswith("-"):
+    if word.startswith("-") and word != "-":
         elsewhere = OPTIONS.get(name, ("",))[0].split()
         raise Misuse("%s has no option %s" % (verb, name) + (
             "; it belongs to %s" % ", ".join(elsewhere) if elsewhere else ""),
@@ -12437,35 +12646,120 @@ def check_rest(word, verb):
 def complete_options(options):
     """Check what options say together, and fill in what they leave out."""
     verb, hint = options.verb, "ubp %s --help" % options.verb
-    pids = [pid for pids in options.pids or () for pid in pids]
+    pids = [pid for pids in getattr(options, "pids", None) or ()
+            for pid in pids]
     options.pids = list(collections.OrderedDict.fromkeys(pids))
     if options.command is not None:
-        if verb != "count":
-            raise Misuse("%s takes -p PID, no COMMAND" % verb, hint)
-        if not options.command:
-            raise Misuse("no COMMAND behind --", hint)
-        if options.pids:
-            raise Misuse("-p and a COMMAND exclude each other", hint)
-        if options.leave:
-            raise Misuse("--leave needs -p: a COMMAND's end ends its probes")
-        if options.interval and not options.output:
-            raise Misuse("--interval with a COMMAND needs -o FILE: stdout is "
-                         "the command's until it ends", hint)
-    elif not options.pids and verb != "status":
-        raise Misuse("%s needs -p PID" % verb
-                     + (" or -- COMMAND" if verb == "count" else ""), hint)
+        check_command_options(options, hint)
+    elif not options.pids and verb not in ("status", "show"):
+        raise Misuse("%s needs -p PID" % verb + (
+            " or -- COMMAND" if verb in PROBING.split() else ""), hint)
     if verb in ("status", "clean"):
         if options.probes:
             raise Misuse("%s takes no probe: %r" % (verb, options.probes[0]),
                          hint)
+    elif verb == "show":
+        if not options.probes:
+            raise Misuse("no file: say what to show, for example *.jsonl, or "
+                         "- for standard input", hint)
     elif not options.probes:
         raise Misuse("no probe: say what to %s, for example 'libc:malloc'"
                      % verb, hint)
-    for probe in options.probes:
+    suffix = os.path.splitext(getattr(options, "output", None) or "")[1]
+    if suffix and verb not in FORMATS[suffix].split():
+        raise Misuse("%s has no %s to write; -o FILE.%s belongs to %s" % (
+            verb, suffix, suffix[1:], FORMATS[suffix].replace(" ", ", ")),
+            hint)
+
+
+def check_command_options(options, hint):
+    """Check what cannot be said together with a COMMAND."""
+    if options.verb not in PROBING.split():
+        raise Misuse("%s takes no COMMAND" % options.verb if options.verb in
+                     ("status", "show") else "%s takes -p PID, no COMMAND"
+                     % options.verb, hint)
+    if not options.command:
+        raise Misuse("no COMMAND behind --", hint)
+    if options.pids:
+        raise Misuse("-p and a COMMAND exclude each other", hint)
+    if getattr(options, "leave", False):
+        raise Misuse("--leave needs -p: a COMMAND's end ends its probes")
+    if getattr(options, "interval", None) and not options.output:
+        raise Misuse("--interval with a COMMAND needs -o FILE: stdout is "
+                     "the command's until it ends", hint)
+
+
+def parse_group(verb, part, options):
+    """Return the Group of one part of the command line, checked."""
+    hint = "ubp %s --help" % verb
+    get = lambda name: getattr(part, name, None) or ""    # noqa: E731
+    if verb in ("status", "clean", "show", "list"):
+        if verb == "show" and get("by") not in ("", "host"):
+            raise Misuse("show adds up, or is by host: %r" % part.by, hint)
+        check_probes(part.probes if verb == "list" else (), verb, hint)
+        return Group(tuple(part.probes))
+    if not part.probes:
+        raise Misuse("no probe beside the +", hint)
+    check_group(verb, options, part, hint)
+    check_probes(part.probes, verb, hint)
+    exits = {verb == "latency" or probe.endswith("%return")
+             for probe in part.probes}
+    if getattr(part, "tree", False) or getattr(options, "tree", False):
+        exits = {True}
+    texts = {}
+    for name in "exprs", "by":
+        text = get(name) if name == "by" else ", ".join(get(name))
+        texts[name] = split_expressions(text, exits) if text else ()
+    for name in "when", "sum", "until":
+        for is_exit in exits if get(name) else ():
+            check_is_number(ubp_x86.parse_expression(get(name), is_exit))
+    if verb == "hist" and len(texts["exprs"]) != 1:
+        raise Misuse("hist needs one expression: -e arg0, say, or -e elapsed",
+                     hint)
+    if verb == "hist":
+        check_is_number(ubp_x86.parse_expression(texts["exprs"][0], True))
+    return Group(tuple(part.probes), texts["exprs"], get("when"),
+                 texts["by"], get("sum"), bool(get("stack")),
+                 get("unwind") or None, get("depth") or 64, get("until"))
+
+
+def check_is_number(expression):
+    """Raise ExpressionError for text where a number is needed."""
+    if expression.kind != "int":
+        raise ubp_x86.ExpressionError(expression.text, 0, "a number is "
+                                      "needed here, and this is text")
+
+
+def check_probes(probes, verb, hint):
+    """Raise Misuse for a probe that cannot be read."""
+    for probe in probes:
         try:
             parse_probe(probe)         # a typing error is told before a start
         except UbpError as error:
             raise Misuse(str(error), error.hint or hint)
+
+
+def check_group(verb, options, part, hint):
+    """Raise Misuse for what a group's options say together."""
+    returns = [probe for probe in part.probes if probe.endswith("%return")]
+    if returns and (verb == "latency" or getattr(options, "tree", False)):
+        raise Misuse("%s probes entry and exit itself: %s without %%return"
+                     % ("--tree" if verb == "trace" else verb, returns[0]),
+                     hint)
+    suffix = os.path.splitext(getattr(options, "output", None) or "")[1]
+    if (verb == "trace" and suffix in (".svg", ".folded")
+            and not part.stack):
+        raise Misuse("-o FILE%s needs --stack" % suffix, hint)
+    if getattr(part, "unwind", None) and verb == "trace" and not part.stack:
+        raise Misuse("--unwind needs --stack", hint)
+
+
+def split_expressions(text, exits):
+    """Return the expressions of "a, b", each checked. -> (text, …)"""
+    found = ()
+    for is_exit in exits:
+        found = ubp_x86.parse_expressions(text, is_exit)
+    return tuple(each.text.strip() for each in found)
 
 
 # -- tables and JSON --------------------------------------------------------
@@ -12475,10 +12769,18 @@ def site_label(site):
     return escape("%s:%s" % (site.module.name, site_name(site)))
 
 
-def place(pid, site):
-    """Return the Where of a Site in one process of this host."""
+def place(pid, site, is_exit=False, is_function=False):
+    """Return the Where of a Site in one process of this host.
+
+    is_exit      it is one exit of its function, and stands for all of them
+    is_function  it stands for the function, whichever instruction it is
+    """
+    name, vaddr = site_name(site), site.vaddr
+    if (is_exit or is_function) and site.function:
+        name, vaddr = site.function.name, vaddr - site.offset
+        name += "" if is_function else "%return"
     return Where(os.uname().nodename, pid, site.module.name,
-                 site.module.build_id, site_name(site), site.vaddr)
+                 site.module.build_id, name, vaddr)
 
 
 def json_line(kind, pid, where=None, **fields):
@@ -12657,7 +12959,7 @@ def verb_plan(options, signals):
             plans = sorted(target.plan(options.probes,
                                        options.strategy),
                            key=lambda plan: plan.site.vaddr)
-        if options.verb == "count" and len(plans) > options.max_sites:
+        if options.verb != "plan" and len(plans) > options.max_sites:
             raise ProbeError("probe", name, "%s match, and --max-sites is %d"
                              % (plural(len(plans), "function"),
                                 options.max_sites))
@@ -12744,10 +13046,17 @@ class Progress:
             os.write(2, b"\r\x1b[K")
 
 
-def strategies_told(probe):
-    """Return "3 sites by jump, 1 site by hw"."""
+def strategies_told(probes):
+    """Return "3 sites by jump, 1 site by hw"; a site of two probes is one."""
+    found = collections.OrderedDict()
+    for probe in probes:
+        for name, n in probe.strategies().items():
+            found[name] = found.get(name, 0) + n
+    n_all = len({site.vaddr for probe in probes for site in probe.sites})
+    if len(found) == 1:
+        found = {name: n_all for name in found}
     return ", ".join("%s by %s" % (plural(n, "site"), name)
-                     for name, n in probe.strategies().items())
+                     for name, n in found.items())
 
 
 def pages_equal(removal):
@@ -12872,44 +13181,474 @@ def children_of(pid):
     return found
 
 
-# -- count ------------------------------------------------------------------
+# -- views ------------------------------------------------------------------
+
+class View:
+    """What a verb computes, and how its results are shown: one for each.
+
+    Its results are [(Group, [Row])], whether they come from probes or from
+    JSON Lines; groups that are told alike share a table.
+    """
+
+    kind = "count"                     # of its JSON objects
+
+    def actions(self, group):
+        """Return [(probes, Action, condition)] for a Group."""
+        return [(group.probes, Count(", ".join(group.keys) or None,
+                                     group.sum or None), group.when)]
+
+    def likeness(self, group):
+        """Return what groups must have in common to be shown as one."""
+        return group._replace(probes=(), when="", until="")
+
+    def lines(self, group, rows, seconds, is_final, size, n_top, glyphs):
+        """Return the lines of a group's rows."""
+        head = TableHead("sum" if group.sum else "calls", group.keys)
+        return table_lines(rows, seconds, is_final, size, n_top, glyphs, head)
+
+    def fields(self, group, row):
+        """Return JSON's own fields of a row."""
+        now, total = row.now, row.total
+        found = collections.OrderedDict([
+            ("calls", now.count if group.sum else now),
+            ("total", total.count if group.sum else total)])
+        if group.sum:
+            found.update(expression=group.sum, sum=int(total))
+        return found
+
+    def json(self, group, row):
+        """Return a row as a line of JSON."""
+        fields = self.fields(group, row)
+        if group.keys:
+            fields["key"] = [json_value(part) for part in row.key]
+            fields["by"] = list(group.keys)
+        return json_line(self.kind, row.where.pid, row.where, **fields)
+
+    def document(self, suffix, results, losses, title):
+        """Return the text of a file that is written as a whole."""
+        return open_metrics([
+            ("sum" if group.sum else self.kind, rows, self.expression(group),
+             group.keys) for group, rows in results], losses)
+
+    def expression(self, group):
+        """Return what is measured, as the user knows it."""
+        return group.sum
+
+
+class HistView(View):
+    """Distributions: bars, percentiles, buckets."""
+
+    kind = "hist"
+
+    def actions(self, group):
+        """Return [(probes, Action, condition)] for a Group."""
+        return [(group.probes, Hist(group.exprs[0],
+                                    ", ".join(group.keys) or None),
+                 group.when)]
+
+    def expression(self, group):
+        """Return what is measured, as the user knows it."""
+        return group.exprs[0]
+
+    def lines(self, group, rows, seconds, is_final, size, n_top, glyphs):
+        """Return the lines of a group's histograms."""
+        if not is_final:
+            rows = [row._replace(total=row.now) for row in rows
+                    if row.now.count]
+        return histograms_lines(rows, self.expression(group), group.keys,
+                                size, n_top, glyphs)
+
+    def fields(self, group, row):
+        """Return JSON's own fields of a row; the buckets since arming."""
+        total = row.total
+        return collections.OrderedDict([
+            ("calls", row.now.count), ("total", total.count),
+            ("expression", self.expression(group)), ("count", total.count),
+            ("sum", total.sum), ("min", total.min), ("max", total.max),
+            ("buckets", [list(bucket) for bucket in total.buckets])])
+
+
+class LatencyView(HistView):
+    """Distributions of the time from entry to exit."""
+
+    kind = "latency"
+
+    def actions(self, group):
+        """Return [(probes, Action, condition)] for a Group."""
+        return [(group.probes, Latency(", ".join(group.keys) or None),
+                 group.when)]
+
+    def expression(self, group):
+        """Return what is measured, as the user knows it."""
+        return "elapsed"
+
+
+class StackView(View):
+    """Call stacks: a tree, folded lines, a flame graph."""
+
+    kind = "stack"
+
+    def actions(self, group):
+        """Return [(probes, Action, condition)] for a Group."""
+        return [(group.probes, Stack(group.depth, group.sum or None,
+                                     group.unwind), group.when)]
+
+    def lines(self, group, rows, seconds, is_final, size, n_top, glyphs):
+        """Return the lines of a tree of all stacks."""
+        return tree_lines(self.stacks(rows), size, n_top, glyphs)
+
+    @staticmethod
+    def stacks(rows):
+        """Return {stack: n} of rows."""
+        found = {}
+        for row in rows:
+            stack = row.key or (row.where.label(),)
+            found[stack] = found.get(stack, 0) + int(row.total)
+        return found
+
+    def json(self, group, row):
+        """Return a row as a line of JSON."""
+        return json_line(self.kind, row.where.pid, row.where,
+                         stack=[json_text(frame) for frame in row.key],
+                         **self.fields(group, row))
+
+    def document(self, suffix, results, losses, title):
+        """Return folded lines, or a flame graph, of all groups."""
+        stacks, sums = {}, set()
+        for group, rows in results:
+            sums.add(group.sum)
+            for stack, n in self.stacks(rows).items():
+                stacks[stack] = stacks.get(stack, 0) + n
+        return stacks_document(suffix, stacks, title,
+                               ", ".join(sorted(sums - {""})) or "hits")
+
+
+class TraceView(View):
+    """A line for each hit. Its results are Hits, not rows."""
+
+    kind = "trace"
+
+    def __init__(self, is_tree=False, is_recorder=False):
+        self.is_tree, self.is_recorder = is_tree, is_recorder
+
+    def actions(self, group):
+        """Return [(probes, Action, condition)] for a Group.
+
+        A tree probes entries with what they know and exits with the rest;
+        where only the exit can tell, the exits alone.
+        """
+        how = {"overflow": "overwrite"} if self.is_recorder else {}
+        if group.stack:
+            how.update(stack=True)
+        if not self.is_tree:
+            return [(group.probes, Trace(*group.exprs, **how), group.when)]
+        exits = tuple(probe + "%return" for probe in group.probes)
+        if self.is_exits_only(group):
+            exprs = group.exprs + ("elapsed",) * (
+                "elapsed" not in group.exprs)
+            return [(exits, Trace(*exprs, **how), group.when)]
+        early = tuple(each for each in group.exprs if not needs_exit(each))
+        late = tuple(each for each in group.exprs if each not in early)
+        return [(group.probes, Trace(*early, **how), group.when),
+                (exits, Trace(*late, **how), group.when)]
+
+    @staticmethod
+    def is_exits_only(group):
+        """Does the condition need what only an exit knows?"""
+        return bool(group.when) and needs_exit(group.when)
+
+
+def needs_exit(text):
+    """Does an expression use what only an exit knows?"""
+    return bool(ubp_x86.parse_expression(text, True).names
+                & set(ubp_x86.EXIT_NAMES))
+
+
+def stacks_document(suffix, stacks, title, unit):
+    """Return {stack: n} as a file of this suffix."""
+    if suffix == ".folded":
+        return "".join(line + "\n" for line in folded_lines(stacks))
+    return flame_graph(stacks, title, unit)
+
+
+def view_of(options):
+    """Return the View of a verb."""
+    if options.verb == "trace":
+        return TraceView(options.tree, any(group.until
+                                           for group in options.groups))
+    return {"hist": HistView, "latency": LatencyView,
+            "stack": StackView}.get(options.verb, View)()
+
+
+def is_address(expression):
+    """Is its value an address of code, that has a name?"""
+    return (expression.form == "sym"
+            or expression.tree == ("name", False, "caller")
+            and not expression.form)
+
+
+class Naming:
+    """Values and addresses of one target as text, or as they are."""
+
+    def __init__(self, pid):
+        self.pid, self.symbols = pid, None
+
+    def open(self, expressions):
+        """Open the files of all modules, if these expressions want names.
+
+        While the process is there: names are asked for after its exit too.
+        """
+        if self.symbols is None and any(is_address(each)
+                                        for each in expressions):
+            self.symbols = Symbols(self.pid, modules(self.pid))
+
+    def address(self, vaddr, is_return=False):
+        """Return "MODULE:FUNCTION+0xOFFSET" for a code address."""
+        return self.frame(self.symbols.name(vaddr, is_return), True)
+
+    @staticmethod
+    def frame(frame, has_offset=False):
+        """Return "MODULE:FUNCTION" of a Frame."""
+        text = "%s:%s" % (frame.module or "[unknown]", frame.function
+                          or "0x%x" % frame.offset)
+        return text + ("+0x%x" % frame.offset if has_offset and frame.offset
+                       and frame.function else "")
+
+    def stack(self, frames):
+        """Return Frames, the innermost first, as a stack of text."""
+        return tuple(self.frame(frame) for frame in reversed(frames))
+
+    def value(self, value, expression):
+        """Return a value as an int, text, or None for a fault."""
+        if isinstance(value, bytes):
+            return value.decode("utf-8", "surrogateescape")
+        if value is None:
+            return None
+        if is_address(expression):
+            return self.address(value & (1 << 64) - 1,
+                                expression.form != "sym")
+        if expression.form == "hex":
+            return "0x%x" % (value & (1 << 64) - 1)
+        return value
+
+
+def hit_json(hit):
+    """Return a Hit as a line of JSON."""
+    record = collections.OrderedDict([
+        ("time_ns", hit.time_ns), ("tid", hit.tid), ("cpu", hit.cpu),
+        ("event", hit.kind), ("values", collections.OrderedDict(
+            (name, json_value(value)) for name, value in hit.values))])
+    if hit.stack:
+        record["stack"] = [json_text(frame) for frame in hit.stack]
+    return json_line("trace", hit.where.pid, hit.where, **record)
+
+
+# -- probing ----------------------------------------------------------------
+
+class Armed(NamedTuple):
+    """One probe of one target, and what of the command line it is for."""
+    group: Group
+    probe: object           # the library's Probe
+    is_exit: bool           # at the exits of functions
+    is_trigger: bool        # counts what --until waits for
+    keys: tuple             # Expressions of --by
+    values: tuple           # Expressions that a Trace records
+
 
 class Watched:
-    """One process that is being counted."""
+    """One process that is being probed."""
 
-    def __init__(self, target, probe):
-        self.target, self.probe = target, probe
+    def __init__(self, target):
+        self.target, self.armed = target, []
+        self.naming = Naming(target.pid)
         self.pid, self.name = target.pid, describe(target.pid, target.comm)
         self.is_running = True
 
+    @property
+    def probes(self):
+        """The probes whose results are shown."""
+        return [armed.probe for armed in self.armed if not armed.is_trigger]
+
+    @property
+    def hits(self):
+        """How often probed places were passed."""
+        return sum(probe.hits for probe in self.probes)
+
+    @property
+    def dropped(self):
+        """Hits that were not recorded."""
+        return sum(probe.dropped for probe in self.probes)
+
+    @property
+    def refused(self):
+        """The SitePlans of the places that were refused, each once."""
+        found = collections.OrderedDict(
+            (plan.site.vaddr, plan) for probe in self.probes
+            for plan in probe.refused)
+        return list(found.values())
+
+    def loss(self):
+        """Return this process's Loss."""
+        return Loss(os.uname().nodename, self.pid, self.hits, self.dropped,
+                    len(self.refused))
+
+    def totals(self):
+        """Yield (Armed, Where, key, total) of all results."""
+        for armed in self.armed:
+            if armed.is_trigger or isinstance(armed.probe.action, Trace):
+                continue
+            is_function = isinstance(armed.probe.action, Latency)
+            by_site = armed.probe.by_site
+            for site, value in by_site().items():
+                where = place(self.pid, site, armed.is_exit, is_function)
+                if not isinstance(value, dict):
+                    yield armed, where, (), value
+                    continue
+                for key, total in value.items():
+                    yield armed, where, self._key(armed, key), total
+
+    def _key(self, armed, key):
+        """Return a key of the library's as text and ints."""
+        if isinstance(armed.probe.action, Stack):
+            return self.naming.stack(key)
+        parts = key if len(armed.keys) > 1 else (key,)
+        return tuple(self.naming.value(part, expression)
+                     for part, expression in zip(parts, armed.keys))
+
+    def hit(self, event):
+        """Return the library's Event as a Hit."""
+        armed = next(each for each in self.armed
+                     if each.probe is event.probe)
+        values = tuple(
+            (expression.text.strip(), self.naming.value(value, expression))
+            for expression, value in zip(armed.values, event.values))
+        where = place(event.pid or self.pid, event.site, False,
+                      armed.is_exit)
+        return Hit(event.time_ns, where, event.tid, event.cpu,
+                   "exit" if armed.is_exit else event.kind, values,
+                   self.naming.stack(event.stack))
+
+
+class HitLines:
+    """A line, or more with stacks, for each hit. Also the other sinks' form.
+
+    head, tail   text around all of it
+    """
+    head = tail = ""
+
+    def __init__(self, hosts=(), has_pid=False):
+        self.has_host, self.has_pid = len(set(hosts)) > 1, has_pid
+
+    def feed(self, hit):
+        """Return the text of one Hit, as far as it is certain."""
+        return "".join(line + "\n" for line in hit_lines(
+            hit, hit.where.host if self.has_host else "", self.has_pid))
+
+    def flush(self, now_ns=None):
+        """Return the text that waited: all, or what is certain at now_ns."""
+        return ""
+
+
+class HitTree(HitLines):
+    """Calls nested by indentation."""
+
+    def __init__(self, has_pid, is_exits_only):
+        self.tree = CallTree(has_pid, is_exits_only)
+
+    def feed(self, hit):
+        """Return the lines that a Hit makes certain."""
+        return "".join(line + "\n" for line in self.tree.feed(hit))
+
+    def flush(self, now_ns=None):
+        """Return the lines that waited."""
+        return "".join(line + "\n" for line in self.tree.flush(now_ns))
+
+
+class HitJson(HitLines):
+    """JSON Lines."""
+
+    def feed(self, hit):
+        """Return one object."""
+        return hit_json(hit)
+
+
+class HitChrome(HitLines):
+    """A Chrome trace, which Perfetto opens."""
+
+    tail = "\n]}\n"
+
+    def __init__(self):
+        self.trace, self.head = ChromeTrace(), (
+            '{"displayTimeUnit": "ns", "traceEvents": [')
+        self.separator = "\n"
+
+    def feed(self, hit):
+        """Return the objects of one Hit."""
+        text = ""
+        for event in self.trace.feed(hit):
+            text += self.separator + json.dumps(event)
+            self.separator = ",\n"
+        return text
+
+
+class HitStacks(HitLines):
+    """Counts the stacks of hits, for a file that is written at the end."""
+
+    def __init__(self):
+        self.stacks = {}
+
+    def feed(self, hit):
+        """Count one Hit."""
+        stack = hit.stack or (hit.where.label(),)
+        self.stacks[stack] = self.stacks.get(stack, 0) + 1
+        return ""
+
 
 _REMOVAL_S = 60     # to go on trying; the user is told, and may look why
+_TRACE_POLL_S = 0.03
 
 
-class Counting:
-    """One `ubp count`. Its methods in the order in which they are called.
+class Session:
+    """One command that probes. Its methods in the order of their calls.
 
     out       where results go; screen: the terminal for the live view
-    printed   {(pid, Site): total} at the last interval that was printed
+    printed   {…: total} at the last interval that was printed
     drawn     the same for the last frame of the live view
     reason    why it ended, in JSON's words
     """
 
     def __init__(self, options, signals):
         self.options, self.signals = options, signals
+        self.view = view_of(options)
+        self.is_trace = isinstance(self.view, TraceView)
+        self.suffix = os.path.splitext(options.output or "")[1]
         self.out = open_output(options.output, signals)
-        self.is_json = options.json or (options.output or "").endswith(
-            ".jsonl")
+        self.is_json = options.json or self.suffix == ".jsonl"
         self.live = None
-        if not (options.command or options.leave
+        if not (options.command or options.leave or self.is_trace
                 or (options.json and not options.output)):
             screen = self.out if not options.output else open_stdout(signals)
             self.live = Live(screen) if screen.has_live_view() else None
+        self.sink = self._sink() if self.is_trace else None
         self.targets, self.watched = [], []
-        self.printed, self.drawn = {}, {}
+        self.printed, self.drawn, self.n_printed = {}, {}, 0
         self.reason, self.last_words, self.errors = "", [], []
         self.has_started = self.has_hinted = self.is_removed = False
         self.began = time.monotonic()
+
+    def _sink(self):
+        """Return what makes text of Hits."""
+        options, has_pid = self.options, len(self.options.pids) > 1
+        if self.suffix == ".json":
+            return HitChrome()
+        if self.suffix in WHOLE_FORMATS:
+            return HitStacks()
+        if self.is_json:
+            return HitJson()
+        if options.tree:
+            return HitTree(has_pid, all(
+                self.view.is_exits_only(group) for group in options.groups))
+        return HitLines((), has_pid)
 
     def talk(self, text, hint=""):
         """say(), with the live view out of the way."""
@@ -12919,6 +13658,7 @@ class Counting:
 
     def arm(self):
         """Put the probes in. Raises UbpError if none could be."""
+        self._warn()
         self.targets, errors = open_targets(self.options), []
         for target in self.targets:
             if self.signals.seen:
@@ -12930,22 +13670,44 @@ class Counting:
         report_all(errors, bool(self.watched))
         gc.enable()
         self.began = self.drawn_at = self.printed_at = time.monotonic()
+        if self.is_trace and not self.is_recorder:
+            self.out.write(self.sink.head)
         if self.options.command:
             self.targets[0].run()
             self.has_started = True
 
+    def _warn(self):
+        """Say what the user probably did not mean."""
+        told = set()
+        for group in self.options.groups:
+            for text in group.exprs + group.keys + tuple(filter(None, (
+                    group.when, group.sum, group.until))):
+                for warning in ubp_x86.parse_expression(text, True).warnings:
+                    if warning not in told:
+                        told.add(warning)
+                        say("%s: %s" % (text, warning))
+
+    @property
+    def is_recorder(self):
+        """Are hits kept until something happens?"""
+        return self.is_trace and self.view.is_recorder
+
     def _arm_one(self, target):
         """Put the probes into one target, and say what was done."""
         options, name = self.options, describe(target.pid, target.comm)
+        watched = Watched(target)
         with self.signals.uninterrupted("arming %s" % name), expansion_told(
                 options.probes):
-            probe = target.probe(options.probes, Count(),
-                                 strategy=options.strategy,
-                                 max_sites=options.max_sites)
-            self.watched.append(Watched(target, probe))
-        n_refused = len(probe.refused)
+            for group in options.groups:
+                for probes, action, when in self.view.actions(group):
+                    self._arm_group(watched, group, probes, action, when)
+                if group.until:
+                    self._arm_group(watched, group, group.probes, Count(),
+                                    group.until)
+            self.watched.append(watched)
+        n_refused = len(watched.refused)
         say("%s: %s%s; stopped %.2f ms; %s" % (
-            name, strategies_told(probe),
+            name, strategies_told(watched.probes),
             ", %d refused (plan shows why)" % n_refused if n_refused else "",
             target.pause_us / 1e3,
             "left in place" if options.leave else
@@ -12959,6 +13721,27 @@ class Counting:
                 % (target._guardian.process.pid, name))
         if not options.command:
             self._hint_children(target.pid)
+
+    def _arm_group(self, watched, group, probes, action, when):
+        """Put the probes of a group in: those of entries, those of exits."""
+        for is_return in False, True:
+            where = [probe for probe in probes
+                     if probe.endswith("%return") == is_return]
+            if not where:
+                continue
+            is_exit = is_return or isinstance(action, Latency)
+            probe = watched.target.probe(
+                where, action, when=when or None,
+                strategy=self.options.strategy,
+                max_sites=self.options.max_sites)
+            keys, values = (tuple(
+                ubp_x86.parse_expression(text, is_exit) for text in texts)
+                for texts in (group.keys, getattr(action, "exprs", ())))
+            watched.naming.open(keys + values)
+            watched.armed.append(Armed(
+                group, probe, is_exit,
+                self.is_trace and not isinstance(action, Trace),
+                keys, values))
 
     def _hint_children(self, pid):
         """Children that run already are not probed: say so."""
@@ -12980,16 +13763,18 @@ class Counting:
         for watched in left:
             say("", "status -p %d reads them, clean -p %d takes them out"
                 % (watched.pid, watched.pid))
-            for site in watched.probe.sites:
-                self.out.write("%d  0x%x  %s\n" % (
-                    watched.pid, site.vaddr, site_label(site)))
+            for probe in watched.probes:
+                for site in probe.sites:
+                    self.out.write("%d  0x%x  %s\n" % (
+                        watched.pid, site.vaddr, site_label(site)))
 
     def watch(self):
-        """Show what is counted until something asks for the end."""
+        """Show what is computed until something asks for the end."""
         interval = self.options.interval or (1 if self.live else 1e12)
         next_tick = self.began + interval
         last_tick = self.began + (self.options.duration or 1e12)
         self.out.deadline = last_tick
+        patience = _TRACE_POLL_S if self.is_trace else 0.1
         while not self.reason:
             now = time.monotonic()
             if now >= next_tick:
@@ -12998,8 +13783,10 @@ class Counting:
                 next_tick += interval * (1 + (now - next_tick) // interval)
             elif self.live and self.live.is_outdated():
                 self._draw()
-            self.signals.wait(min(0.1, next_tick - now, last_tick - now),
+            self.signals.wait(min(patience, next_tick - now, last_tick - now),
                               None if self.options.command else self.out)
+            if self.is_trace and not self.is_recorder:
+                self._print_hits()
             self._look()
         self.out.deadline = float("inf")
 
@@ -13015,6 +13802,10 @@ class Counting:
             self._pass_on_signals()
         if self.signals.seen:
             self.reason = self.signals.reason()
+        elif self._is_enough():
+            self.reason = "hits"
+        elif self.is_recorder and self._is_triggered():
+            self.reason = "until"
         elif not any(watched.is_running for watched in self.watched):
             self.reason = "exit"
         elif not self.options.command and not self.out.has_reader():
@@ -13026,6 +13817,19 @@ class Counting:
             if os.isatty(2):
                 self._hint_no_hit()
 
+    def _is_enough(self):
+        """Have the --hits been made?"""
+        if not self.options.hits:
+            return False
+        n = (self.n_printed if self.is_trace and not self.is_recorder else
+             sum(watched.hits for watched in self.watched))
+        return n >= self.options.hits
+
+    def _is_triggered(self):
+        """Was there a hit for which --until is true?"""
+        return any(armed.probe.hits for watched in self.watched
+                   for armed in watched.armed if armed.is_trigger)
+
     def _pass_on_signals(self):
         """A COMMAND gets ubp's TERM and HUP; Ctrl-C it got itself."""
         for signum in self.signals.seen:
@@ -13034,72 +13838,136 @@ class Counting:
                 os.kill(self.targets[0].pid, signum)
         del self.signals.seen[:]
 
-    def _rows(self, before):
-        """Return all Rows, their calls counted from before; update it."""
-        rows = []
+    def _results(self, before):
+        """Return [(Group, [Row])], `now` counted from before; update it."""
+        tables = collections.OrderedDict()
+        for group in self.options.groups:
+            tables[self.view.likeness(group)] = collections.OrderedDict()
         for watched in self.watched:
-            for site, total in watched.probe.counts().items():
-                key = watched.pid, site
-                rows.append(Row(place(watched.pid, site), (),
-                                total - before.get(key, 0), total))
-                before[key] = total
-        return rows
+            for armed, where, key, total in watched.totals():
+                table = tables[self.view.likeness(armed.group)]
+                table[where, key] = (table[where, key] + total
+                                     if (where, key) in table else total)
+        results = []
+        for group, table in tables.items():
+            rows = []
+            for (where, key), total in table.items():
+                old = before.get((group, where, key))
+                rows.append(Row(where, key, total if old is None
+                                else total - old, total))
+                before[group, where, key] = total
+            results.append((self._titled(group), rows))
+        return results
+
+    def _titled(self, group):
+        """Return a likeness with the probes of all groups that are like."""
+        return group._replace(probes=tuple(
+            probe for each in self.options.groups
+            if self.view.likeness(each) == group for probe in each.probes))
+
+    def _lines(self, results, seconds, is_final, size=None, glyphs=ASCII):
+        """Return the lines of all results, one block a group."""
+        lines, is_one = [], len(results) == 1
+        if size and not is_one:
+            size = size[0], max(size[1] // len(results) - 2, 0)
+        for group, rows in results:
+            if not is_one:
+                title = ("" if not lines else "\n") + escape(" ".join(
+                    group.probes) + (", if " + group.when
+                                     if group.when else ""))
+                lines += [part[:size[0] if size else None]
+                          for part in title.split("\n")]
+            lines += self.view.lines(group, rows, seconds, is_final, size,
+                                     self.options.top, glyphs)
+        return lines
 
     def _draw(self):
         """Draw a frame of the live view."""
         if self.live:
             now = time.monotonic()
             seconds, self.drawn_at = now - self.drawn_at, now
-            self.live.draw(table_lines(
-                self._rows(self.drawn), seconds, True,
-                self.live.out.screen(), self.options.top,
-                self.live.out.glyphs()))
+            self.live.draw(self._lines(
+                self._results(self.drawn), seconds, True,
+                self.live.out.screen(), self.live.out.glyphs()))
 
     def _print_interval(self):
-        """Print an interval's calls, where intervals were asked for."""
+        """Print an interval's results, where intervals were asked for."""
         if not self.options.interval or (self.live and not
                                          self.options.output):
             return
         now = time.monotonic()
         seconds, self.printed_at = now - self.printed_at, now
-        rows = self._rows(self.printed)
-        if self.is_json:
-            self._print_json([row for row in rows if row.now])
+        results = self._results(self.printed)
+        if self.suffix in WHOLE_FORMATS:
+            self._replace(results)
+        elif self.is_json:
+            self._print_json(results, True)
         else:
             self._print_lines(
                 ["%s, %.1f s" % (time.strftime("%H:%M:%S"), seconds)]
-                + table_lines(rows, seconds, False, None, self.options.top)
-                + [""])
+                + self._lines(results, seconds, False) + [""])
 
     def _print_lines(self, lines):
         self.out.write("".join(line + "\n" for line in lines))
 
-    def _print_json(self, rows):
-        """Print one object per row, the most called first."""
-        rows = sorted(rows, key=lambda row: -row.total)[:self.options.top]
-        self.out.write("".join(
-            json_line("count", row.where.pid, row.where, calls=row.now,
-                      total=row.total) for row in rows))
+    def _print_json(self, results, is_interval=False):
+        """Print one object per row, the largest first."""
+        for group, rows in results:
+            if is_interval:
+                rows = [row for row in rows if weight(row.now)]
+            rows = sorted(rows, key=lambda row: -weight(row.total))
+            self.out.write("".join(self.view.json(group, row)
+                                   for row in rows[:self.options.top]))
+
+    def _replace(self, results):
+        """Write the file that is always whole."""
+        title = "ubp %s %s of %s" % (
+            self.options.verb, " ".join(self.options.probes),
+            ", ".join(watched.name for watched in self.watched))
+        if self.is_trace:
+            self.out.replace(stacks_document(self.suffix, self.sink.stacks,
+                                             title, "hits"))
+        else:
+            self.out.replace(self.view.document(
+                self.suffix, results,
+                [watched.loss() for watched in self.watched], title))
+
+    def _print_hits(self, is_last=False):
+        """Print what was traced since the last look."""
+        hits = []
+        for watched in self.watched:
+            hits += [(event.time_ns, len(hits) + n, watched, event)
+                     for n, event in enumerate(
+                         watched.target.read_events(is_last))]
+        hits.sort(key=lambda each: each[:2])
+        if self.options.hits:
+            del hits[max(self.options.hits - self.n_printed, 0):]
+        self.n_printed += len(hits)
+        text = [self.sink.feed(watched.hit(event))
+                for _, _, watched, event in hits]
+        text.append(self.sink.flush(int(time.time() * 1e9)))
+        self.out.write("".join(text))
 
     def _hint_no_hit(self):
         """Say which functions were not called yet, and who shares a name."""
-        rows = self._rows({})
-        silent = [row for row in rows if not row.total]
-        if len(silent) < len(rows) and len(rows) > 4:
+        sites = [(watched, site, n) for watched in self.watched
+                 for probe in watched.probes
+                 for site, n in probe.counts().items()]
+        silent = [(watched, site) for watched, site, n in sites if not n]
+        if len(silent) < len(sites) and len(sites) > 4:
             return                     # a pattern's usual stragglers
         if len(silent) > 4:
             self.talk("no hit yet at any of %d sites" % len(silent))
             return
-        for row in silent:
-            name = row.where.function
-            target = [watched.target for watched in self.watched
-                      if watched.pid == row.where.pid][0]
+        for watched, site in silent:
+            name = site_name(site)
             try:
-                others = {site.module.name for site in target.find(name)}
+                others = {each.module.name
+                          for each in watched.target.find(name)}
             except UbpError:
                 others = set()
-            others.discard(row.where.module)
-            self.talk("no hit yet at %s" % row.where.label() + (
+            others.discard(site.module.name)
+            self.talk("no hit yet at %s" % site_label(site) + (
                 ". Also named %s: %s" % (name, ", ".join(sorted(others)))
                 if others else ""))
 
@@ -13126,13 +13994,13 @@ class Counting:
 
     def _words(self, watched):
         """Return the last line about one process."""
-        probe = watched.probe
         what = ("%s exited" % watched.name if not watched.is_running else
                 "%sremoved, %s" % (
                     watched.name + ": " if len(self.watched) > 1 else "",
                     pages_equal(watched.target.removal)))
+        hits, dropped = watched.hits, watched.dropped
         return "%s; hits %d = recorded %d + dropped %d" % (
-            what, probe.hits, probe.hits - probe.dropped, probe.dropped)
+            what, hits, hits - dropped, dropped)
 
     def wait_for_command(self):
         """Wait until the COMMAND ends. -> its exit status, as a shell's."""
@@ -13144,18 +14012,32 @@ class Counting:
 
     def print_result(self):
         """Print the table, or what JSON has to say at the end."""
-        if self.is_json:
-            self._print_json(self._rows(self.printed))
+        if self.is_trace:
+            self._print_last_hits()
+        elif self.suffix in WHOLE_FORMATS:
+            self._replace(self._results({}))
+        elif self.is_json:
+            self._print_json(self._results(self.printed))
+        elif self.watched:
+            self._print_lines(self._lines(
+                self._results({}), self.elapsed, True,
+                self.out.is_terminal and (self.out.screen()[0], 0) or None,
+                self.out.glyphs()))
+        if self.is_json and self.suffix not in (".json",) + WHOLE_FORMATS:
             for watched in self.watched:
                 self._print_end(watched)
-        elif self.watched:
-            self._print_lines(table_lines(
-                self._rows({}), self.elapsed, True,
-                self.out.is_terminal and (self.out.screen()[0], 0) or None,
-                self.options.top, self.out.glyphs()))
         if self.out.pending and not self.out.is_gone:
             say("the reader stood still: %s of results were not written"
                 % plural(len(self.out.pending), "byte"))
+
+    def _print_last_hits(self):
+        """Print what is left in the rings, and what waited for more."""
+        if self.is_recorder:
+            self.out.write(self.sink.head)
+        self._print_hits(True)
+        self.out.write(self.sink.flush() + self.sink.tail)
+        if self.suffix in WHOLE_FORMATS:
+            self._replace(None)
 
     def say_last_words(self):
         """Say how it ended, for each process."""
@@ -13166,46 +14048,338 @@ class Counting:
 
     def _print_end(self, watched):
         """Print JSON for what was refused, and the last object."""
-        probe = watched.probe
-        for plan in probe.refused:
+        for plan in watched.refused:
             self.out.write(json_line("refused", watched.pid,
                                      place(watched.pid, plan.site),
                                      rule=json_text(plan.rule),
                                      why=json_text(plan.why)))
+        hits, dropped = watched.hits, watched.dropped
         self.out.write(json_line(
-            "end", watched.pid, reason=self.reason, hits=probe.hits,
-            recorded=probe.hits - probe.dropped, dropped=probe.dropped,
-            refused=len(probe.refused),
+            "end", watched.pid, reason=self.reason, hits=hits,
+            recorded=hits - dropped, dropped=dropped,
+            refused=len(watched.refused),
             pause_us=round(watched.target.pause_us, 1)))
 
 
-def verb_count(options, signals):
-    """Count calls until something asks for the end. -> exit status."""
+def verb_probe(options, signals):
+    """Probe until something asks for the end. -> exit status."""
     if options.dry_run:
         return verb_plan(options, signals)
-    counting = Counting(options, signals)
+    session = Session(options, signals)
     status_code = 0
     try:
-        counting.arm()
+        session.arm()
         if options.leave:
-            counting.leave()
+            session.leave()
             return 0
-        counting.watch()
-        counting.remove()
+        session.watch()
+        session.remove()
         if options.command:
-            status_code = counting.wait_for_command()
-        counting.print_result()
+            status_code = session.wait_for_command()
+        session.print_result()
     finally:
-        counting.remove()              # after an error; else it is done
-        counting.say_last_words()
-    if counting.errors:
+        session.remove()               # after an error; else it is done
+        session.say_last_words()
+    if session.errors:
         return 125 if options.command else 1
     return status_code
 
 
+# -- show -------------------------------------------------------------------
+
+MAX_LINE = 1 << 24      # bytes of a line of JSON; what is longer is no line
+
+
+class Run:
+    """What one ubp wrote about one process, until its end line."""
+
+    def __init__(self, host, pid):
+        self.host, self.pid = host, pid
+        self.last, self.end = {}, None      # {identity: value}
+        self.n_refused = 0
+
+
+class Merged:
+    """Results of any number of hosts, from their JSON Lines, added up.
+
+    runs      [Run], in order of their first lines
+    n_bad     lines that are not what ubp writes
+    Values are cumulative, so the last line of each counts; one that is less
+    than before it was begins another run of the same process.
+    """
+
+    def __init__(self, is_by_host):
+        self.is_by_host, self.runs, self.current = is_by_host, [], {}
+        self.n_bad, self.n_strange = 0, 0
+
+    def feed(self, source, record):
+        """Take one object in. -> a Hit, if it is one. Raises nothing."""
+        try:
+            if record["v"] != 1:
+                raise ValueError("of another version")
+            kind = record["kind"]
+            run = self._run(source, record)
+            if kind == "trace":
+                return self._hit(record)
+            if kind in ("count", "hist", "latency", "stack"):
+                self._take(run, source, kind, record)
+            elif kind == "refused":
+                run.n_refused += 1
+            elif kind == "end":
+                run.end = tuple(_number(record[name]) for name in (
+                    "hits", "recorded", "dropped", "refused"))
+            else:
+                self.n_strange += 1     # of a later ubp
+        except (KeyError, TypeError, ValueError, AttributeError):
+            self.n_bad += 1
+        return None
+
+    def _run(self, source, record):
+        """Return the Run that a record belongs to."""
+        key = source, _text(record["host"]), _number(record["pid"] or 0)
+        run = self.current.get(key)
+        if run is None or run.end:
+            run = self.current[key] = Run(key[1], key[2])
+            self.runs.append(run)
+        return run
+
+    def _where(self, record):
+        """Return the Where that results are added up by."""
+        return Where(record["host"] if self.is_by_host else "", None,
+                     _text(record["module"] or "?"),
+                     _text(record["build_id"] or ""),
+                     _text(record["function"] or "?"), None)
+
+    def _hit(self, record):
+        """Return the Hit that a record is."""
+        where = self._where(record)._replace(host=record["host"],
+                                             pid=_number(record["pid"] or 0))
+        values = tuple((_text(name), value if value is None
+                        or isinstance(value, str) else _number(value))
+                       for name, value in record["values"].items())
+        stack = tuple(_text(frame) for frame in record.get("stack", ()))
+        return Hit(_number(record["time_ns"]), where,
+                   _number(record["tid"]), _number(record["cpu"]),
+                   _text(record["event"]), values, stack)
+
+    def _take(self, run, source, kind, record):
+        """Keep what a record says of one function and key."""
+        group, key, value = _result(kind, record)
+        where = self._where(record)
+        identity = kind, group, where, record.get("address"), key
+        before = run.last.get(identity)
+        if before is not None and weight(value) < weight(before) and not (
+                isinstance(value, Sum)):
+            other = Run(run.host, run.pid)
+            other.last, run.last = run.last, {}
+            self.runs.append(other)         # it was never ended
+        run.last[identity] = value
+
+    def results(self):
+        """Return {kind: [(Group, [Row])]}, added up."""
+        tables = collections.OrderedDict()
+        for run in self.runs:
+            for identity, value in run.last.items():
+                kind, group, where, _, key = identity
+                table = tables.setdefault((kind, group),
+                                          collections.OrderedDict())
+                # A file is known by its build-id; without one, by its name.
+                same = (where._replace(module="") if where.build_id
+                        else where), key
+                if same in table:
+                    value = table[same].total + value
+                    where = table[same].where
+                table[same] = Row(where, key, value, value)
+        found = collections.OrderedDict()
+        for (kind, group), table in tables.items():
+            found.setdefault(kind, []).append(
+                (group, _told_apart(list(table.values()))))
+        return found
+
+    def losses(self):
+        """Return (hits, recorded, dropped, refused, Runs without an end)."""
+        ends = [run.end for run in self.runs if run.end]
+        unended = [run for run in self.runs if not run.end]
+        sums = [sum(column) for column in zip(*ends)] or [0, 0, 0, 0]
+        sums[3] += sum(run.n_refused for run in unended)
+        return tuple(sums) + (unended,)
+
+    def last_line(self):
+        """Return the line that hides no loss."""
+        hits, recorded, dropped, refused, unended = self.losses()
+        hosts = {run.host for run in self.runs}
+        text = "%s, %s; hits %d = recorded %d + dropped %d; refused %d" % (
+            plural(len(hosts), "host"), plural(len(
+                {(run.host, run.pid) for run in self.runs}), "process")
+            .replace("processs", "processes"), hits, recorded, dropped,
+            refused)
+        if unended:
+            names = list(collections.OrderedDict.fromkeys(
+                "%s pid %d" % (run.host, run.pid) for run in unended))
+            text += "; no end line from %s%s: its loss is not known" % (
+                ", ".join(names[:5]),
+                " and %d more" % (len(names) - 5) if len(names) > 5 else "")
+        if self.n_bad:
+            text += "; %s no JSON of ubp" % (
+                "1 line is" if self.n_bad == 1 else "%d lines are"
+                % self.n_bad)
+        if self.n_strange:
+            text += "; %s of a kind not known here" % plural(self.n_strange,
+                                                             "line")
+        return escape(text)
+
+
+def _number(value):
+    """Return an int of JSON. Raises TypeError."""
+    if type(value) is not int:
+        raise TypeError("no number: %r" % (value,))
+    return value
+
+
+def _text(value):
+    """Return a string of JSON. Raises TypeError."""
+    if not isinstance(value, str):
+        raise TypeError("no text: %r" % (value,))
+    return value
+
+
+def _result(kind, record):
+    """Return (Group, key, value) of a record: what is told alike."""
+    keys = tuple(_text(each) for each in record.get("by", ()))
+    key = tuple(part if part is None or isinstance(part, str)
+                else _number(part) for part in record.get("key", ()))
+    if len(key) != len(keys):
+        raise ValueError("as many keys as expressions")
+    expression = _text(record.get("expression", ""))
+    if kind in ("hist", "latency"):
+        buckets = [tuple(_number(each) for each in bucket)
+                   for bucket in record["buckets"]]
+        value = Histogram.from_buckets(
+            buckets, *(record[name] if not buckets else _number(record[name])
+                       for name in ("sum", "min", "max")))
+        return Group(exprs=(expression,), keys=keys), key, value
+    value = _number(record["total"])
+    if "sum" in record:
+        value = Sum(_number(record["sum"]), value)
+    if kind == "stack":
+        key = tuple(_text(frame) for frame in record["stack"])
+    return Group(keys=keys, sum=expression), key, value
+
+
+def _told_apart(rows):
+    """Return rows; modules of one name but other build-ids say which."""
+    builds = {}
+    for row in rows:
+        builds.setdefault((row.where.module, row.where.function),
+                          set()).add(row.where.build_id)
+    return [row._replace(where=row.where._replace(module="%s[%s]" % (
+        row.where.module, row.where.build_id[:8])))
+        if len(builds[row.where.module, row.where.function]) > 1
+        and row.where.build_id else row for row in rows]
+
+
+def read_records(source, file, merged):
+    """Yield (time_ns, source, object) of each line of a binary file."""
+    while True:
+        line = file.readline(MAX_LINE)
+        if not line:
+            return
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8", "replace"))
+            yield _number(record["time_ns"]), source, record
+        except (ValueError, KeyError, TypeError, RecursionError):
+            merged.n_bad += 1
+
+
+def open_records(paths, errors):
+    """Open FILE… for show, - being stdin. -> [(path, file)]"""
+    files = []
+    for path in paths:
+        try:
+            files.append((path, os.fdopen(os.dup(0), "rb") if path == "-"
+                          else open(path, "rb")))
+        except OSError as error:
+            errors.append(UbpError("read", path, error_words(error)))
+    return files
+
+
+def verb_show(options, signals):
+    """Add up JSON Lines of any number of hosts, and show them."""
+    import heapq                # not for every start of ubp
+    out, errors = open_output(options.output, signals), []
+    suffix = os.path.splitext(options.output or "")[1]
+    is_json = options.json or suffix == ".jsonl"
+    merged = Merged(options.by == "host")
+    files = open_records(options.probes, errors)
+    report_all(errors, bool(files))
+    sink = (HitStacks() if suffix in WHOLE_FORMATS else
+            HitJson() if is_json else HitLines("ab", True))
+    try:
+        for _, source, record in heapq.merge(*(
+                read_records(n, file, merged)
+                for n, (_, file) in enumerate(files)),
+                key=lambda each: each[0]):
+            hit = merged.feed(source, record)
+            if hit is not None:
+                out.write(sink.feed(hit))
+                if out.is_gone:
+                    return 0
+    except OSError as error:
+        raise UbpError("read", "a file", error_words(error))
+    finally:
+        for _, file in files:
+            file.close()
+    if not merged.runs:
+        raise UbpError("show", ", ".join(options.probes), "no line of it is "
+                       "JSON of ubp", "make it with --json, or -o FILE.jsonl")
+    show_merged(options, out, merged, suffix, sink)
+    return 1 if errors else 0
+
+
+def show_merged(options, out, merged, suffix, sink):
+    """Print all that was added up; the last line tells what was lost."""
+    results = merged.results()
+    if suffix in WHOLE_FORMATS:
+        stacks = dict(sink.stacks)
+        for _, rows in results.get("stack", ()):
+            for stack, n in StackView.stacks(rows).items():
+                stacks[stack] = stacks.get(stack, 0) + n
+        if not stacks:
+            raise UbpError("write", options.output, "there are no stacks in "
+                           + ", ".join(options.probes))
+        units = {group.sum for group, _ in results.get("stack", ())} - {""}
+        out.replace(stacks_document(suffix, stacks, merged.last_line(),
+                                    ", ".join(sorted(units)) or "hits"))
+        say(merged.last_line())
+        return
+    views = {"hist": HistView(), "latency": LatencyView(),
+             "stack": StackView(), "count": View()}
+    if options.json or suffix == ".jsonl":
+        for kind, tables in results.items():
+            out.write("".join(views[kind].json(group, row)
+                              for group, rows in tables for row in rows))
+        hits, recorded, dropped, refused, unended = merged.losses()
+        out.write(json_line(
+            "end", None, reason="show", hits=hits, recorded=recorded,
+            dropped=dropped, refused=refused, pause_us=0,
+            unended=["%s pid %d" % (run.host, run.pid) for run in unended],
+            bad_lines=merged.n_bad))
+        return
+    size = (out.screen()[0], 0) if out.is_terminal else None
+    for kind, tables in results.items():
+        for group, rows in tables:
+            lines = views[kind].lines(group, rows, 0, True, size,
+                                      options.top, out.glyphs())
+            out.write("".join(line + "\n" for line in lines + [""]))
+    out.write(merged.last_line() + "\n")
+
+
 # -- main -------------------------------------------------------------------
 
-WRITING_VERBS = ("count", "clean")     # their end must be in order
+# Their end must be in order.
+WRITING_VERBS = PROBING.split() + ["clean", "show"]
 
 
 def reserve_standard_fds():
@@ -13231,7 +14405,7 @@ def exit_status(error, argv):
         if code is not None:
             return code if code >= 0 else 128 - code
         return EXIT_OF_ERRNO.get(getattr(error, "errno", None), 125)
-    return 2 if isinstance(error, Misuse) else 1
+    return 2 if isinstance(error, (Misuse, ubp_x86.ExpressionError)) else 1
 
 
 def main(argv=None):
@@ -13244,8 +14418,9 @@ def main(argv=None):
     reserve_standard_fds()
     try:
         options = parse_options(argv)
-        verb = {"count": verb_count, "list": verb_list, "plan": verb_plan,
-                "status": verb_status, "clean": verb_clean}[options.verb]
+        verb = {"list": verb_list, "plan": verb_plan, "show": verb_show,
+                "status": verb_status, "clean": verb_clean}.get(
+                    options.verb, verb_probe)
         if options.verb not in WRITING_VERBS:
             return verb(options, signals)
         with signals:

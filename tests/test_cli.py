@@ -4,6 +4,7 @@ A row of a table is a case that anybody can add. Every process that is probed
 is a child of the test, bounded in time and ended by its pid, and is compared
 byte by byte with its files afterwards.
 """
+import collections
 import fcntl
 import json
 import os
@@ -149,11 +150,16 @@ class Misuse(unittest.TestCase):
     CASES = """
                                           | verb is missing
 frobnicate -p 4 x                         | no verb
-hist -p 4 x                               | hist is not built yet
-trace -p 4 x                              | trace is not built yet
-latency -p 4 x                            | latency is not built yet
-stack -p 4 x                              | stack is not built yet
-show x                                    | show is not built yet
+hist -p 4 x                               | hist needs one expression
+hist -p 4 x -e arg0,arg1                  | hist needs one expression
+latency -p 4 x%return                     | probes entry and exit itself
+latency -p 4 x -e arg0                    | latency has no option -e
+trace -p 4 x --interval 1                 | belongs to count, hist, latency
+trace -p 4 x --unwind cfi                 | --unwind needs --stack
+trace -p 4 x -o x.svg                     | needs --stack
+stack -p 4 x -o x.prom                    | stack has no .prom to write
+show                                      | no file
+show x --by tid                           | by host
 count                                     | needs -p PID or -- COMMAND
 count -p 4                                | no probe
 count malloc                              | needs -p PID or -- COMMAND
@@ -165,10 +171,11 @@ count -p 4 malloc --duration 3parsecs     | is no time
 count -p 4 malloc --top 0                 | is no number
 count -p 4 malloc --strategy int3,int3    | named twice
 count -p 4 malloc --strategy magic        | no strategy
-count -p 4 malloc -e arg0                 | -e is not built yet
-count -p 4 malloc --if arg0               | --if is not built yet
-count -p 4 malloc + free                  | + is not built yet
-count -p 4 malloc -o x.svg                | .jsonl or .txt
+count -p 4 malloc -e arg0                 | -e; it belongs to hist, trace
+count -p 4 malloc --max-rate 5            | --max-rate is not built yet
+count -p 4 malloc +                       | no probe beside the +
+count -p 4 malloc -o x.svg                | count has no .svg to write
+count -p 4 malloc -o x.png                | the suffix chooses the format
 count -p 4 mem:0x1234/3:w                 | watches 1, 2, 4 or 8
 count -p 4 usdt:libc:setjmp               | not built yet
 count -p 4 :malloc                        | column 1
@@ -417,8 +424,8 @@ class Counts(Live):
         self.assert_whole()
 
     def test_json_schema(self):
-        process = self.armed("exe:hot", "exe:shorty", "--json", "--interval",
-                             "100ms", "--duration", "500ms")
+        process = self.armed("exe:*", "--json", "--interval", "100ms",
+                             "--duration", "500ms")
         self.target.send("g")
         status, out, err = self.finish(process)
         self.assertEqual(status, 0, err)
@@ -427,7 +434,7 @@ class Counts(Live):
         own = {"count": "address calls total".split(),
                "refused": "address rule why".split(),
                "end": "reason hits recorded dropped refused pause_us".split()}
-        total = 0
+        totals = collections.Counter()
         for line in lines:
             self.assertEqual(list(line), common + own[line["kind"]])
             self.assertEqual((line["v"], line["pid"]), (1, self.pid))
@@ -436,11 +443,14 @@ class Counts(Live):
             if line["kind"] == "count":
                 self.assertRegex(line["address"], r"\A0x[0-9a-f]+\Z")
                 self.assertTrue(line["module"].startswith("busy"))
-                total += line["calls"]
-                self.assertEqual(line["total"], total)
+                totals[line["address"]] += line["calls"]
+                self.assertEqual(line["total"], totals[line["address"]])
+        total = sum(totals.values())
         self.assertGreater(total, 0)
         self.assertEqual([line["kind"] for line in lines].count("end"), 1)
         last = lines[-1]
+        self.assertEqual(last["refused"], [
+            line["kind"] for line in lines].count("refused"))
         self.assertEqual((last["kind"], last["reason"]), ("end", "duration"))
         self.assertEqual(last["hits"], total)
         self.assertEqual(last["hits"], last["recorded"] + last["dropped"])

@@ -349,7 +349,9 @@ class ChromeTraces(unittest.TestCase):
 
     def events(self, hits):
         """Return the events, each checked against what its phase needs."""
-        events = json.loads(json.dumps(list(ubp.chrome_events(hits))))
+        trace = ubp.ChromeTrace()
+        events = json.loads(json.dumps([event for each in hits
+                                        for event in trace.feed(each)]))
         for event in events:
             need = {"M": {"name", "pid", "args"},
                     "B": {"name", "ts", "pid", "tid"},
@@ -466,10 +468,15 @@ class Metrics(unittest.TestCase):
 
     LOSS = [ubp.Loss("host", 7, 12, 2, 3)]
 
+    def read(self, kind, rows, expression="", keys=()):
+        """Return what the strict reader makes of one result."""
+        return read_metrics(ubp.open_metrics(
+            [(kind, rows, expression, keys)], self.LOSS))
+
     def test_counts(self):
-        found = read_metrics(ubp.open_metrics(
-            "count", [row(10, ("main", 5)), row(0, ("x\\\n\"y", None))],
-            self.LOSS, keys=("str(arg0)", "arg1")))
+        found = self.read("count", [
+            row(10, ("main", 5)), row(0, ("x\\\n\"y", None))], "",
+            ("str(arg0)", "arg1"))
         kind, samples = found["ubp_calls"]
         self.assertEqual(kind, "counter")
         self.assertEqual([value for _, _, value in samples], [10, 0])
@@ -481,10 +488,16 @@ class Metrics(unittest.TestCase):
             ("_total", {"host": "host", "pid": "7"}, 2)]))
         self.assertEqual(found["ubp_refused_sites"][1][0][2], 3)
 
-    def test_histogram_buckets_end_before_powers_of_two(self):
+    def test_groups_share_families(self):
         found = read_metrics(ubp.open_metrics(
-            "hist", [row(histogram(0, 1, 3, 1000, 1023, 1024))], self.LOSS,
-            "arg0"))
+            [("count", [row(1)], "", ()), ("count", [row(2)], "", ())],
+            self.LOSS))
+        self.assertEqual([labels["group"] for _, labels, _
+                          in found["ubp_calls"][1]], ["0", "1"])
+
+    def test_histogram_buckets_end_before_powers_of_two(self):
+        found = self.read("hist", [row(histogram(
+            0, 1, 3, 1000, 1023, 1024))], "arg0")
         kind, samples = found["ubp_value"]
         self.assertEqual(
             [(labels["le"], value) for suffix, labels, value in samples
@@ -496,8 +509,8 @@ class Metrics(unittest.TestCase):
     def test_times_are_seconds(self):
         for kind, name in (("latency", "ubp_latency_seconds"),
                            ("hist", "ubp_value_seconds")):
-            text = ubp.open_metrics(kind, [row(histogram(1000, 2000))],
-                                    self.LOSS, "elapsed")
+            text = ubp.open_metrics([(kind, [row(histogram(
+                1000, 2000))], "elapsed", ())], self.LOSS)
             samples = read_metrics(text)[name][1]
             self.assertEqual([labels["le"] for suffix, labels, _ in samples
                               if suffix == "_bucket"],
@@ -506,8 +519,7 @@ class Metrics(unittest.TestCase):
             self.assertIn("# UNIT %s seconds\n" % name, text)
 
     def test_negative_values_have_no_sum(self):
-        found = read_metrics(ubp.open_metrics(
-            "hist", [row(histogram(-300, -1, 0, 5))], self.LOSS, "ret"))
+        found = self.read("hist", [row(histogram(-300, -1, 0, 5))], "ret")
         self.assertEqual(
             [(suffix, labels.get("le"), value) for suffix, labels, value
              in found["ubp_value"][1]],
@@ -516,9 +528,8 @@ class Metrics(unittest.TestCase):
              ("_bucket", "+Inf", 4)])
 
     def test_hostile_names_and_sums(self):
-        read_metrics(ubp.open_metrics(
-            "sum", [row(-5, (HOSTILE,), function=HOSTILE)], self.LOSS,
-            HOSTILE, (HOSTILE,)))
+        self.read("sum", [row(-5, (HOSTILE,), function=HOSTILE)], HOSTILE,
+                  (HOSTILE,))
         for bad in ("x", "# TYPE a counter\na 1\n# EOF\n",
                     "# TYPE a counter\na_total 1\na_total 1\n# EOF\n",
                     "# TYPE a gauge\na{b=\"\\x\"} 1\n# EOF\n"):
