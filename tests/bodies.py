@@ -65,6 +65,33 @@ class Page:
             "<i", LANDING - (end + 6))
         return vaddr
 
+    def add_function(self, parts, window, between=b""):
+        """Bodies one after another, then a ret. parts: (spec, place), or
+        code that is put between them."""
+        self.code += b"\x90" * (-len(self.code) % 64)
+        vaddr = CODE + len(self.code)
+        for part in parts:
+            self.code += part if isinstance(part, bytes) else x86.body(
+                part[0], part[1], window, CODE + len(self.code))
+        self.code += b"\xc3"
+        return vaddr
+
+    def storm(self, *words):
+        """Run targets/storm.c on this page. -> ([its numbers], the data)"""
+        with tempfile.TemporaryDirectory(prefix="ubp-bodies-") as folder:
+            paths = [os.path.join(folder, name) for name in ("code", "data")]
+            for path, data in zip(paths, (self.code, self.data)):
+                with open(path, "wb") as file:
+                    file.write(data)
+            done = subprocess.run(
+                [build("storm")] + paths + [str(word) for word in words],
+                stdout=subprocess.PIPE, timeout=120)
+            with open(paths[1], "rb") as file:
+                data = file.read()
+        if done.returncode:
+            raise RuntimeError("the storm ended with %d" % done.returncode)
+        return [int(word) for word in done.stdout.split()], data
+
     def run(self, cases):
         """Run the cases in order. -> ([Result], the data behind)"""
         folder = tempfile.mkdtemp(prefix="ubp-bodies-")

@@ -3,6 +3,7 @@
 The judges: the CPU that runs them, models in plain Python, and objdump.
 """
 import collections
+import os
 import random
 import re
 import struct
@@ -613,6 +614,165 @@ class Stacks(Runs):
         data = self.run_cases(cases)
         self.assertEqual(table(data, places[0], spec)[0], wanted)
         self.assertEqual(table(data, places[1], inside)[0], wanted_inside)
+
+
+def value_of(i, thread):
+    """As in targets/storm.c."""
+    value = i * 2654435761 + thread * 40503
+    return value % 5000 - 2000
+
+
+class Storms(unittest.TestCase):
+    """Threads, signals, migrations, fork and a reader, all at once."""
+
+    N_THREADS, N_CALLS, N_SLOTS = 6, 40000, 1024
+    CALLER_SAVED = WINDOW._replace(dead_regs=0x0f03, flags_dead=True)
+
+    def storm(self, policy, window):
+        n_cpus = max(2, os.sysconf("SC_NPROCESSORS_CONF"))
+        n_shards = 1 << (n_cpus - 1).bit_length()
+        page = Page(1 << 20, n_shards)
+        specs = [
+            x86.Spec("count"), x86.Spec("hist", values=parse("arg0")),
+            x86.Spec("sum", keys=parse("arg0 % 97"), values=parse("arg1")),
+            x86.Spec("count", keys=parse("arg0 & 7, arg2"), n_entries=4096),
+            x86.Spec("trace", values=parse(
+                "arg0, arg1, arg2, arg0 * 31 + arg1 * 7 + arg2"),
+                policy=policy, n_slots=self.N_SLOTS),
+            x86.Spec("count", when=parse("arg0 > 17 and arg1 % 3 == 0")[0])]
+        parts = [(spec, page.place(spec, tracer=bodies.DATA + 0x60))
+                 for spec in specs]
+        vaddr = page.add_function(parts, window)
+        layout = x86.block_layout(specs[4])
+        ring = parts[4][1].block + layout.start
+        numbers, data = page.storm(
+            vaddr, 0, self.N_THREADS, self.N_CALLS, ring, layout.entry_size,
+            self.N_SLOTS, page.shards.shift, policy)
+        hits = collections.Counter()
+        for thread in list(range(self.N_THREADS)) + [99]:
+            for i in range(self.N_CALLS):
+                hits[value_of(i, thread), i, thread] += 1
+        for i in range(numbers[0]):
+            hits[value_of(i, 98), i, 98] += 1
+        self.assertGreater(numbers[0], 50)
+        return hits, numbers, data, parts, n_shards
+
+    def totals(self, data, parts, n, offset, n_shards, count=1):
+        return [sum(column) for column in zip(*[
+            words(data, parts[n][1], offset, count, shard)
+            for shard in range(n_shards)])]
+
+    def check(self, policy, window):
+        hits, numbers, data, parts, n_shards = self.storm(policy, window)
+        total = sum(hits.values())
+        self.assertEqual(self.totals(data, parts, 0, 0, n_shards), [total])
+        self.assertEqual(
+            self.totals(data, parts, 5, 0, n_shards),
+            [sum(n for (value, i, _), n in hits.items()
+                 if value > 17 and i % 3 == 0)])
+        sums, least, most, buckets = 0, [], [], collections.Counter()
+        for shard in range(n_shards):
+            place = parts[1][1]._replace(
+                block=parts[1][1].block + (shard << parts[1][1].shards.shift))
+            if sum(histogram(data, place, x86.HEAD_SIZE, False)[3].values()):
+                one = histogram(data, place, x86.HEAD_SIZE, False)
+                sums, least = sums + one[0], least + [one[1]]
+                most.append(one[2])
+                buckets.update(one[3])
+        self.assertEqual(sums, sum(v * n for (v, _, _), n in hits.items()))
+        self.assertEqual((min(least), max(most)), (
+            min(v for v, _, _ in hits), max(v for v, _, _ in hits)))
+        wanted = collections.Counter()
+        for (value, _, _), n in hits.items():
+            b = x86.bucket_index(abs(value))
+            wanted[~b if value < 0 else b] += n
+        self.assertEqual(buckets, wanted)
+        self.check_tables(hits, data, parts, n_shards)
+        _, accepted, torn, twice = numbers[:4]
+        reserved, full = self.totals(data, parts, 4, x86.HEAD_SIZE, n_shards,
+                                     2)
+        self.assertEqual((torn, twice), (0, 0))
+        self.assertEqual(reserved + full, total)
+        self.assertLessEqual(accepted, reserved)
+        self.assertGreater(accepted, 1000)
+        if policy != "overwrite":       # nobody was killed in mid-record
+            self.assertGreaterEqual(accepted, reserved - 100)
+        if policy == "block":
+            self.assertLess(full, total // 50)
+
+    def check_tables(self, hits, data, parts, n_shards):
+        for n, key in ((2, lambda v, i, t: (v % 97,)),
+                       (3, lambda v, i, t: (v & 7, t))):
+            wanted, sums = collections.Counter(), collections.Counter()
+            for (value, i, thread), count in hits.items():
+                wanted[key(value, i, thread)] += count
+                sums[key(value, i, thread)] += i * count
+            spec, place = parts[n]
+            layout = x86.block_layout(spec)
+            found, seen = collections.Counter(), collections.Counter()
+            n_keys = (layout.payload_offset - x86.ENTRY_KEYS) // 8
+            for shard in range(n_shards):
+                for entry in range(layout.n_entries):
+                    at = layout.start + entry * layout.entry_size
+                    row = words(data, place, at, layout.entry_size // 8,
+                                shard)
+                    if row[0]:
+                        self.assertEqual(row[0], x86.table_tag(
+                            row[1:1 + n_keys], n_keys == 1))
+                        found[row[1:1 + n_keys]] += row[1 + n_keys]
+                        if n == 2:
+                            seen[row[1:2]] += row[3]
+            self.assertEqual(found, wanted)
+            self.assertEqual(n == 2 and seen or sums, sums)
+            self.assertEqual(self.totals(
+                data, parts, n, x86.HEAD_DROPPED, n_shards), [0])
+
+    def test_nothing_is_lost_or_torn_where_a_full_ring_drops(self):
+        self.check("drop", self.CALLER_SAVED)
+
+    def test_nothing_is_lost_or_torn_where_a_full_ring_is_overwritten(self):
+        self.check("overwrite", WINDOW)
+
+    def test_nothing_is_lost_or_torn_where_a_full_ring_waits(self):
+        self.check("block", self.CALLER_SAVED)
+
+    def test_frames_are_told_apart_by_recursion_longjmp_and_signals(self):
+        page = Page(1 << 20, 2)
+        spec = x86.Spec("sum", values=parse("arg0 * 1000 + ret", True),
+                        keys=parse("arg2", True), is_exit=True,
+                        n_frames=1024)
+        entry = x86.entry_spec(spec)
+        at = bodies.SHARDS + (2 << page.shards.shift)
+        page.data += bytes(x86.frames_layout(entry)[1] + 4096)
+        place = page.place(spec, frames=at)
+        hit = page.add_function([(x86.Spec("count"), page.place(
+            x86.Spec("count")))], WINDOW)
+        call = page.add_function([
+            (entry, place), b"\x48\x83\xec\x08",      # sub $8, %rsp
+            b"\xff\x14\x25" + struct.pack("<i", bodies.DATA + 0x40),
+            b"\x48\x83\xc4\x08", (spec, place)], WINDOW)
+        numbers, data = page.storm(hit, call, 6, 8000, 0, 0, 0, 0, "drop")
+        _, _, _, _, called, returned, jumped = numbers
+        self.assertGreater(jumped, 100)
+        heads = self.totals(data, [(spec, place)], 0, 0, 2, 6)
+        self.assertEqual(heads[0:3] + heads[4:6], [0] * 5)
+        left = sum(struct.unpack_from("<Q", data, at - bodies.DATA + n * 32)
+                   [0] != 0 for n in range(1024 + 3))
+        timed, total = 0, 0
+        for shard in range(2):
+            _, payloads = table(data, place._replace(
+                block=place.block + (shard << page.shards.shift)), spec)
+            timed += sum(row[0] for row in payloads.values())
+            total += sum(row[1] for row in payloads.values())
+        self.assertEqual(timed, returned)
+        self.assertEqual(called, timed + heads[3] + left)
+        wanted = 0
+        for thread in range(6):
+            for i in range(0, 8000, 8):
+                is_jump = thread & 1 and i % 7 == 3 and i % 5 >= 2
+                for depth in range(i % 5 + 1):
+                    wanted += 0 if is_jump else depth * 1010
+        self.assertEqual(total, wanted)
 
 
 class Code(unittest.TestCase):
