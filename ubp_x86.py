@@ -3293,6 +3293,44 @@ def with_modrm(opcode, reg, rm, size=8, imm=b"", prefix=b""):
             + opcode + _modrm(reg, rm)), imm
 
 
+class _Jump(NamedTuple):
+    """jmp, or jcc by the condition's number."""
+    condition: Optional[int]
+    label: int
+
+
+class _Field(NamedTuple):
+    """An instruction with four bytes that depend on where things are."""
+    head: bytes             # what precedes the four
+    kind: str               # "rip": value is a vaddr; "block": an offset
+    value: int              # into the owner's block; "site": its index
+    imm: bytes              # what follows
+    owner: int = 0          # whose block or site
+
+
+class Template(NamedTuple):
+    """Finished code but for what its address and its places decide."""
+    code: bytes
+    labels: dict            # label -> offset
+    fields: tuple           # (offset, end of the instruction, _Field), ...
+
+    def at(self, vaddr, places):
+        """The code for an address, and for the places of its owners.
+
+        Raises RelocationError where data is out of reach.
+        """
+        code = bytearray(self.code)
+        for offset, end, (_, kind, value, _, owner) in self.fields:
+            if kind == "rip":
+                field = rel32(value - (vaddr + end), vaddr)
+            elif kind == "block":
+                field = _S32.pack(value + places[owner].block)
+            else:
+                field = _S32.pack(places[owner].site_index)
+            code[offset:offset + 4] = field
+        return bytes(code)
+
+
 class Code:
     """Instructions and labels, before they have an address."""
 
@@ -3302,15 +3340,22 @@ class Code:
 
     def put(self, code):
         """Bytes that run anywhere."""
-        self.parts.append(code)
+        if self.parts and type(self.parts[-1]) is bytes:
+            self.parts[-1] += code
+        else:
+            self.parts.append(code)
 
     def op(self, opcode, reg, rm, size=8, imm=b"", prefix=b""):
         """An instruction with a modrm: see with_modrm."""
         head, imm = with_modrm(opcode, reg, rm, size, imm, prefix)
-        if isinstance(rm, Mem) and rm.base == RIP:
-            self.parts.append((head, rm.disp, imm))
+        if type(rm) is not Mem:
+            self.put(head + imm)
+        elif rm.base == RIP:
+            self.parts.append(_Field(head, "rip", rm.disp, imm))
+        elif rm.is_wide:
+            self.parts.append(_Field(head[:-4], "block", rm.disp, imm))
         else:
-            self.parts.append(head + imm)
+            self.put(head + imm)
 
     def label(self):
         """A place to jump to, not known yet."""
@@ -3324,7 +3369,7 @@ class Code:
     def jump(self, label, condition=None):
         """jmp, or jcc by the condition's number."""
         self.jumped.add(label)
-        self.parts.append((condition, label))
+        self.parts.append(_Jump(condition, label))
 
     def aside(self):
         """What follows is rare: until back(), it goes behind the rest."""
@@ -3350,6 +3395,12 @@ class Code:
     def store_imm(self, mem, value, size=8):
         """mov mem, imm32 (sign-extended)"""
         self.op(b"\xc7", 0, mem, size, struct.pack("<i", value))
+
+    def store_site(self, mem):
+        """mov mem, imm32: the index of the site, faults behind it none"""
+        head, _ = with_modrm(b"\xc7", 0, mem)
+        self.parts.append(_Field(head[:-4], "block", mem.disp, b""))
+        self.parts.append(_Field(b"", "site", 0, b""))
 
     def set(self, reg, value):
         """reg = value, flags untouched."""
@@ -3427,75 +3478,77 @@ class Code:
         """lock xadd mem, reg"""
         self.op(b"\x0f\xc1", reg, mem, 8, b"", b"\xf0")
 
-    def include(self, other):
+    def include(self, other, owner):
         """Append the code of another, whose labels become ours."""
         def moved(parts):
-            return [part + self.n_labels if isinstance(part, int) else
-                    (part[0], part[1] + self.n_labels)
-                    if isinstance(part, tuple) and len(part) == 2 else part
-                    for part in parts]
+            for part in parts:
+                kind = type(part)
+                if kind is int:
+                    part += self.n_labels
+                elif kind is _Jump:
+                    part = _Jump(part.condition, part.label + self.n_labels)
+                elif kind is _Field:
+                    part = part._replace(owner=owner)
+                yield part
         self.parts += moved(other.parts)
         self.cold += moved(other.cold)
         self.n_labels += other.n_labels
 
     def sized(self, is_short):
-        """{index of a part: its size}, {label: offset} of a choice of
-        jumps that are short."""
+        """([size of each part], {label: offset}) of a choice of jumps."""
         sizes, labels, at = [], {}, 0
-        for index, part in enumerate(self.parts):
-            if isinstance(part, int):
-                labels[part], size = at, 0
-            elif isinstance(part, bytes):
+        for part, short in zip(self.parts, is_short):
+            kind = type(part)
+            if kind is bytes:
                 size = len(part)
-            elif len(part) == 3:
-                size = len(part[0]) + 4 + len(part[2])
+            elif kind is int:
+                labels[part], size = at, 0
+            elif kind is _Jump:
+                size = 2 if short else 5 + (part.condition is not None)
             else:
-                size = 2 if is_short[index] else 5 + (part[0] is not None)
+                size = len(part.head) + 4 + len(part.imm)
             sizes.append(size)
             at += size
         return sizes, labels
 
     def finish(self):
-        """Choose the length of each jump. -> bytes in all
+        """Choose the length of each jump. -> Template
 
-        All begin short; one that does not reach is made long, which never
-        makes another one shorter, so this ends.
+        What is rare comes last. All begin short; one that does not reach is
+        made long, which never makes another one shorter, so this ends.
         """
+        self.parts += self.cold
         is_short, grows = [True] * len(self.parts), True
         while grows:
             sizes, labels = self.sized(is_short)
             at, grows = 0, False
             for index, part in enumerate(self.parts):
                 at += sizes[index]
-                if isinstance(part, tuple) and len(part) == 2 \
-                        and is_short[index] \
-                        and not -128 <= labels[part[1]] - at < 128:
+                if type(part) is _Jump and is_short[index] \
+                        and not -128 <= labels[part.label] - at < 128:
                     is_short[index], grows = False, True
-        self.sizes, self.labels = sizes, labels
-        return sum(sizes)
+        return self.template(sizes, labels)
 
-    def at(self, vaddr):
-        """The bytes, once finished, for an address."""
-        code = b""
-        for part, size in zip(self.parts, self.sizes):
-            end = len(code) + size
-            if isinstance(part, int):
-                continue
-            if isinstance(part, bytes):
-                code += part
-            elif len(part) == 3:
-                code += part[0] + rel32(part[1] - (vaddr + end), vaddr) \
-                    + part[2]
-            else:
-                condition, away = part[0], self.labels[part[1]] - end
+    def template(self, sizes, labels):
+        """The Template of parts with these sizes."""
+        code, fields, end = [], [], 0
+        for part, size in zip(self.parts, sizes):
+            end += size
+            kind = type(part)
+            if kind is bytes:
+                code.append(part)
+            elif kind is _Field:
+                fields.append((end - 4 - len(part.imm), end, part))
+                code += part.head, b"\0\0\0\0", part.imm
+            elif kind is _Jump:
+                away = labels[part.label] - end
                 if size == 2:
-                    code += bytes([0xeb if condition is None else
-                                   0x70 | condition, away & 0xff])
-                elif condition is None:
-                    code += b"\xe9" + _S32.pack(away)
+                    code.append(bytes([0xeb if part.condition is None else
+                                       0x70 | part.condition, away & 0xff]))
                 else:
-                    code += bytes([0x0f, 0x80 | condition]) + _S32.pack(away)
-        return code
+                    code += (b"\xe9" if part.condition is None else bytes(
+                        [0x0f, 0x80 | part.condition])), _S32.pack(away)
+        return Template(b"".join(code), labels, tuple(fields))
 
 
 # ---- 7  Expressions -------------------------------------------------------
@@ -5614,7 +5667,7 @@ class _Body(_Values):
         code.alu(SUB, reg, Mem(RIP, place.shards.base))
         code.shift(SHR, reg, place.shards.shift)
         code.store(field(SLOT_CPU), reg, 4)
-        code.store_imm(field(SLOT_SITE), place.site_index)
+        code.store_site(field(SLOT_SITE))
         self.give(_Owned(reg))
 
     def record(self, n, value, field):
@@ -5893,7 +5946,8 @@ _plans = {}                     # (spec, what is dead) -> _Plan
 
 
 def compiled(spec, place, window):
-    """The Code of an action at a window: has a size before it has a place.
+    """The Code of an action at a window: it can be put at any place that
+    differs by its block and its site's index.
 
     Raises UbpError where the place lacks what an expression reads, or the
     body would be longer than MAX_CODE.
@@ -5902,7 +5956,8 @@ def compiled(spec, place, window):
     key = (spec, window.dead_regs, window.flags_dead)
     plan = _plans.get(key, _Plan())
     for _ in range(_N_TRIES):
-        machine = _Body(spec, place, window, plan)
+        machine = _Body(spec, place._replace(block=0, site_index=0), window,
+                        plan)
         machine.make()
         found = _Plan(tuple(map(frozenset, machine.used)),
                       plan.wanted | machine.wanted,
@@ -5915,9 +5970,8 @@ def compiled(spec, place, window):
     if not place.can_stack and machine.deepest > _RED_ZONE_SIZE:
         raise UbpError("compile", spec.action,
                        "more stack than a goroutine is sure to have")
-    size = sum(len(part) if isinstance(part, bytes) else 8
-               for part in machine.code.parts + machine.code.cold)
-    if size > MAX_CODE:
+    if sum(len(part) if type(part) is bytes else 8
+           for part in machine.code.parts + machine.code.cold) > MAX_CODE:
         raise UbpError("compile", spec.action,
                        "more than %d bytes of code" % MAX_CODE)
     if len(_plans) > 1000:
@@ -5937,8 +5991,7 @@ def body(spec, place, window, vaddr):
     """
     code = compiled(spec, place, window)
     code.join()
-    code.finish()
-    return code.at(vaddr)
+    return code.finish().at(vaddr, [place])
 
 
 # ---- 9  Trampolines -------------------------------------------------------
@@ -6080,6 +6133,43 @@ def bare_trampoline(window, vaddr):
     return _with_copies(window, vaddr, b"")
 
 
+_templates = {}
+
+
+def _template(window, parts, sizes):
+    """(Template, [(start, copy) labels of each displaced instruction],
+    label of the way back); sizes: of the relocated instructions.
+
+    Sites are many and differ little: what depends on the block, the site's
+    index and the address is filled in afterwards.
+    """
+    key = (tuple((spec, place._replace(
+        block=0, site_index=0, at=place.at and place.at - window.site))
+        for spec, place in parts), window.dead_regs, window.flags_dead,
+        tuple(zip((insn.vaddr - window.site for insn in window.insns),
+                  (insn.form.opcode for insn in window.insns), sizes)))
+    made = _templates.get(key)
+    if made is not None:
+        return made
+    code, labels = Code(), []
+    for insn, size in zip(window.insns, sizes):
+        here = [(n, part) for n, part in enumerate(parts)
+                if part[1].at == insn.vaddr
+                or not part[1].at and insn is window.insns[0]]
+        labels.append((code.label(), code.label()))
+        code.mark(labels[-1][0])
+        _add_bodies(code, window, insn, here)
+        code.mark(labels[-1][1])
+        code.put(bytes(size))                           # to be filled in
+    back = code.label()
+    code.mark(back)
+    code.put(bytes(JUMP_SIZE))
+    if len(_templates) > 1000:
+        _templates.clear()
+    made = _templates[key] = code.finish(), labels, back
+    return made
+
+
 def trampoline(window, vaddr, parts):
     """Several bodies, in order of arming, and the window. -> Trampoline
 
@@ -6088,24 +6178,12 @@ def trampoline(window, vaddr, parts):
     What is rare lies behind the jump back. What a body reads, those before
     it leave alone even where it is dead. Raises as body() does.
     """
-    code, starts, copies = Code(), [], []
-    for insn in window.insns:
-        here = [part for part in parts if part[1].at == insn.vaddr
-                or not part[1].at and insn is window.insns[0]]
-        starts.append(code.label())
-        copies.append(code.label())
-        code.mark(starts[-1])
-        _add_bodies(code, window, insn, here)
-        code.mark(copies[-1])
-        code.put(bytes(len(relocate(insn, vaddr))))     # to be filled in
-    back = code.label()
-    code.mark(back)
-    code.put(bytes(JUMP_SIZE))
-    code.parts += code.cold
-    code.finish()
-    text, made = bytearray(code.at(vaddr)), []
-    for insn, start, copy in zip(window.insns, starts, copies):
-        start, at = code.labels[start], code.labels[copy]
+    template, labels, back = _template(window, parts, [
+        len(relocate(insn, vaddr)) for insn in window.insns])
+    text = bytearray(template.at(vaddr, [place for _, place in parts]))
+    offsets, made = template.labels, []
+    for insn, (start, copy) in zip(window.insns, labels):
+        start, at = offsets[start], offsets[copy]
         moved = relocate(insn, vaddr + at)
         text[at:at + len(moved)] = moved
         if insn.flow == SYSCALL:        # its way back is counted from itself
@@ -6114,7 +6192,7 @@ def trampoline(window, vaddr, parts):
                          at if insn is window.insns[0] else start,
                          at + len(moved) - start,
                          insn.size * (insn.flow == SYSCALL)))
-    at = code.labels[back]
+    at = offsets[back]
     text[at:at + JUMP_SIZE] = jmp_rel32(vaddr + at,
                                         window.site + window.size)
     return Trampoline(vaddr, bytes(text), tuple(made))
@@ -6123,23 +6201,24 @@ def trampoline(window, vaddr, parts):
 def _add_bodies(code, window, insn, parts):
     """Put the bodies that come before a displaced instruction.
 
+    parts   [(n, (Spec, Place)), ...], the n-th of the trampoline's
     Those for a conditional jump that is taken are jumped over by its
     opposite; behind them it is executed again, with the same flags.
     """
-    if any(place.at for _, place in parts):
-        dead = next(place.dead for _, place in parts if place.at)
+    if any(place.at for _, (_, place) in parts):
+        dead = next(place.dead for _, (_, place) in parts if place.at)
         window = window._replace(dead_regs=dead[0], flags_dead=dead[1])
     for is_taken in False, True:
-        these = [part for part in parts if part[1].is_taken == is_taken]
+        these = [part for part in parts if part[1][1].is_taken == is_taken]
         over = code.label()
         if is_taken and these:
             code.jump(over, insn.form.opcode & 15 ^ 1)
-        for n, (spec, place) in enumerate(these):
+        for index, (n, (spec, place)) in enumerate(these):
             kept = 0
-            for later, _ in these[n + 1:]:
+            for _, (later, _) in these[index + 1:]:
                 kept |= input_registers(later)
             code.include(compiled(spec, place, window._replace(
-                dead_regs=window.dead_regs & ~kept)))
+                dead_regs=window.dead_regs & ~kept)), n)
         code.mark(over)
 
 
