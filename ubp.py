@@ -7528,24 +7528,28 @@ class Planner:
         self._seccomp = status.get("Seccomp", "0") != "0"
         self._uprobes = _uprobes()
 
-    def plan(self, site, spec=_PLAIN_COUNT, index=0, entry=None):
+    def plan(self, site, spec=_PLAIN_COUNT, index=0, entry=None,
+             strategies=("jump",)):
         """-> SitePlan; never raises for what the target's code is like.
 
-        entry   what is done at the entry for exits that do spec, or None
+        entry       what is done at the entry for exits that do spec, or None
+        strategies  to be tried in this order, "jump" and "int3"; entry and
+                    exits of one function may differ
         """
         if is_watch(site):
             return SitePlan(site, "", None, 0, "memory", "memory takes no "
                             "jump; --strategy hw watches it", ())
         try:
             if spec.is_exit:
-                return self._plan_return(site, spec, index, entry)
-            return self._plan_one(site, spec, index)
+                return self._plan_return(site, spec, index, entry,
+                                         strategies)
+            return self._plan_either(strategies, site, spec, index)
         except (RefusalError, RelocationError) as refusal:
             return SitePlan(site, "", None, 0, refusal.rule, refusal.why, ())
         except UbpError as error:
             return SitePlan(site, "", None, 0, "unreadable", error.why, ())
 
-    def _plan_one(self, site, spec, index, leave=None):
+    def _plan_one(self, site, spec, index, leave=None, is_trap=False):
         """The SitePlan of one instruction. Raises UbpError.
 
         leave   the ubp_x86.Exit that it is, if it is one
@@ -7555,10 +7559,11 @@ class Planner:
         window = self.windows.get(site.vaddr)
         is_new = window is None
         if is_new:
-            window = self._window(site, leave)
-        elif window.is_trap:
-            raise RefusalError("overlap", "an int3 of ubp is there",
-                               site.vaddr)
+            window = (self._trap_window(site) if is_trap
+                      else self._window(site, leave))
+        elif window.is_trap != is_trap:
+            raise RefusalError("overlap", "%s of ubp is there" % (
+                "an int3" if window.is_trap else "a jump"), site.vaddr)
         is_taken = leave is not None and leave.is_conditional
         if is_taken or site.vaddr not in (window.site, window.site - len(
                 ubp_x86.ENDBR64)):
@@ -7578,15 +7583,36 @@ class Planner:
             for low, high in window.ranges:
                 taken.add(low, high)
             self._keep_window(window, site.vaddr)
-        return SitePlan(site, "jump", window, size, "", "", old, spec, index,
-                        at, dead, is_taken)
+        return SitePlan(site, "int3" if is_trap else "jump", window, size,
+                        "", "", old, spec, index, at, dead, is_taken)
+
+    def _trap_window(self, site):
+        """The Window of an int3: any instruction that runs elsewhere too."""
+        module = site.module
+        if module.shared_text:
+            raise RefusalError("shared text", "its text is mapped shared or "
+                               "from huge pages", site.vaddr)
+        return ubp_x86.plan_trap(
+            site.vaddr, self.function(module, site.vaddr), self.scan(module),
+            self._cancellation(module), self._seccomp,
+            self.taken.setdefault(module, ubp_x86.ByteRanges()))
+
+    def _plan_either(self, strategies, *what):
+        """_plan_one by the first strategy that does not refuse."""
+        first = None
+        for strategy in strategies:
+            try:
+                return self._plan_one(*what, is_trap=strategy == "int3")
+            except (RefusalError, RelocationError) as refusal:
+                first = first or refusal
+        raise first
 
     def _keep_window(self, window, vaddr):
         self.windows[vaddr] = window
         for insn in window.insns:
             self.windows[insn.vaddr] = window
 
-    def _plan_return(self, site, spec, index, entry):
+    def _plan_return(self, site, spec, index, entry, strategies):
         """The SitePlan of all exits of a function, and of its entry."""
         module, function = site.module, self.function(site.module, site.vaddr)
         if self._is_go(module):
@@ -7604,51 +7630,19 @@ class Planner:
                 for name in other.names if ".cold" in name)
         parts = []
         if entry is not None:
-            parts.append(self._plan_one(site, entry, index))
+            parts.append(self._plan_either(strategies, site, entry, index))
         for leave in ubp_x86.find_exits(function, self.scan(module), is_part):
             there = site._replace(vaddr=leave.vaddr,
                                   offset=leave.vaddr - site.vaddr)
             try:
-                parts.append(self._plan_one(there, spec, index, leave))
+                parts.append(self._plan_either(strategies, there, spec,
+                                               index, leave))
             except (RefusalError, RelocationError) as refusal:
                 raise RefusalError("exit", "its exit at +0x%x: %s" % (
                     there.offset, refusal.why), leave.vaddr)
         return parts[0]._replace(
             site=site, parts=tuple(parts), spec=spec,
             trampoline_size=sum(part.trampoline_size for part in parts))
-
-    def plan_trap(self, site, spec=_PLAIN_COUNT, index=0, entry=None):
-        """-> SitePlan of an int3: any instruction that runs elsewhere too."""
-        module, patch = site.module, self.patches.get(site.vaddr)
-        try:
-            if spec.is_exit:
-                raise RefusalError("exit", "exits are probed by jumps only",
-                                   site.vaddr)
-            if patch is not None and not patch.window.is_trap:
-                raise RefusalError("overlap", "a jump is there", site.vaddr)
-            if is_watch(site) or module.shared_text:
-                raise RefusalError("memory" if is_watch(site) else
-                                   "shared text", "its memory takes no int3",
-                                   site.vaddr)
-            window = ubp_x86.plan_trap(
-                site.vaddr, self.function(module, site.vaddr),
-                self.scan(module), self._cancellation(module), self._seccomp,
-                self.taken.setdefault(module, ubp_x86.ByteRanges())
-                if patch is None else None)
-            vaddr = (window.site & -PAGE) - PAGE
-            parts = [body.part for body in patch.bodies] if patch else []
-            size = len(assemble(window, vaddr, parts + [
-                (spec, _dummy_place(vaddr))]).code)
-            old = (tuple(patch.old.items()) if patch else
-                   self._text_before(site, window))
-        except (RefusalError, RelocationError) as refusal:
-            return SitePlan(site, "", None, 0, refusal.rule, refusal.why, ())
-        except UbpError as error:
-            return SitePlan(site, "", None, 0, "unreadable", str(error), ())
-        if patch is None:
-            self.taken[module].add(*window.ranges[0])
-            self._keep_window(window, site.vaddr)
-        return SitePlan(site, "int3", window, size, "", "", old, spec, index)
 
     def close(self):
         """Let go of the modules' code now, not when garbage is collected.
@@ -8171,10 +8165,10 @@ class Probe:
 
     def strategies(self):
         """{strategy: number of sites} of those that are armed, in order."""
-        trapped = {patch.site.vaddr for patch
+        trapped = {body.plan.site.vaddr for patch
                    in self._target._installer.patches.values()
-                   if patch.window.is_trap}
-        trapped &= {site.vaddr for site in self.sites}
+                   if patch.window.is_trap for body in patch.bodies
+                   if body.probe is self}
         n_hw = sum(len(part.sites) for part in self._parts)
         found = collections.OrderedDict((
             ("jump", len(self.sites) - n_hw - len(trapped)),
@@ -9014,8 +9008,8 @@ class HardwarePart:
                 if not self._is_removed:
                     self._drain()
 
-    def take_events(self, until):
-        """[(Trap, Site, values)] up to a time, in order; each is given once.
+    def take_events(self, probe, until):
+        """The Events up to a time, in order; each is given once.
 
         until   CLOCK_MONOTONIC, ns: what is later may still be incomplete
         """
@@ -9025,7 +9019,11 @@ class HardwarePart:
             self._kept.sort(key=lambda kept: kept[0].time)
             n = sum(kept[0].time <= until for kept in self._kept)
             taken, self._kept = self._kept[:n], self._kept[n:]
-        return taken
+        since = int((time.time() - time.clock_gettime(
+            time.CLOCK_MONOTONIC)) * 1e9)
+        return [Event(hit.time + since, hit.tid, hit.cpu, hit.pid, site,
+                      "hit" if site.offset or is_watch(site) else "entry",
+                      values, (), probe) for hit, site, values in taken]
 
     # -- taking out ---------------------------------------------------------
 
@@ -10093,7 +10091,7 @@ class Target:
     def _look(self, specs, strategies, timeout):
         """Ask the target for what bodies of the specs would need of it."""
         installer = self._installer
-        if "jump" in strategies and any(map(wanted_by, specs)):
+        if strategies != ("hw",) and any(map(wanted_by, specs)):
             self._tracer.starts_raw_threads = _starts_raw_threads(
                 self._get_modules())
             for spec in specs:
@@ -10148,13 +10146,21 @@ class Target:
         is_last   also the youngest, which an older one may yet follow
         """
         probes, clock = self._traces(), self._installer.clock
-        if not probes or clock is None:
-            return []
-        return self._reader.poll(probes, clock, is_last)
+        in_rings = [probe for probe in probes if probe._rings]
+        found = []
+        if in_rings and clock is not None:
+            found = self._reader.poll(in_rings, clock, is_last)
+        now = int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e9)
+        for probe in probes:
+            for part in probe._parts:
+                found += part.take_events(
+                    probe, 1 << 62 if is_last else now - 10**6)
+        return sorted(found, key=_time_of) if probes != in_rings else found
 
     def _traces(self):
         """The Trace probes, those taken out too."""
-        return [probe for probe in self._traced if probe._rings]
+        return [probe for probe in self._traced
+                if probe._rings or probe._parts]
 
     def _warn_of_seccomp(self):
         if read_status(self.pid).get("Seccomp", "0") != "0":
@@ -10254,17 +10260,34 @@ class Target:
                              "the target is closed")
 
 
-def _plan_site(planner, site, strategies, *what):
+def _plan_site(planner, site, strategies, spec=_PLAIN_COUNT, index=0,
+               entry=None):
     """The SitePlan of the first strategy that does not refuse a site."""
     refused = None
+    in_text = [name for name in strategies if name != "hw"]
     for name in strategies:
-        plan = (planner.plan(site, *what) if name == "jump" else
-                planner.plan_trap(site, *what) if name == "int3" else
-                SitePlan(site, name, None, 0, "", "", ()))
+        if name == "hw":
+            plan = _plan_hardware(site, spec, entry)
+        elif not in_text:
+            continue
+        else:
+            plan, in_text = planner.plan(site, spec, index, entry,
+                                         in_text), ()
         if plan.strategy:
             return plan
         refused = refused or plan
     return refused
+
+
+def _plan_hardware(site, spec, entry):
+    """The SitePlan of a debug register."""
+    if spec.is_exit or entry is not None:
+        why = "a debug register watches one instruction, not all exits"
+    elif spec.stack_size or spec.action == "stack":
+        why = "stacks of samples are not built yet"
+    else:
+        return SitePlan(site, "hw", None, 0, "", "", (), spec)
+    return SitePlan(site, "", None, 0, "hw", why, ())
 
 
 def _none_armed(where, refused):

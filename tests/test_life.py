@@ -115,6 +115,32 @@ class Hardware(unittest.TestCase):
                     0].function.name)
             process.quit()
 
+    def test_records_the_same_events_as_a_jump(self):
+        seen = []
+        for strategy in ("jump", "hw"):
+            with live.Target("life") as process:
+                with ubp.attach(process.pid) as target:
+                    target.probe("exe:step", ubp.Trace(
+                        "arg0", "arg0 + arg1", "s32(rdi) // 3"),
+                        "arg0 % 2", strategy)
+                    for command in "cf":
+                        process.ask(command)
+                    events = list(target.events(0.3))
+                self.assertEqual(events, sorted(
+                    events, key=lambda event: event.time_ns))
+                seen.append([(event.values, event.kind, event.site.offset)
+                             for event in events])
+                process.quit()
+        self.assertEqual(*seen)
+        self.assertEqual(504 + 153, len(seen[0]))
+
+    def test_exits_take_no_debug_register(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            with self.assertRaises(ubp.ProbeError) as caught:
+                target.probe("exe:step", ubp.Latency(), strategy="hw")
+            self.assertIn("one instruction", str(caught.exception))
+
     def test_memory_that_cannot_be_read_is_a_counted_fault(self):
         with live.Target("life") as process, \
                 ubp.attach(process.pid) as target:
@@ -406,6 +432,42 @@ class Int3(unittest.TestCase):
                         results.append((probe.hits, probe.read()))
                 self.assertEqual(*results)
                 self.assertGreater(results[0][0], 400)
+                self.unchanged(process)
+                process.quit()
+
+    def test_records_the_same_events_as_a_jump(self):
+        seen = []
+        for strategy in ("jump", "int3"):
+            with live.Target("traps", seconds=90) as process:
+                with ubp.attach(process.pid) as target:
+                    target.probe("exe:step", ubp.Trace("arg0", "arg0 + arg1"),
+                                 "arg0 % 2", strategy)
+                    for command in "cfe":
+                        process.ask(command)
+                    events = list(target.events(0.3))
+                self.assertEqual(events, sorted(
+                    events, key=lambda event: event.time_ns))
+                seen.append([(event.values, event.kind, event.site.offset)
+                             for event in events])
+                process.quit()
+        self.assertEqual(*seen)
+        self.assertEqual(105 + 6 + 3 + 2 + 2, len(seen[0]))
+
+    def test_returns_and_latency_by_int3(self):
+        for strategy in ("int3", "jump,int3"):
+            with self.subTest(strategy), \
+                    live.Target("traps", seconds=90) as process:
+                with ubp.attach(process.pid) as target:
+                    values = target.probe("exe:odd_jump%return",
+                                          ubp.Hist("ret - arg0"),
+                                          strategy=strategy)
+                    took = target.probe("exe:odd_call", ubp.Latency(),
+                                        strategy=strategy)
+                    n = sum(process.ask(c)["n"] for c in "cmb")
+                    found = values.read()
+                    self.assertEqual((n, 1, 1), (found.count, found.min,
+                                                 found.max))
+                    self.assertEqual(n, took.read().count)
                 self.unchanged(process)
                 process.quit()
 
