@@ -4512,7 +4512,7 @@ class _Owned(int):
 class _Plan(NamedTuple):
     """What a try found out: registers used by stage, those read from where
     they were pushed, and the stages that need the stack."""
-    used: tuple = (frozenset(), frozenset())
+    used: tuple = (set(), set())
     wanted: frozenset = frozenset()
     stacks: frozenset = frozenset()
 
@@ -5954,14 +5954,17 @@ def compiled(spec, place, window):
     """
     block_layout(spec)
     key = (spec, window.dead_regs, window.flags_dead)
-    plan = _plans.get(key, _Plan())
+    plan, dead = _plans.get(key, _Plan()), window.dead_regs
     for _ in range(_N_TRIES):
         machine = _Body(spec, place._replace(block=0, site_index=0), window,
                         plan)
         machine.make()
-        found = _Plan(tuple(map(frozenset, machine.used)),
-                      plan.wanted | machine.wanted,
-                      frozenset(machine.stacks))
+        wanted = plan.wanted | machine.wanted
+        # Dead registers that nobody reads make no difference.
+        matter = wanted | {reg for reg in _POOL if not dead >> reg & 1
+                           or reg == RAX and not window.flags_dead}
+        found = _Plan(tuple(used & matter for used in machine.used),
+                      wanted, frozenset(machine.stacks))
         if found == plan:
             break
         plan = found

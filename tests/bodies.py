@@ -38,6 +38,13 @@ class Result(NamedTuple):
     wrong_stack: int
 
 
+def offsets():
+    """Of rseq.cpu_id and a thread's tid, from the child's fs base."""
+    out = subprocess.run([build("bodies"), "info"], stdout=subprocess.PIPE,
+                         check=True).stdout
+    return [int(word) for word in out.split()]
+
+
 class Page:
     """Code and data that grow while bodies are added."""
 

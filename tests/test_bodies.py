@@ -404,6 +404,37 @@ class Records(Runs):
         self.assertEqual(words(data, place, x86.HEAD_SIZE, 2),
                          (len(cases), 0))
 
+    def test_who_where_and_when_by_each_source_of_the_processor(self):
+        rseq, tid = bodies.offsets()
+        sources = [(x86.CPU_FROM_LSL, 0)]
+        with open("/proc/cpuinfo") as file:
+            if "rdpid" in file.read():
+                sources.append((x86.CPU_FROM_RDPID, 0))
+        if rseq:
+            sources.append((x86.CPU_FROM_RSEQ, rseq))
+        self.assertTrue(tid, "no tid near the fs base; is this glibc?")
+        for source, offset in sources:
+            with self.subTest(source):
+                self.page = Page(1 << 14, 64)
+                self.page.shards = self.page.shards._replace(
+                    source=source, rseq_offset=offset)
+                spec = x86.Spec("trace", n_slots=8, values=parse(
+                    "tid, pid, cpu, nsecs, nsecs"))
+                place = self.page.place(spec, tid_offset=tid, tsc=TSC)
+                data = self.run_cases([
+                    Case(vaddr, registers(self.pick), window)
+                    for vaddr, window in self.at_windows(spec, place)])
+                pid, = struct.unpack_from("<Q", data, 8)
+                found = [(shard, record) for shard in range(64)
+                         for record in records(data, place, spec, shard)]
+                self.assertEqual(len(found), 6)
+                for shard, (_, tsc, tid_, cpu, _, _, values) in found:
+                    self.assertEqual((tid_, cpu), (pid, shard))
+                    self.assertEqual(values[:3], (pid, pid, shard))
+                    self.assertEqual(values[3], values[4])
+                    late = TSC[1] + (tsc * TSC[0] >> 32) - values[3]
+                    self.assertLess(abs(late), 10**6)
+
     def fill(self, policy, n_slots, n, **more):
         spec = x86.Spec("trace", values=parse("arg0"), policy=policy,
                         n_slots=n_slots)
@@ -620,6 +651,40 @@ def value_of(i, thread):
     """As in targets/storm.c."""
     value = i * 2654435761 + thread * 40503
     return value % 5000 - 2000
+
+
+class Hostile(Runs):
+
+    def test_random_bytes_in_a_block_never_fault_or_hang_a_body(self):
+        """What another process wrote there is only ever data."""
+        specs = [
+            x86.Spec("hist", values=parse("arg0")),
+            x86.Spec("sum", keys=parse("arg0"), values=parse("arg1")),
+            x86.Spec("count", keys=parse("arg0, arg1, str(arg2)")),
+            x86.Spec("trace", values=parse("arg0, str(arg1)"), n_slots=8),
+            x86.Spec("trace", values=parse("arg0"), n_slots=8,
+                     policy="overwrite"),
+            x86.Spec("hist", values=parse("elapsed", True), is_exit=True,
+                     n_frames=8)]
+        specs.append(x86.entry_spec(specs[-1]))
+        cases = []
+        for spec in specs:
+            for _ in range(4):
+                place = self.page.place(spec, tsc=TSC)._replace(
+                    frames=bodies.SHARDS + 0x300000)
+                size = x86.block_layout(spec).size
+                for at in range(0x1000 + place.block,
+                                0x1000 + place.block + size, 8):
+                    struct.pack_into("<Q", self.page.data, at,
+                                     self.pick.choice((
+                                         0, 1, MASK, SP, 16, self.pick.
+                                         getrandbits(64))))
+                for vaddr, window in self.at_windows(spec, place, 3):
+                    cases += [Case(vaddr, registers(self.pick), window)] * 4
+        for at in range(0x301000, 0x302000, 8):
+            struct.pack_into("<Q", self.page.data, at,
+                             self.pick.choice((0, 1, SP, MASK)))
+        self.run_cases(cases)
 
 
 class Storms(unittest.TestCase):

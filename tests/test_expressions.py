@@ -1,13 +1,10 @@
 """Expressions: what they mean, and that compiled code agrees.
 
-The judges: Python's own eval() on numbers that wrap at 64 bits, the CPU,
-and objdump.
+The judges: Python's own eval() on numbers that wrap at 64 bits, and the CPU
+that runs the code.
 """
 import random
-import re
 import struct
-import subprocess
-import tempfile
 import unittest
 
 import bodies
@@ -133,12 +130,23 @@ CASTS = {sign + str(bits): cast(bits, sign == "s")
 class Grammar:
     """Random expressions, as a text for us and as one for eval()."""
 
-    def __init__(self, seed, names=NAMES):
-        self.random, self.names = random.Random(seed), names
+    def __init__(self, seed, has_loads=False):
+        self.random, self.has_loads = random.Random(seed), has_loads
+
+    def load(self):
+        """A load at MEMORY or, seldom, where nothing is."""
+        name = self.random.choice(sorted(CASTS))
+        a, pa, _ = self.pick(1)
+        base = 0 if self.random.random() < 0.05 else MEMORY
+        return ("%s[%d + (%s & 127)]" % (name, base, a),
+                "load(%r, N(%d) + (%s & N(127)))" % (name, base, pa),
+                name == "u64")
 
     def leaf(self):
+        if self.has_loads and self.random.random() < 0.3:
+            return self.load()
         if self.random.random() < 0.65:
-            name = self.random.choice(self.names)
+            name = self.random.choice(NAMES)
             return name, name, False
         value = self.random.choice(VALUES) if self.random.random() < 0.7 \
             else self.random.getrandbits(self.random.randrange(1, 64))
@@ -188,9 +196,29 @@ class Grammar:
                 "N(%s if %s else %s, %r)" % (pa, pb, pc, ua or uc), ua or uc)
 
 
+MEMORY = bodies.DATA + 0x800
+CONTENT = bytes(random.Random(5).getrandbits(8) for _ in range(256))
+
+
+def read_content(vaddr, size):
+    """What the child has at MEMORY; less where it has nothing."""
+    offset = vaddr - MEMORY
+    if not 0 <= offset <= offset + size <= len(CONTENT):
+        raise OSError
+    return CONTENT[offset:offset + size]
+
+
+def load(name, address):
+    try:
+        raw = read_content(int(address), int(name[1:]) // 8)
+    except OSError:
+        raise Fault
+    return CASTS[name](N(int.from_bytes(raw, "little")))
+
+
 def judged(text, values, is_unsigned):
     """Python's own value of a text, or None for a fault."""
-    scope = dict(CASTS, N=N)
+    scope = dict(CASTS, N=N, load=load)
     scope.update((name, N(value)) for name, value in values.items())
     try:
         return int(N(eval(text, scope), is_unsigned))
@@ -315,9 +343,10 @@ class Compiled(unittest.TestCase):
             dead_regs=pick.getrandbits(16) & 0xffef,
             flags_dead=pick.random() < 0.5)
 
-    def check_page(self, seed):
-        grammar = Grammar(seed)
+    def check_page(self, seed, has_loads=False):
+        grammar = Grammar(seed, has_loads)
         pick, page = grammar.random, bodies.Page(1 << 18)
+        page.data[0x800:0x900] = CONTENT
         cases, facts, stack = [], [], stack_words()
         while len(cases) < self.N_EACH:
             expression, python = self.made(grammar)
@@ -351,7 +380,7 @@ class Compiled(unittest.TestCase):
             window.flags_dead)
         self.assertEqual(result, (0,) * 5, shown)
         wanted = judged(python, values, expression.is_unsigned)
-        ours = x86.evaluate(expression, values, None)
+        ours = x86.evaluate(expression, values, read_content)
         self.assertEqual(ours, wanted, shown)
         if spec.action == "count":
             layout = x86.block_layout(spec)
@@ -370,6 +399,9 @@ class Compiled(unittest.TestCase):
         for seed in range(self.N_PAGES):
             with self.subTest(seed):
                 self.check_page(seed)
+
+    def test_random_expressions_that_follow_pointers_do_too(self):
+        self.check_page(1000, has_loads=True)
 
 
 if __name__ == "__main__":
