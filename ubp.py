@@ -206,6 +206,8 @@ SYS_sched_setscheduler, SYS_gettid, SYS_tgkill = 144, 186, 234
 SYS_getdents64, SYS_kcmp, SYS_memfd_create = 217, 312, 319
 SYS_perf_event_open = 298
 SYS_prctl, SYS_process_vm_readv = 157, 310
+SYS_futex, SYS_set_robust_list = 202, 273
+FUTEX_WAKE, FUTEX_WAITERS = 1, 0x80000000       # <linux/futex.h>
 PR_GET_TSC, PR_TSC_ENABLE = 25, 1               # <linux/prctl.h>
 
 PERF_TYPE_SOFTWARE, PERF_TYPE_BREAKPOINT = 1, 5     # <linux/perf_event.h>
@@ -317,6 +319,7 @@ _read = _declare("read", ctypes.c_ssize_t, _int, _ptr, _size)
 _lseek = _declare("lseek", ctypes.c_int64, _int, ctypes.c_int64, _int)
 _syscall = _declare("syscall", _long, _long, _long, _long, _long, _long,
                     _long)
+_futex = ctypes.CDLL(None).syscall      # frees the GIL: not in a pause
 
 
 def _check(result):
@@ -5824,6 +5827,7 @@ class Arena:
         self.nonce = int.from_bytes(os.urandom(8), "little")
         self._flags = 0
         self._kept = self._kept_last = self._kept_private = None
+        self.ring_owner = None      # for hits that wait
         self._write_header()
         self.store(_LITERAL_AT, struct.pack("<Q", base + self.code_size))
 
@@ -6011,8 +6015,21 @@ class Arena:
             kept = None
         self._kept_last = kept
 
+    def own_rings(self):
+        """The vaddr of the word that tells waiting hits of our death."""
+        if self.memory is None:
+            raise ProbeError("wait for the reader in", self.tracer.name(),
+                             "its memory is not shared with ubp",
+                             "overflow=drop")
+        if self.ring_owner is None:
+            self.ring_owner = RingOwner(self)
+        return self.ring_owner.vaddr
+
     def close(self):
         """Give up our own mapping; what was kept can still be read."""
+        if self.ring_owner is not None:
+            self.ring_owner.close()
+            self.ring_owner = None
         if self.memory is not None:
             self.keep()
             memory, self.memory = self.memory, None
@@ -7152,6 +7169,9 @@ def _tsc_reader():
     return _tsc_functions[0]
 
 
+_MOST_UNFINISHED_S = 0.2        # a record that is being written for longer
+
+
 class TraceRing:
     """One processor's records of a trace probe, for one reader.
 
@@ -7209,10 +7229,25 @@ class TraceRing:
             self._look_aside(found, is_last)
             if self.policy != "overwrite":
                 self.arena.store_word(
-                    self.cpu, self._at + ubp_x86.RING_CONSUMED, reserved)
+                    self.cpu, self._at + ubp_x86.RING_CONSUMED,
+                    self._consumed(reserved))
+            if self.arena.ring_owner is not None and found:
+                self.arena.ring_owner.wake()
         except OSError:
             pass                    # of anonymous memory that is gone
         return found
+
+    def _consumed(self, reserved):
+        """The ticket up to which slots may be used again.
+
+        Who would rather wait than lose a record waits for one that is
+        being written, too, but not for one that may never be.
+        """
+        if self.policy == "block" and self._aside:
+            young = time.monotonic() - _MOST_UNFINISHED_S
+            return min((ticket for ticket, since in self._aside.items()
+                        if since > young), default=reserved)
+        return reserved
 
     def _read_slots(self, first, last, found):
         """Copy the slots of tickets that lie behind each other."""
@@ -7233,7 +7268,7 @@ class TraceRing:
                 found.append(data[n * size:(n + 1) * size])
                 self.n_read += 1
             else:
-                self._aside[first + n] = 0
+                self._aside[first + n] = time.monotonic()
 
     def _look_aside(self, found, is_last):
         """Take the records that have become complete; give up others."""
@@ -7252,6 +7287,63 @@ class TraceRing:
             else:
                 continue
             del self._aside[ticket]
+
+
+class RingOwner:
+    """The thread whose death the kernel tells to hits that wait for room.
+
+    Its tid is in a futex of the arena, which is on its robust list: when
+    it ends, in whatever way, FUTEX_OWNER_DIED is set and a waiter woken.
+    The list lies in our memory, so the target cannot lengthen it. Source:
+    Documentation/locking/robust-futex-ABI.rst.
+    """
+
+    def __init__(self, arena):
+        self.arena, self.offset = arena, arena.allocate(64)
+        self.vaddr = arena.base + arena.shard_at(0) + self.offset
+        self._tid, self._is_wanted = 0, threading.Event()
+        ready = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(ready,), daemon=True,
+            name="ubp-rings-%d" % arena.tracer.tgid)
+        self._thread.start()
+        ready.wait()
+
+    def _run(self, ready):
+        word = ctypes.c_uint32.from_buffer(
+            self.arena.memory, self.arena.shard_at(0) + self.offset)
+        node, head = (ctypes.c_uint64 * 1)(), (ctypes.c_uint64 * 3)()
+        node[0], head[0] = ctypes.addressof(head), ctypes.addressof(node)
+        head[1] = (ctypes.addressof(word) - head[0]) & (1 << 64) - 1
+        try:
+            syscall(SYS_set_robust_list, ctypes.addressof(head),
+                    ctypes.sizeof(head), 0, 0, 0)
+            self._tid = word.value = syscall(SYS_gettid)
+        except OSError as error:
+            log.warning("no hit waits for room: %s", error)
+        ready.set()
+        self._is_wanted.wait()
+        word.value, head[0] = 0, ctypes.addressof(head)
+        self._wake(word)
+
+    def wake(self):
+        """There is room again: let those who wait try."""
+        with memoryview(self.arena.memory) as view:
+            at = self.arena.shard_at(0) + self.offset
+            word, = struct.unpack_from("<I", view, at)
+        if word & FUTEX_WAITERS and self._tid:
+            word = ctypes.c_uint32.from_buffer(self.arena.memory, at)
+            word.value = self._tid
+            self._wake(word)
+
+    @staticmethod
+    def _wake(word):
+        _futex(SYS_futex, ctypes.addressof(word), FUTEX_WAKE, 1 << 30, 0, 0)
+
+    def close(self):
+        """Nobody waits from now on. May be repeated."""
+        self._is_wanted.set()
+        self._thread.join()
 
 
 def _unwrapped(first, last, n):
@@ -7870,7 +7962,9 @@ class RecordForm:
         self.probe, self.sites = probe, dict(
             (index, site) for site, index in block.sites)
         self.values = block.spec.values
-        self.kind = "exit" if block.spec.is_exit else "entry"
+        self.kinds = dict((index, "exit" if block.spec.is_exit else
+                           "hit" if site.offset else "entry")
+                          for site, index in block.sites)
         self.fields = block.layout.fields
         form = "<QQIIII"
         form += "".join("Q" if each.is_unsigned or each.kind != "int"
@@ -7884,15 +7978,17 @@ class RecordForm:
         self.records = struct.Struct(form)
         self.n_values, self.n_invalid = len(self.values), 0
 
-    def events(self, data, clock, tscs, pid_of):
+    def events(self, data, clock, tscs, pids, pid_of):
         """Events of records, in their order; what lies is left out.
 
         tscs    (lowest, highest) that a record can have
+        pids    {tid: pid} as far as known; pid_of(tid) finds out others
         """
         tsc0, ns0, rate = clock.anchor
         lowest, highest = tscs
         new, last, found = tuple.__new__, 6 + self.n_values, []
         probe, sites, inline = self.probe, self.sites, self.inline
+        kinds = self.kinds
         for record in self.records.iter_unpack(data):
             _, tsc, tid, cpu, index, faults = record[:6]
             site, values = sites.get(index), record[6:last]
@@ -7905,8 +8001,9 @@ class RecordForm:
                     self.n_invalid += 1
                     continue
             found.append(new(Event, (
-                ns0 + int((tsc - tsc0) * rate), tid, cpu, pid_of(tid), site,
-                "hit" if site.offset else self.kind, values, (), probe)))
+                ns0 + int((tsc - tsc0) * rate), tid, cpu,
+                pids.get(tid) or pid_of(tid), site, kinds[index], values, (),
+                probe)))
         return found
 
     def _values(self, values, texts, faults):
@@ -7941,21 +8038,26 @@ class EventReader:
         is_last   nothing is recorded any more: hold nothing back
         """
         with self._lock:
-            clock.check()
             start, found = clock.read(), self._held
-            for probe in probes:
-                for ring in probe._rings:
-                    is_over = is_last or probe._is_removed
-                    for data in ring.read(is_over):
-                        found += self._form(probe, ring).events(
-                            data, clock, (probe._armed_tsc, start[0] + 10**9),
-                            self._pid_of)
+            raw = self.records(probes, is_last)
+            clock.check()
+            latest = clock.anchor[0]
+            for probe, form, data in raw:
+                found += form.events(
+                    data, clock, (probe._armed_tsc, latest),
+                    self._pids, self._pid_of)
             found.sort(key=_time_of)
             n = len(found)
             if not is_last:
                 n = bisect.bisect_left(found, (start[1] - 10**6,))
             self._held = found[n:]
             return found[:n]
+
+    def records(self, probes, is_last=False):
+        """What is complete, as it is. -> [(Probe, RecordForm, bytes)]"""
+        return [(probe, self._form(probe, ring), data)
+                for probe in probes for ring in probe._rings
+                for data in ring.read(is_last or probe._is_removed)]
 
     def _form(self, probe, ring):
         form = self._forms.get(ring.block)
@@ -8107,8 +8209,8 @@ class Probe:
         if self._rings and self.sites:
             # Sites share their rings: all of it is told of the first.
             found.update((site, Reading(0)) for site in self.sites)
-            found[self.sites[0]] = sum((ring.reading()
-                                        for ring in self._rings), Reading(0))
+            found[self.sites[0]] = sum((ring.reading() for ring
+                                        in self._rings), Reading(0))
         for part in self._parts:
             found.update(part.readings())
         for block in self._blocks if found else ():
@@ -8214,12 +8316,14 @@ class Installer:
 
         def action():
             offset = tid_source(self.tracer) if "tid" in wants else None
-            if wants & {"tsc", "memory"}:
+            if wants & {"tsc", "memory", "futex"}:
                 with Injection(self.tracer, bytes(8)) as injection:
                     if "tsc" in wants:
                         check_tsc(self.tracer, injection)
                     if "memory" in wants:
                         injection.check(SYS_process_vm_readv, 0, 0, 1, 0, 1)
+                    if "futex" in wants:
+                        injection.check(SYS_futex, 0, 0, 0, 0, 0, 0)
             return offset
         offset = self.tracer.pause(action, max(
             0.1, limit - time.monotonic()), "look")
@@ -8309,8 +8413,9 @@ class Installer:
         """Where a body's data is, and what the target offers."""
         return self.offers._replace(
             shards=arena.shards, block=offset, site_index=plan.index,
-            private=arena.private, frames=block.frames[0] if block.frames
-            else 0, at=plan.at, dead=plan.dead, is_taken=plan.is_taken)
+            private=arena.private, tracer=arena.own_rings() if
+            plan.spec.policy == "block" and plan.spec.action == "trace"
+            else 0, frames=block.frames[0] if block.frames else 0, at=plan.at, dead=plan.dead, is_taken=plan.is_taken)
 
     def _compose(self, patch, bodies, arena, block):
         """Write a trampoline of bodies for a patch into an arena. -> Change
@@ -8377,6 +8482,12 @@ class Installer:
     def take_out(self, probes, limit):
         """Restore every process, or leave what others need. -> Removal"""
         gone = set(probes)
+        for arena in self.arenas if not any(
+                probe not in gone and probe._rings for patch
+                in self.patches.values() for probe in
+                (body.probe for body in patch.bodies)) else ():
+            if arena.ring_owner is not None:
+                arena.ring_owner.close()        # who waits goes on
         patches = [patch for patch in self.patches.values()
                    if any(body.probe in gone for body in patch.bodies)]
         self._recompose([patch for patch in patches
@@ -8464,7 +8575,7 @@ def need_of(plans):
     return Need(len(parts),
                 sum(part.trampoline_size + 2 * ubp_x86.CACHE_LINE
                     for part in parts),
-                n * layout.size, max(frames_size(plans)[0], 8 * any(
+                n * layout.size + 2 * ubp_x86.CACHE_LINE, max(frames_size(plans)[0], 8 * any(
                     needs_private(part.spec) for part in parts)))
 
 
@@ -8497,6 +8608,7 @@ def wanted_by(spec):
     wants = names & {"tid", "memory"}
     if spec.action == "trace":
         wants |= {"tid", "tsc"}
+        wants |= {"futex"} if spec.policy == "block" else set()
     if names & {"nsecs", "elapsed"} or spec.action == "enter":
         wants |= {"tsc"}
     return wants
@@ -8504,7 +8616,8 @@ def wanted_by(spec):
 
 def needs_private(spec):
     """Does a body have to know whether it runs in a forked child?"""
-    return bool(names_of(spec) & {"pid", "memory"})
+    return bool(names_of(spec) & {"pid", "memory"} or spec.stack_size
+                or spec.policy == "block")
 
 
 def _keep(arenas):
