@@ -6021,7 +6021,7 @@ class Arena:
             raise ProbeError("wait for the reader in", self.tracer.name(),
                              "its memory is not shared with ubp",
                              "overflow=drop")
-        if self.ring_owner is None:
+        if self.ring_owner is None or self.ring_owner.is_closed:
             self.ring_owner = RingOwner(self)
         return self.ring_owner.vaddr
 
@@ -7301,7 +7301,7 @@ class RingOwner:
     def __init__(self, arena):
         self.arena, self.offset = arena, arena.allocate(64)
         self.vaddr = arena.base + arena.shard_at(0) + self.offset
-        self._tid, self._is_wanted = 0, threading.Event()
+        self._tid, self._is_over = 0, threading.Event()
         ready = threading.Event()
         self._thread = threading.Thread(
             target=self._run, args=(ready,), daemon=True,
@@ -7322,7 +7322,7 @@ class RingOwner:
         except OSError as error:
             log.warning("no hit waits for room: %s", error)
         ready.set()
-        self._is_wanted.wait()
+        self._is_over.wait()
         word.value, head[0] = 0, ctypes.addressof(head)
         self._wake(word)
 
@@ -7340,9 +7340,14 @@ class RingOwner:
     def _wake(word):
         _futex(SYS_futex, ctypes.addressof(word), FUTEX_WAKE, 1 << 30, 0, 0)
 
+    @property
+    def is_closed(self):
+        """Has it ended?"""
+        return self._is_over.is_set()
+
     def close(self):
         """Nobody waits from now on. May be repeated."""
-        self._is_wanted.set()
+        self._is_over.set()
         self._thread.join()
 
 
@@ -8411,11 +8416,14 @@ class Installer:
 
     def _place(self, arena, offset, plan, block):
         """Where a body's data is, and what the target offers."""
+        spec, waits = plan.spec, 0
+        if spec.action == "trace" and spec.policy == "block":
+            waits = arena.own_rings()
         return self.offers._replace(
             shards=arena.shards, block=offset, site_index=plan.index,
-            private=arena.private, tracer=arena.own_rings() if
-            plan.spec.policy == "block" and plan.spec.action == "trace"
-            else 0, frames=block.frames[0] if block.frames else 0, at=plan.at, dead=plan.dead, is_taken=plan.is_taken)
+            private=arena.private, tracer=waits,
+            frames=block.frames[0] if block.frames else 0, at=plan.at,
+            dead=plan.dead, is_taken=plan.is_taken)
 
     def _compose(self, patch, bodies, arena, block):
         """Write a trampoline of bodies for a patch into an arena. -> Change
@@ -8482,11 +8490,11 @@ class Installer:
     def take_out(self, probes, limit):
         """Restore every process, or leave what others need. -> Removal"""
         gone = set(probes)
-        for arena in self.arenas if not any(
-                probe not in gone and probe._rings for patch
-                in self.patches.values() for probe in
-                (body.probe for body in patch.bodies)) else ():
-            if arena.ring_owner is not None:
+        staying = {body.probe for patch in self.patches.values()
+                   for body in patch.bodies} - gone
+        for arena in self.arenas:
+            if arena.ring_owner is not None and not any(
+                    probe._rings for probe in staying):
                 arena.ring_owner.close()        # who waits goes on
         patches = [patch for patch in self.patches.values()
                    if any(body.probe in gone for body in patch.bodies)]
