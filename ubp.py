@@ -8583,7 +8583,8 @@ def need_of(plans):
     return Need(len(parts),
                 sum(part.trampoline_size + 2 * ubp_x86.CACHE_LINE
                     for part in parts),
-                n * layout.size + 2 * ubp_x86.CACHE_LINE, max(frames_size(plans)[0], 8 * any(
+                n * layout.size + 2 * ubp_x86.CACHE_LINE,
+                max(frames_size(plans)[0], 8 * any(
                     needs_private(part.spec) for part in parts)))
 
 
