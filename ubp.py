@@ -13494,8 +13494,9 @@ class TraceView(View):
             return [(exits, Trace(*exprs, **how), group.when)]
         early = tuple(each for each in group.exprs if not needs_exit(each))
         late = tuple(each for each in group.exprs if each not in early)
-        return [(group.probes, Trace(*early, **how), group.when),
-                (exits, Trace(*late, **how), group.when)]
+        # The exits first: a function that cannot be left is not entered.
+        return [(exits, Trace(*late, **how), group.when),
+                (group.probes, Trace(*early, **how), group.when)]
 
     @staticmethod
     def is_exits_only(group):
@@ -13674,6 +13675,13 @@ class Watched:
                    self.naming.stack(event.stack))
 
 
+def starts_of(probe):
+    """Return probes of the entries of the functions whose exits are probed.
+    """
+    return ["0x%x" % vaddr for vaddr in sorted({
+        site.vaddr - site.offset for site in probe.sites})]
+
+
 class HitLines:
     """A line, or more with stacks, for each hit. Also the other sinks' form.
 
@@ -13845,6 +13853,9 @@ class Session:
                 options.probes):
             for group in options.groups:
                 for probes, action, when in self.view.actions(group):
+                    if len(watched.armed) and options.tree and not (
+                            probes[0].endswith("%return")):
+                        probes = starts_of(watched.armed[-1].probe)
                     self._arm_group(watched, group, probes, action, when)
                 if group.until:
                     self._arm_group(watched, group, group.probes, Count(),

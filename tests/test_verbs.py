@@ -4,17 +4,26 @@ First what needs no process: groups, expressions, files merged by `show`.
 Then the one-liners of README, each on a server of its own whose own
 statistics, or whose known work, is the judge.
 """
+import collections
 import json
 import os
+import re
 import shlex
 import shutil
+import signal
+import socket
+import ssl
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
+import xml.etree.ElementTree as ElementTree
 
 import live
+import servers
 import test_cli
+import test_pictures
 
 ubp = live.core()
 run, in_process = test_cli.run, test_cli.in_process
@@ -254,6 +263,410 @@ class Show(unittest.TestCase):
             input=record("count", 5).encode(), stdout=subprocess.PIPE)
         self.assertRegex(done.stdout.decode(),
                          r"\n +5 +100\.0%  libc\.so\.6:malloc\n")
+
+
+# ---- the one-liners, on real servers ---------------------------------------
+
+class OneLiners(unittest.TestCase):
+    """A command of README each, and what the server itself says."""
+
+    def setUp(self):
+        test_cli.need_ptrace()
+
+    def server(self, kind, *arguments):
+        """Start a server of tests/servers.py, or skip. -> Server"""
+        reason = kind.missing()
+        if reason:
+            self.skipTest(reason)
+        server = kind(*arguments)
+        self.addCleanup(server.stop)
+        return server.start()
+
+    def probe(self, pid, verb, *words, work=lambda: None, status=0):
+        """Run a verb around some work. -> (stdout, stderr)
+
+        It is ended by Ctrl-C, unless it ended by itself; then nothing of
+        ubp is left, and each hit was recorded or counted as dropped.
+        """
+        process = test_cli.start(verb, "-p", pid, *words)
+        try:
+            err = test_cli.read_until(process.stderr, "Ctrl-C removes")
+            work()
+            if "--hits" not in words and "--until" not in words:
+                time.sleep(0.1)
+                process.send_signal(signal.SIGINT)
+            out, rest = process.communicate(timeout=40)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+        err += rest.decode()
+        self.assertEqual(process.returncode, status, err)
+        self.assertNotIn("Traceback", err)
+        for hits, recorded, dropped in re.findall(
+                r"hits (\d+) = recorded (\d+) \+ dropped (\d+)", err):
+            self.assertEqual(int(hits), int(recorded) + int(dropped))
+        self.assertIn("hits ", err)
+        if os.path.exists("/proc/%d/maps" % pid):
+            self.assertEqual(live.arenas(pid), [])
+        return out.decode(), err
+
+    def json(self, *arguments, **options):
+        """Like probe(), its output as objects; the last is the end."""
+        out, err = self.probe(*arguments, "--json", **options)
+        lines = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual(lines[-1]["kind"], "end")
+        for line in lines:
+            self.assertEqual(list(line)[:8], (
+                "v kind time_ns host pid module build_id function").split())
+            self.assertLessEqual(set(FIELDS[line["kind"]]), set(line))
+        return lines[:-1], lines[-1]
+
+    # -- CPython ------------------------------------------------------------
+
+    def python(self):
+        return self.server(servers.Python)
+
+    def test_bytes_allocated_by_stack(self):
+        server = self.python()
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        path = os.path.join(folder, "malloc.svg")
+        self.probe(server.pid, "stack", "libc:malloc", "libc:realloc",
+                   "--sum", "arg0", "--if", "arg0 > 100000", "-o", path,
+                   work=lambda: server.call("b'x' * 200000", 50))
+        with open(path) as file:
+            frames = ElementTree.fromstring(file.read())
+        titles = [title.text.split("\n") for title in frames.iter(
+            "{http://www.w3.org/2000/svg}title")]
+        total = max(int(about.split()[0]) for _, _, about in titles)
+        self.assertGreaterEqual(total, 50 * 200000)
+        self.assertLess(total, 60 * 200000)
+        self.assertTrue(any(name.startswith("PyBytes_FromStringAndSize")
+                            or name.startswith("bytes_new")
+                            for name, _, _ in titles), titles)
+
+    def test_calls_of_string_functions_per_second(self):
+        server = self.python()
+        out, err = self.probe(
+            server.pid, "count", "libc:str*", "--interval", "0.2",
+            work=lambda: server.call("float('1.5')", 200000))
+        self.assertRegex(out, r"\d\d:\d\d:\d\d, 0\.\d s\n +calls +calls/s ")
+
+    def test_latency_of_a_mutex_lock(self):
+        server = self.python()
+        lines, end = self.json(
+            server.pid, "latency", "libc:pthread_mutex_lock",
+            work=lambda: server.call("1", 1000))
+        made, = [line for line in lines if line["kind"] == "latency"]
+        self.assertEqual(made["function"], "pthread_mutex_lock")
+        self.assertGreater(made["count"], 10)
+        self.assertEqual(made["count"],
+                         sum(n for _, _, n in made["buckets"]))
+        self.assertLessEqual(made["min"], made["sum"] / made["count"])
+        self.assertLessEqual(made["sum"] / made["count"], made["max"])
+
+    def test_slow_fsync_with_its_descriptor(self):
+        server = self.python()
+        path = os.path.join(server.folder, "file")
+        server.call("setattr(os, 'mine', os.open(%r, os.O_RDWR | "
+                    "os.O_CREAT))" % path, 1)
+        number = descriptor(server.pid, path)
+        out, err = self.probe(
+            server.pid, "trace", "libc:fsync%return", "-e",
+            "arg0, elapsed", "--if", "elapsed > 1*us",
+            work=lambda: server.call("os.write(os.mine, b'x') and "
+                                     "os.fsync(os.mine)", 7))
+        lines = out.splitlines()
+        self.assertEqual(len(lines), 7, out + err)
+        for line in lines:
+            self.assertRegex(
+                line, r"\A\d\d:\d\d:\d\d\.\d{6} +\d+  libc\.so\.6:fsync"
+                r"%%return  arg0=%d elapsed=[0-9.]+ [mu]s\Z" % number)
+
+    def test_read_sizes_of_one_descriptor(self):
+        server = self.python()
+        server.call("setattr(os, 'zero', os.open('/dev/zero', 0))", 1)
+        number = descriptor(server.pid, "/dev/zero")
+
+        def work():
+            server.call("os.read(os.zero, 100)", 11)
+            server.call("os.read(os.zero, 5000)", 3)
+        lines, end = self.json(
+            server.pid, "hist", "libc:read%return", "--if",
+            "arg0 == %d" % number, "-e", "s64(ret)", work=work)
+        made, = [line for line in lines if line["kind"] == "hist"]
+        self.assertEqual((made["count"], made["sum"], made["min"],
+                          made["max"]), (14, 16100, 100, 5000))
+
+    def test_path_and_flags_of_open(self):
+        server = self.python()
+        out, err = self.probe(
+            server.pid, "trace", "libc:open64", "-e",
+            "str(arg0), hex(arg1)", "--hits", "5",
+            work=lambda: server.call(
+                "os.close(os.open('/etc/hostname', os.O_RDONLY))", 9))
+        lines = out.splitlines()
+        self.assertEqual(len(lines), 5)
+        for line in lines:
+            self.assertRegex(line, r'open64  str\(arg0\)="/etc/hostname" '
+                             r'hex\(arg1\)=0x80000\Z')
+
+    def test_malloc_and_free_in_pairs_as_json(self):
+        server = self.python()
+        lines, end = self.json(
+            server.pid, "trace", "libc:malloc%return", "-e",
+            "arg0, hex(ret)", "--if", "arg0 > 300000", "+", "libc:free",
+            "-e", "hex(arg0)",
+            work=lambda: server.call("b'x' * 400000", 20))
+        lines = [line for line in lines if line["kind"] == "trace"]
+        self.assertEqual(lines, sorted(lines, key=lambda line:
+                                       line["time_ns"]))
+        given = [line["values"]["hex(ret)"] for line in lines
+                 if line["event"] == "exit"]
+        freed = [line["values"]["hex(arg0)"] for line in lines
+                 if line["function"].endswith("free")]
+        self.assertGreaterEqual(len(given), 20)
+        for vaddr in set(given):
+            self.assertIn(vaddr, freed)
+
+    def test_library_calls_by_caller(self):
+        server = self.python()
+        lines, end = self.json(
+            server.pid, "count", "libc:getppid", "--by", "caller",
+            work=lambda: server.call("os.getppid()", 123))
+        counts = [line for line in lines if line["kind"] == "count"]
+        self.assertEqual(sum(line["total"] for line in counts), 123)
+        self.assertRegex(counts[0]["key"][0], r":\w+\+0x[0-9a-f]+\Z")
+        self.assertEqual(counts[0]["by"], ["caller"])
+
+    def test_first_abort_with_its_stack(self):
+        server = self.python()
+        process = test_cli.start("trace", "-p", server.pid, "libc:abort",
+                                 "--stack", "--hits", "1")
+        try:
+            test_cli.read_until(process.stderr, "Ctrl-C removes")
+            server.process.stdin.write("os.abort() 1\n")
+            server.process.stdin.flush()
+            out, err = process.communicate(timeout=30)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+        self.assertEqual(process.returncode, 0, err)
+        lines = out.decode().splitlines()
+        self.assertIn("libc.so.6:abort", lines[0])
+        self.assertTrue(any("os_abort" in line or "vectorcall" in line
+                            for line in lines[1:]), lines)
+
+    # -- redis --------------------------------------------------------------
+
+    def redis(self):
+        return self.server(servers.Redis)
+
+    def test_return_values_of_a_function(self):
+        server = self.redis()
+        before = server.calls().get("set", 0)
+        lines, end = self.json(
+            server.pid, "hist", "exe:processCommand%return", "-e",
+            "s32(ret)", work=lambda: server.load(2000, 5, "set"))
+        made, = [line for line in lines if line["kind"] == "hist"]
+        n = server.calls()["set"] - before
+        self.assertGreaterEqual(made["count"], n)
+        self.assertLess(made["count"], n + 20)
+        self.assertEqual((made["min"], made["max"]), (0, 0))    # C_OK
+
+    def test_call_tree_of_slow_requests(self):
+        server = self.redis()
+        script = "local x = 0 for i = 1, 3000000 do x = x + i end return 1"
+
+        def work():
+            server.load(500, 5, "get")
+            servers.run([servers.which("redis-cli"), "-s",
+                         server.socket_path, "eval", script, "0"])
+        out, err = self.probe(
+            server.pid, "trace", "--tree", "exe:processCommand", "exe:call",
+            "exe:luaCallFunction", "--if", "elapsed > 5*ms", work=work)
+        lines = [re.sub(r"\A\S+ +\d+ +[0-9.]+ m?s  ", "", line)
+                 for line in out.splitlines()]
+        self.assertEqual([re.sub(r"\S+:", "", line) for line in lines],
+                         ["processCommand()", "  call()",
+                          "    luaCallFunction()"], out)
+
+    def test_entries_and_exits_as_a_tree(self):
+        server = self.redis()
+        out, err = self.probe(
+            server.pid, "trace", "--tree", "exe:processCommand",
+            "exe:call", "-e", "hex(arg0), s32(ret)",
+            work=lambda: server.load(50, 1, "get"))
+        self.assertIn("processCommand(hex(arg0)=0x", out)
+        self.assertRegex(out, r"(?m)  +\S+:call\(hex\(arg0\)=0x"
+                         r"[0-9a-f]+\)")
+        self.assertRegex(out, r"(?m) us  \} \S+:processCommand s32\(ret\)=0$")
+
+    def test_flight_recorder_keeps_what_led_to_its_end(self):
+        server = self.redis()
+        out, err = self.probe(
+            server.pid, "trace", "exe:processCommand", "-e", "nsecs",
+            "--until", "arg0 != 0", "--json",
+            work=lambda: server.load(200, 5, "get"))
+        lines = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual(lines[-1]["reason"], "until")
+        self.assertEqual(lines[0]["kind"], "trace")
+
+    def test_stacks_of_a_server_as_a_tree_and_folded(self):
+        server = self.redis()
+        work = lambda: server.load(3000, 5, "set")     # noqa: E731
+        out, err = self.probe(server.pid, "stack", "exe:setCommand",
+                              work=work)
+        for name in "main", "aeMain", "processCommand", "call":
+            self.assertRegex(out, r"(?m)%%.*:%s$" % name)
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        path = os.path.join(folder, "set.folded")
+        before = server.calls()["set"]
+        out, err = self.probe(server.pid, "stack", "exe:setCommand", "-o",
+                              path, work=work)
+        with open(path) as file:
+            lines = file.read().splitlines()
+        self.assertEqual(sum(int(line.rpartition(" ")[2])
+                             for line in lines),
+                         server.calls()["set"] - before)
+        self.assertRegex(lines[0], r"\A(.*;)?main;.*setCommand \d+\Z")
+
+    def test_metrics_file_is_whole_and_right(self):
+        server = self.redis()
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        path = os.path.join(folder, "redis.prom")
+        before = server.calls().get("get", 0)
+        self.probe(server.pid, "latency", "exe:getCommand", "-o", path,
+                   "--interval", "50ms",
+                   work=lambda: server.load(2000, 5, "get"))
+        with open(path) as file:
+            found = test_pictures.read_metrics(file.read())
+        counts = [value for suffix, _, value
+                  in found["ubp_latency_seconds"][1] if suffix == "_count"]
+        self.assertEqual(counts, [server.calls()["get"] - before])
+        self.assertEqual(os.listdir(folder), ["redis.prom"])
+
+    def test_chrome_trace_of_a_server(self):
+        server = self.redis()
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        path = os.path.join(folder, "redis.json")
+        self.probe(server.pid, "trace", "--tree", "exe:processCommand",
+                   "exe:call", "-o", path,
+                   work=lambda: server.load(100, 2, "set"))
+        with open(path) as file:
+            events = json.load(file)["traceEvents"]
+        phases = collections.Counter(event["ph"] for event in events)
+        self.assertEqual(phases["B"], phases["E"])
+        self.assertGreaterEqual(phases["B"], 200)
+
+    # -- nginx with TLS -----------------------------------------------------
+
+    def nginx(self):
+        return self.server(TlsNginx)
+
+    def test_plaintext_of_ssl_read(self):
+        server = self.nginx()
+        out, err = self.probe(
+            server.worker(), "trace", "libssl:SSL_read%return", "-e",
+            "buf(arg1, 24), s32(ret)", "--if", "s32(ret) > 0",
+            work=lambda: server.get("/secret?token=42"))
+        self.assertIn('="GET /secret?token=42 HTT" s32(ret)=', out)
+
+    def test_stacks_of_failing_ssl_write(self):
+        server = self.nginx()
+        lines, end = self.json(
+            server.worker(), "stack", "libssl:SSL_write%return", "--if",
+            "s32(ret) <= 0", work=server.stall)
+        stacks = [line for line in lines if line["kind"] == "stack"]
+        self.assertTrue(stacks)
+        self.assertTrue(any("ngx_ssl_write" in frame or "nginx:" in frame
+                            for frame in stacks[0]["stack"]), stacks[0])
+
+    # -- what is not built yet, or another's --------------------------------
+
+    def test_static_probes_answer_that_they_are_planned(self):
+        status, out, err = run("count", "-p", os.getpid(),
+                               "usdt:libc:setjmp")
+        self.assertEqual((status, out), (2, ""))
+        self.assertIn("not built yet", err)
+
+
+def descriptor(pid, path):
+    """Return the number of a process's descriptor for a file."""
+    folder = "/proc/%d/fd/" % pid
+    return next(int(name) for name in os.listdir(folder)
+                if os.path.realpath(folder + name) == os.path.realpath(path))
+
+
+# What each kind of object has, besides the eight that all have.
+FIELDS = {
+    "count": "address calls total",
+    "hist": "address calls total expression count sum min max buckets",
+    "latency": "address calls total expression count sum min max buckets",
+    "stack": "address calls total stack",
+    "trace": "address tid cpu event values",
+    "refused": "address rule why",
+    "end": "reason hits recorded dropped refused pause_us"}
+FIELDS = {kind: names.split() for kind, names in FIELDS.items()}
+
+
+class TlsNginx(servers.Nginx):
+    """nginx that speaks TLS, one worker; a file of 8 MiB to stall on."""
+
+    workers = 1
+
+    @classmethod
+    def missing(cls):
+        return (servers.lacking("nginx", "nginx")
+                or servers.lacking("openssl", "openssl"))
+
+    def argv(self):
+        argv = servers.Nginx.argv(self)
+        key, cert = (os.path.join(self.folder, name)
+                     for name in ("key.pem", "cert.pem"))
+        servers.run(["openssl", "req", "-x509", "-newkey", "rsa:2048",
+                     "-nodes", "-keyout", key, "-out", cert, "-days", "2",
+                     "-subj", "/CN=localhost"])
+        with open(os.path.join(self.folder, "big"), "wb") as file:
+            file.write(bytes(8 << 20))
+        self.tls_port = servers.free_port()
+        path = os.path.join(self.folder, "nginx.conf")
+        with open(path) as file:
+            text = file.read()
+        with open(path, "w") as file:
+            file.write(text.rstrip().rstrip("}") + (
+                "server { listen 127.0.0.1:%d ssl; ssl_certificate %s; "
+                "ssl_certificate_key %s; root %s; location /secret { "
+                "return 200 ok; } } }\n" % (self.tls_port, cert, key,
+                                            self.folder)))
+        return argv
+
+    def worker(self):
+        return self.worker_pids()[0]
+
+    def connect(self):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        sock = socket.create_connection(("127.0.0.1", self.tls_port), 10)
+        return context.wrap_socket(sock)
+
+    def get(self, path):
+        with self.connect() as sock:
+            sock.sendall(("GET %s HTTP/1.0\r\n\r\n" % path).encode())
+            return sock.recv(1000)
+
+    def stall(self):
+        """Ask for much and read little: the server's writes must wait."""
+        with self.connect() as sock:
+            sock.sendall(b"GET /big HTTP/1.0\r\n\r\n")
+            sock.recv(1000)
+            time.sleep(0.5)
 
 
 if __name__ == "__main__":
