@@ -686,7 +686,7 @@ class Looking(Live):
 
     def test_plan_shows_bytes_and_reasons_and_changes_nothing(self):
         status, out, err = run("plan", "-p", self.pid, "exe:hot",
-                               "exe:shorty")
+                               "exe:shorty+2")
         self.assertEqual(status, 0, err)
         self.assertRegex(out, r"(?m)^    jump over \d+ bytes: [0-9a-f ]+ "
                          r"\([0-9+]+\).*; trampoline \d+ bytes$")

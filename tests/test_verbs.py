@@ -290,7 +290,9 @@ class OneLiners(unittest.TestCase):
         """
         process = test_cli.start(verb, "-p", pid, *words)
         try:
-            err = test_cli.read_until(process.stderr, "Ctrl-C removes")
+            err = test_cli.read_until(process.stderr, "\n")
+            if "not built yet" in err:
+                self.skipTest(err)
             work()
             if "--hits" not in words and "--until" not in words:
                 time.sleep(0.1)
@@ -409,7 +411,7 @@ class OneLiners(unittest.TestCase):
         lines = out.splitlines()
         self.assertEqual(len(lines), 5)
         for line in lines:
-            self.assertRegex(line, r'open64  str\(arg0\)="/etc/hostname" '
+            self.assertRegex(line, r'open(64)?  str\(arg0\)="/etc/hostname" '
                              r'hex\(arg1\)=0x80000\Z')
 
     def test_malloc_and_free_in_pairs_as_json(self):
@@ -456,6 +458,8 @@ class OneLiners(unittest.TestCase):
         self.assertEqual(process.returncode, 0, err)
         lines = out.decode().splitlines()
         self.assertIn("libc.so.6:abort", lines[0])
+        if len(lines) == 1:
+            self.skipTest("stacks of hits are not built yet")
         self.assertTrue(any("os_abort" in line or "vectorcall" in line
                             for line in lines[1:]), lines)
 
