@@ -25,6 +25,17 @@ STOP_SECONDS = 10         # then it is killed
 LOAD_SECONDS = 60         # no load that we start may take longer
 
 
+def end_by_eof(process):
+    """Close its stdin, which ends it; kill it if that does not."""
+    process.stdin.close()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    process.stdout.close()
+
+
 class ServerError(Exception):
     """A server did not start, stop or answer as it should."""
 
@@ -442,13 +453,7 @@ class Session:
         return self
 
     def __exit__(self, *_):
-        self.process.stdin.close()
-        try:
-            self.process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
+        end_by_eof(self.process)
 
 
 # ---- CPython ---------------------------------------------------------------
@@ -500,11 +505,5 @@ class Python(Server):
 
     def stop(self):
         if self.process is not None:
-            self.process.stdin.close()
-            try:
-                self.process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-            self.process.stdout.close()
+            end_by_eof(self.process)
         Server.stop(self)
