@@ -7032,7 +7032,7 @@ def table_reading(layout, keys, rows):
     A key may be in it twice, and in each processor's: values are added.
     """
     found, invalid, recorded = {}, 0, 0
-    is_one_int = len(keys) == 1 and keys[0].kind == "int"
+    is_one_int = len(layout.fields) == 1 and layout.fields[0][0] == "int"
     size, start = layout.entry_size // 8, layout.start // 8
     at = layout.payload_offset // 8
     for row in rows:
@@ -7055,10 +7055,12 @@ def table_reading(layout, keys, rows):
 def _entry_key(layout, keys, entry):
     """The key of a table's entry: a tuple of int and bytes."""
     parts = []
-    for field, key in zip(layout.fields, keys):
-        _, offset, size = field
+    for n, (kind, offset, size) in enumerate(layout.fields):
         words = entry[offset // 8:offset // 8 + (size + 7) // 8]
-        if key.kind == "int":
+        key = keys[n] if n < len(keys) else None
+        if kind == "stack":         # zeros behind the last
+            parts.append(tuple(word for word in words if word))
+        elif kind == "int":
             parts.append(words[0] if key.is_unsigned or words[0] < 1 << 63
                          else words[0] - (1 << 64))
         else:
@@ -7190,6 +7192,7 @@ class TraceRing:
         self._next = 0              # the ticket to look at first
         self._aside = {}            # tickets given out and not complete
         self.n_read = self.n_lost = self.n_invalid = 0
+        self.n_bad = 0              # records that contradicted themselves
 
     def _word(self, offset):
         return struct.unpack("<Q", self.arena.load(self.cpu, offset, 8))[0]
@@ -7203,10 +7206,11 @@ class TraceRing:
         except OSError:
             faults, full, given = 0, 0, self._next
         unread = max(0, given - self._next)
-        lost = self.n_lost + max(0, unread - self.layout.n_entries)
+        lost = self.n_lost + self.n_bad + max(
+            0, unread - self.layout.n_entries)
         recorded = max(0, given - lost)
         return Reading(recorded, recorded, faults, full + lost,
-                       invalid=self.n_invalid)
+                       invalid=self.n_invalid + self.n_bad)
 
     def read(self, is_last=False):
         """The records that are complete. -> [bytes of one or more]
@@ -7482,10 +7486,16 @@ class Stack(Action):
     """
 
     def __init__(self, depth=64, sum=None, unwind=None):
+        if unwind not in (None, "fp", "cfi"):
+            raise ProbeError("unwind by", repr(unwind), "it is fp or cfi")
+        if type(depth) is not int or not 1 <= depth <= 64:
+            raise ProbeError("walk", "%r frames" % (depth,),
+                             "it is a number from 1 to 64")
         self.depth, self.sum, self.unwind = depth, sum, unwind
 
 
 _TABLE_BYTES, _RING_BYTES = 1 << 20, 256 << 10      # of one processor
+_STACK_BYTES, _STACK_RING_BYTES = 8 << 10, 12 << 20     # of stacks copied
 _ALL_SHARDS_BYTES = 64 << 20    # and of all together, unless asked for
 _PLAIN_COUNT = ubp_x86.Spec("count")
 _DUMMY_SHARDS = ubp_x86.Shards(ubp_x86.CPU_FROM_RSEQ, 0, 1, 6, 0)
@@ -7524,7 +7534,16 @@ def make_spec(action, when=None, is_exit=False):
         values = tuple(each for text in action.exprs
                        for each in _expressions(text, is_exit))
         spec = ubp_x86.Spec("trace", values=values, policy=action.overflow,
+                            stack_size=_STACK_BYTES * bool(action.stack),
                             **rest)
+    elif isinstance(action, Stack):
+        values = _one_expression(action.sum, is_exit)
+        if action.unwind == "fp":
+            spec = ubp_x86.Spec("stack", values=values, depth=action.depth,
+                                **rest)
+        else:                       # unwound here, from copies
+            spec = ubp_x86.Spec("trace", values=values,
+                                stack_size=_STACK_BYTES, **rest)
     elif isinstance(action, Latency):
         spec = ubp_x86.Spec("hist", values=_one_expression(
             "u64(elapsed)", True), **rest)
@@ -7561,7 +7580,8 @@ def _fitted(spec, n_shards, ring):
     processors; a ring of so many bytes in each, if that was asked for."""
     layout = ubp_x86.block_layout(spec)
     if layout.kind == "ring":
-        size = ring or min(_RING_BYTES, _ALL_SHARDS_BYTES // n_shards)
+        size = ring or min(_STACK_RING_BYTES if spec.stack_size else
+                           _RING_BYTES, _ALL_SHARDS_BYTES // n_shards)
         n = max(2, size // layout.entry_size)
         if n > 1 << 24:
             raise ProbeError("make", "a ring of %d bytes" % size,
@@ -7960,6 +7980,20 @@ def _uprobes():
                 rb"^[pr]\S* (/\S+):(0x[0-9a-f]+)", text, re.M)]
 
 
+# DWARF numbers of ubp_x86.STACK_REGISTERS: System V ABI, figure 3.36.
+_STACK_REGISTERS = (RSP, RBP, 3, 12, 13, 14, 15)
+_STACK_HEAD = struct.Struct("<Q%dQ" % len(_STACK_REGISTERS))
+assert len(_STACK_REGISTERS) == len(ubp_x86.STACK_REGISTERS)
+
+
+class Names:
+    """What stacks of one process are unwound and named with."""
+
+    def __init__(self, pid):
+        self.unwinder = Unwinder(pid, modules(pid))
+        self.symbols = Symbols(pid, self.unwinder.code)
+
+
 class RecordForm:
     """How the records of a trace probe become Events."""
 
@@ -7982,8 +8016,32 @@ class RecordForm:
         form += "%ds" % (block.layout.entry_size - size)
         self.records = struct.Struct(form)
         self.n_values, self.n_invalid = len(self.values), 0
+        self.stack_size = block.spec.stack_size
+        self.depth = getattr(probe.action, "depth", 64)
 
-    def events(self, data, clock, tscs, pids, pid_of):
+    def walk(self, data, site, names):
+        """The Walk of a record's copy of the stack, or None if it lies."""
+        size, *registers = _STACK_HEAD.unpack_from(data)
+        if size > self.stack_size:
+            return None
+        registers = dict(zip(_STACK_REGISTERS, registers))
+        at = _STACK_HEAD.size
+        return names.unwinder.walk(
+            site.vaddr, registers, registers[RSP], data[at:at + size],
+            self.depth)
+
+    def stacks(self, data, names):
+        """Yield (Site, the addresses of a stack, its value) of records."""
+        for record in self.records.iter_unpack(data):
+            site, faults = self.sites.get(record[4]), record[5]
+            walk = site and self.walk(record[-1], site, names)
+            if walk is None or faults >> self.n_values:
+                self.n_invalid += 1
+            else:
+                yield site, walk, None if faults else (
+                    record[6] if self.n_values else 1)
+
+    def events(self, data, clock, tscs, pids, pid_of, names):
         """Events of records, in their order; what lies is left out.
 
         tscs    (lowest, highest) that a record can have
@@ -7993,7 +8051,7 @@ class RecordForm:
         lowest, highest = tscs
         new, last, found = tuple.__new__, 6 + self.n_values, []
         probe, sites, inline = self.probe, self.sites, self.inline
-        kinds = self.kinds
+        kinds, has_stack = self.kinds, self.stack_size > 0
         for record in self.records.iter_unpack(data):
             _, tsc, tid, cpu, index, faults = record[:6]
             site, values = sites.get(index), record[6:last]
@@ -8005,10 +8063,17 @@ class RecordForm:
                 if values is None:
                     self.n_invalid += 1
                     continue
+            stack = ()
+            if has_stack:
+                stack = self.walk(record[-1], site, names)
+                if stack is None:
+                    self.n_invalid += 1
+                    continue
+                stack = names.symbols.frames(stack)
             found.append(new(Event, (
                 ns0 + int((tsc - tsc0) * rate), tid, cpu,
-                pids.get(tid) or pid_of(tid), site, kinds[index], values, (),
-                probe)))
+                pids.get(tid) or pid_of(tid), site, kinds[index], values,
+                stack, probe)))
         return found
 
     def _values(self, values, texts, faults):
@@ -8036,6 +8101,7 @@ class EventReader:
     def __init__(self, target):
         self._target, self._lock = target, threading.Lock()
         self._forms, self._held, self._pids = {}, [], {0: target.pid}
+        self._names = None
 
     def poll(self, probes, clock, is_last=False):
         """The next Events of Trace probes. -> [Event]
@@ -8047,10 +8113,12 @@ class EventReader:
             raw = self.records(probes, is_last)
             clock.check()
             latest = clock.anchor[0]
-            for probe, form, data in raw:
+            for ring, form, data in raw:
+                before = form.n_invalid
                 found += form.events(
-                    data, clock, (probe._armed_tsc, latest),
-                    self._pids, self._pid_of)
+                    data, clock, (form.probe._armed_tsc, latest),
+                    self._pids, self._pid_of, self.names)
+                ring.n_bad += form.n_invalid - before
             found.sort(key=_time_of)
             n = len(found)
             if not is_last:
@@ -8059,10 +8127,30 @@ class EventReader:
             return found[:n]
 
     def records(self, probes, is_last=False):
-        """What is complete, as it is. -> [(Probe, RecordForm, bytes)]"""
-        return [(probe, self._form(probe, ring), data)
+        """What is complete, as it is. -> [(TraceRing, RecordForm, bytes)]
+        """
+        return [(ring, self._form(probe, ring), data)
                 for probe in probes for ring in probe._rings
                 for data in ring.read(is_last or probe._is_removed)]
+
+    def collect(self, probes, is_last=False):
+        """Add up the stacks that Stack probes have copied since."""
+        with self._lock:
+            for ring, form, data in self.records(probes, is_last):
+                before = form.n_invalid
+                for site, walk, value in form.stacks(data, self.names):
+                    form.probe._add_stack(site, walk, value)
+                ring.n_bad += form.n_invalid - before
+
+    @property
+    def names(self):
+        """The Names of the target, made when first asked for."""
+        if self._names is None:
+            try:
+                self._names = Names(self._target.pid)
+            except UbpError:        # it has ended
+                return None
+        return self._names
 
     def _form(self, probe, ring):
         form = self._forms.get(ring.block)
@@ -8193,6 +8281,8 @@ class Probe:
         self.sites, self.refused = [], []
         self._spec, self._blocks, self._rings = spec, [], []
         self._armed_tsc = 0         # no record of a Trace is older
+        self._stacks = {}           # {Site: {Walk: n or sum}}, from copies
+        self._n_faults = 0          # stacks whose value could not be had
         self._parts = []            # what holds the sites that take no jump
         self._is_removed = False
 
@@ -8216,6 +8306,11 @@ class Probe:
             found.update((site, Reading(0)) for site in self.sites)
             found[self.sites[0]] = sum((ring.reading() for ring
                                         in self._rings), Reading(0))
+            if self._is_of_stacks:
+                self._tell_stacks(found)
+        elif self._is_of_stacks:
+            for site, reading in found.items():
+                found[site] = self._named(site, reading)
         for part in self._parts:
             found.update(part.readings())
         for block in self._blocks if found else ():
@@ -8232,9 +8327,49 @@ class Probe:
             total += reading
         return total
 
+    @property
+    def _is_of_stacks(self):
+        return isinstance(self.action, Stack)
+
+    def _add_stack(self, site, walk, value):
+        """Count a stack that was copied, or a fault."""
+        if value is None:
+            self._n_faults += 1
+            return
+        found = self._stacks.setdefault(site, {})
+        if self.action.sum:
+            value = Sum(value, 1)
+        found[walk] = found[walk] + value if walk in found else value
+
+    def _tell_stacks(self, found):
+        """Put the stacks that were copied into {Site: Reading}."""
+        self._target._collect()
+        names = self._target._reader.names
+        for site in self.sites:
+            stacks = {}
+            for walk, value in list(self._stacks.get(site, {}).items()):
+                frames = names.symbols.frames(walk)
+                stacks[frames] = stacks[frames] + value \
+                    if frames in stacks else value
+            found[site] = found[site]._replace(value=stacks)
+        reading = sum((ring.reading() for ring in self._rings), Reading(0))
+        found[self.sites[0]] = found[self.sites[0]]._replace(
+            recorded=reading.recorded - self._n_faults,
+            faults=reading.faults + self._n_faults)
+
+    def _named(self, site, reading):
+        """A Reading whose keys are addresses, with Frames instead."""
+        names, stacks = self._target._reader.names, {}
+        for key, value in reading.value.items():
+            frames = (names.symbols.name(site.vaddr, False),) + tuple(
+                names.symbols.name(vaddr) for vaddr in key)
+            stacks[frames] = stacks[frames] + value if frames in stacks \
+                else value
+        return reading._replace(value=stacks)
+
     def _nothing(self):
         """What read() returns before anything was armed."""
-        if self._spec.keys:
+        if self._spec.keys or self._is_of_stacks:
             return {}
         return {"hist": Histogram(), "sum": Sum(0, 0)}.get(
             self._spec.action, 0)
@@ -8604,7 +8739,7 @@ def _need_of_code(patches):
 
 def names_of(spec):
     """The inputs that the expressions of a spec read. -> set"""
-    found = set()
+    found = {"memory"} if spec.stack_size or spec.depth else set()
     for each in (spec.when,) + spec.keys + spec.values:
         if each is not None:
             found |= each.names | ({"memory"} if each.reads_memory else set())
@@ -8625,7 +8760,7 @@ def wanted_by(spec):
 
 def needs_private(spec):
     """Does a body have to know whether it runs in a forked child?"""
-    return bool(names_of(spec) & {"pid", "memory"} or spec.stack_size
+    return bool(names_of(spec) & {"pid", "memory"}
                 or spec.policy == "block")
 
 
@@ -10119,7 +10254,7 @@ class Target:
             if is_return and not all(site.is_return for site in sites):
                 raise ProbeError("probe", _where_text(where), "entries and "
                                  "exits in one probe", "use two probes")
-            spec, entry = make_specs(action, when, is_return)
+            spec, entry = make_specs(self._chosen(action), when, is_return)
             if len(sites) > max_sites:
                 raise ProbeError(
                     "probe", str(where), "it matches %d functions, more "
@@ -10146,6 +10281,10 @@ class Target:
             if not probe.sites:
                 raise _none_armed(where, probe.refused)
             self._probes.append(probe)
+            if probe._is_of_stacks and probe._rings:
+                self._reader.names  # while it lives
+                threading.Thread(target=self._keep_collecting, daemon=True,
+                                 name="ubp-stacks-%d" % self.pid).start()
             return probe
 
     def _arm_hardware(self, probe, sites, timeout):
@@ -10282,7 +10421,32 @@ class Target:
     def _traces(self):
         """The Trace probes, those taken out too."""
         return [probe for probe in self._traced
-                if probe._rings or probe._parts]
+                if (probe._rings or probe._parts)
+                and not probe._is_of_stacks]
+
+    def _collect(self):
+        """Take what Stack probes have copied out of their rings."""
+        probes = [probe for probe in self._traced
+                  if probe._rings and probe._is_of_stacks]
+        if probes and self._owner == os.getpid():
+            self._reader.collect(probes)
+
+    def _keep_collecting(self):
+        """A thread's: a ring holds few copies, so look again and again."""
+        while any(probe._is_of_stacks and not probe._is_removed
+                  for probe in self._traced) and self.alive:
+            self._collect()
+            time.sleep(0.004)
+
+    def _chosen(self, action):
+        """The action, with the way to unwind stacks if that was left open:
+        by frame pointers only where all code has them."""
+        if not isinstance(action, Stack) or action.unwind:
+            return action
+        is_fp = all(has_frame_pointers(module) is not False
+                    for module in self._get_modules()
+                    if module.text and module.name != VDSO)
+        return Stack(action.depth, action.sum, "fp" if is_fp else "cfi")
 
     def _warn_of_seccomp(self):
         if read_status(self.pid).get("Seccomp", "0") != "0":

@@ -399,6 +399,51 @@ class Frames(unittest.TestCase):
             self.assertEqual(1, outer.read().count)
 
 
+class Stacks(unittest.TestCase):
+
+    def test_stacks_are_told_apart_by_their_depth(self):
+        """deep(m) is called ten times for each m below 10."""
+        truth = {depth: 10 * (11 - depth) for depth in range(1, 11)}
+        with attached("1") as (process, target):
+            counts = target.probe("exe:deep", ubp.Stack())
+            sums = target.probe("exe:deep", ubp.Stack(sum="arg0"))
+            events = target.probe("exe:deep", ubp.Trace("arg0", stack=True))
+            process.ask("r")
+            for probe in (counts, sums, events):
+                probe.remove(PATIENCE)
+            found = collections.Counter()
+            for frames, n in counts.read().items():
+                names = [frame.function for frame in frames]
+                depth = names.count("deep")
+                self.assertEqual(names[:depth + 2],
+                                 ["deep"] * depth + ["frames", "main"])
+                found[depth] += n
+            self.assertEqual(truth, found)
+            self.assertEqual(550, counts.hits)
+            self.assertEqual(sum(m * (m + 1) // 2 for m in range(10)) * 10,
+                             sum(sums.read().values()))
+            found = collections.Counter(
+                len([f for f in event.stack if f.function == "deep"])
+                for event in target.read_events(True))
+            self.assertEqual(truth, found)
+
+    def test_frame_pointers_are_followed_in_the_target(self):
+        with live.Target("actions", "1", flags=(
+                "-fno-omit-frame-pointer",
+                "-mno-omit-leaf-frame-pointer")) as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe("exe:deep", ubp.Stack(unwind="fp"))
+                process.ask("r")
+                found = collections.Counter()
+                for frames, n in probe.read().items():
+                    names = [frame.function for frame in frames]
+                    found[names.count("deep")] += n
+                    self.assertIn("frames", names)
+                self.assertEqual({d: 10 * (11 - d) for d in range(1, 11)},
+                                 found)
+            process.quit()
+
+
 class Together(unittest.TestCase):
     """Several probes at one site, and what others make of them."""
 
