@@ -264,11 +264,14 @@ class Hardware(unittest.TestCase):
             self.assertIn("--strategy hw", str(caught.exception))
 
     def test_tried_in_order_a_jump_comes_first(self):
-        with live.Target("busy", 1) as process, \
+        with live.Target("traps") as process, \
                 ubp.attach(process.pid) as target:
-            plans = {plan.site.function.name: plan.strategy for plan in
-                     target.plan(["exe:hot", "exe:shorty"], "jump,hw")}
-            self.assertEqual({"hot": "jump", "shorty": "hw"}, plans)
+            where = ["exe:step", "exe:odd_jump+15"]
+            for strategies, second in (("jump,hw", "hw"),
+                                       ("jump,int3,hw", "int3")):
+                plans = target.plan(where, strategies)
+                self.assertEqual(["jump", second],
+                                 [plan.strategy for plan in plans])
 
     def test_no_thread_of_a_storm_is_missed_or_counted_twice(self):
         for _ in range(5):
