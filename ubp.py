@@ -9295,6 +9295,20 @@ class HardwarePart:
             self._is_removed = True
             self._close()
 
+    def drop(self, site):
+        """Take one site out: the library that it was in is gone."""
+        with self._lock:
+            if self._is_removed or site not in self.sites:
+                return
+            fds = [fd for fd, each in self._events.items() if each == site]
+            for fd in fds:
+                ioctl(fd, PERF_EVENT_IOC_DISABLE, 0)
+            self._read()
+            for fd in fds:
+                os.close(fd)
+                del self._events[fd]
+            self.sites.remove(site)
+
     def _close_events(self):
         for fd in self._events:
             os.close(fd)
@@ -9990,6 +10004,110 @@ _GUARD_ERRORS = {each.__name__: each for each in (
     AttachError, TraceeGone, ProbeError, UbpTimeout)}
 
 
+# -- libraries that come and go -----------------------------------------------
+
+DT_DEBUG = 21
+_R_DEBUG = struct.Struct("<i4xQQi4x")   # version, map, brk, state; <link.h>
+_LINK_MAP = struct.Struct("<QQQQQ")     # addr, name, ld, next, prev
+_MAX_LIBRARIES = 10000
+_LOOK_EACH_S = 0.05
+_SHORT_LIST = 40            # libraries; a longer list is not read whole each
+_LOOK_WHOLE = 10            # time, but each so many times
+
+
+class LinkMap:
+    """Tells cheaply when a process has loaded or unloaded a library.
+
+    The loader keeps a list of them for debuggers; reading its end takes two
+    system calls, and nothing of the target's. Where there is none (a static
+    program), the mappings are compared, more rarely.
+    """
+
+    def __init__(self, pid, read, all_modules):
+        self.pid, self._read = pid, read
+        self._head = self._last = 0
+        for module in all_modules:
+            if module.is_exe:
+                self._head = self._find(module)
+        self._n, self._seen = 0, self._state()
+
+    def _find(self, module):
+        """The vaddr of the loader's struct r_debug, or 0."""
+        for segment in module.elf.segments:
+            if segment.type == PT_DYNAMIC and segment.size < 1 << 16:
+                data = self._try(module.bias + segment.vaddr,
+                                 segment.size // 16 * 16)
+                for tag, value in struct.iter_unpack("<QQ", data):
+                    if tag == DT_DEBUG:
+                        return value
+        return 0
+
+    def _try(self, vaddr, size):
+        try:
+            return self._read(vaddr, size)
+        except (OSError, UbpError):
+            return b""
+
+    def _state(self):
+        """What the list holds; None while the loader changes it."""
+        if not self._head:
+            return [(m.start, m.path) for m in read_maps(
+                memory_tid(self.pid)) if "x" in m.perms and m.inode]
+        data = self._try(self._head, _R_DEBUG.size)
+        if len(data) < _R_DEBUG.size or _R_DEBUG.unpack(data)[3]:
+            return None
+        found, node = [], _R_DEBUG.unpack(data)[1]
+        while node and len(found) < _MAX_LIBRARIES:
+            data = self._try(node, _LINK_MAP.size)
+            if len(data) < _LINK_MAP.size:
+                return None
+            self._last = node
+            bias, name, _, after, _ = _LINK_MAP.unpack(data)
+            found.append((node, bias, name))
+            node = after
+        return found
+
+    def has_changed(self):
+        """Has it, since this was last asked?"""
+        self._n += 1
+        if self._n % _LOOK_WHOLE and (
+                not self._head or len(self._seen or ()) > _SHORT_LIST
+                and _LINK_MAP.unpack(self._try(self._last, _LINK_MAP.size)
+                                     or bytes(_LINK_MAP.size))[3] == 0):
+            return False
+        state = self._state()
+        if state is None or state == self._seen:
+            return False
+        self._seen = state
+        return True
+
+
+class LibraryWatcher:
+    """A thread that has a target look again when libraries come or go."""
+
+    def __init__(self, target, link_map):
+        self._target, self._link_map = target, link_map
+        self._is_over = threading.Event()
+        threading.Thread(target=self._run, daemon=True,
+                         name="ubp-libraries-%d" % target.pid).start()
+
+    def _run(self):
+        n = 0
+        while not self._is_over.wait(_LOOK_EACH_S):
+            n += 1
+            if self._link_map.has_changed() or (
+                    n % _LOOK_WHOLE == 0 and self._target._has_stale()):
+                try:
+                    self._target._look_for_libraries()
+                except UbpError as error:
+                    self._target._note("libraries were loaded or unloaded: "
+                                       "%s" % error)
+
+    def stop(self):
+        """It looks no more; a look that has begun is finished."""
+        self._is_over.set()
+
+
 # ---- 10  Library ----------------------------------------------------------
 #
 # What a host program sees. ptrace belongs to a thread, public objects to
@@ -10140,6 +10258,7 @@ class Target:
             self._tracer, os.environ.get("UBP_ARENA", "auto"), self._note)
         self._modules = self._planner = None
         self._is_closed, self._guardian = False, None
+        self._watcher = None        # of libraries that come and go
 
     def __enter__(self):
         return self
@@ -10285,7 +10404,107 @@ class Target:
                 self._reader.names  # while it lives
                 threading.Thread(target=self._keep_collecting, daemon=True,
                                  name="ubp-stacks-%d" % self.pid).start()
+            probe._entry, probe._strategies = entry, strategies
+            if self._watcher is None:
+                self._watcher = LibraryWatcher(self, LinkMap(
+                    self.pid, self._read, self._get_modules()))
             return probe
+
+    def _look_for_libraries(self, timeout=5):
+        """Give probes the sites they mean in libraries that are new; forget
+        those that went with libraries that are gone."""
+        with self._lock:
+            if self._is_closed or not self._probes or not self.alive:
+                return
+            before = {(m.path, m.low, m.high): m
+                      for m in self._modules or ()}
+            fresh, kept = [], []
+            for module in modules(self.pid):
+                old = before.get((module.path, module.low, module.high))
+                if old is None or self._is_stale(old):
+                    fresh.append(module)
+                else:
+                    module.close()
+                    kept.append(before.pop((old.path, old.low, old.high)))
+            for module in before.values():
+                self._forget(module)
+            self._modules = kept + fresh
+            for probe in self._probes if fresh else ():
+                self._extend(probe, fresh, timeout)
+
+    def _has_stale(self):
+        """Is a library back where it was, without its patches?"""
+        return any(self._is_stale(module) for module in {
+            patch.site.module for patch
+            in list(self._installer.patches.values())})
+
+    def _is_stale(self, module):
+        """Was a library unloaded, and loaded again where it was?"""
+        if self._guardian is not None and not self._guardian.is_armed:
+            return False            # its int3s are out for a moment
+        for patch in list(self._installer.patches.values()):
+            if patch.site.module is module and patch.records:
+                vaddr, old, new = patch.records[-1][1].patches[-1]
+                text = _text_at(self._tracer, vaddr, len(new))
+                return text == old != new
+        return False
+
+    def _forget(self, module):
+        """A library is gone, with the windows in it: nothing is written."""
+        patches = self._installer.patches
+        gone = [vaddr for vaddr, patch in patches.items()
+                if patch.site.module is module]
+        for vaddr in gone:
+            del patches[vaddr]
+        for probe in self._probes:
+            for part in probe._parts:
+                lost = [site for site in part.sites if site.module is module]
+                gone += lost
+                for site in lost:
+                    part.drop(site)
+        if self._planner is not None:
+            self._planner.keep_only(patches)
+        if gone:
+            self._note("%s was unloaded at %s: %d of its sites are gone" % (
+                module.name, time.strftime("%H:%M:%S"), len(gone)))
+        module.close()
+
+    def _extend(self, probe, fresh, timeout):
+        """Arm what a probe's patterns mean in new modules."""
+        sites = collections.OrderedDict()
+        where = [probe.where] if isinstance(probe.where, str) else probe.where
+        for spec in map(parse_probe, where):
+            if spec.vaddr is None and not spec.watch:
+                try:
+                    found = find(fresh, spec, self._read)
+                except SymbolError as error:
+                    log.debug("%s", error)
+                    continue
+                sites.update(((site.vaddr, site.is_return), site)
+                             for site in found)
+        if not sites:
+            return
+        if self._planner is None:
+            self._planner = Planner(self.pid, self._read)
+            self._planner.patches = self._installer.patches
+            self._planner.offers = self._installer.offers
+        first = len(probe.sites) + len(probe.refused)
+        plans = [self._plan(site, probe._spec, first + n, 2, probe._entry,
+                            probe._strategies)
+                 for n, site in enumerate(sites.values())]
+        probe.refused += [plan for plan in plans if not plan.strategy]
+        n_before = len(probe.sites)
+        self._arm_hardware(probe, [plan.site for plan in plans
+                                   if plan.strategy == "hw"], timeout)
+        good = [plan for plan in plans if plan.strategy in ("jump", "int3")]
+        if good:
+            self._with_ptrace(lambda: self._arm(probe, good, timeout),
+                              timeout)
+        self._planner.keep_only(self._installer.patches)
+        self._note("%s was loaded at %s: %d sites more" % (
+            ", ".join(sorted({site.module.name for site
+                              in sites.values()})),
+            time.strftime("%H:%M:%S"), len(probe.sites) - n_before))
 
     def _arm_hardware(self, probe, sites, timeout):
         """Debug registers for sites: for all of them, or none."""
@@ -10526,6 +10745,9 @@ class Target:
 
     def _let_go(self):
         """Give back the thread and the descriptors; they can come again."""
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.stop()
         self._worker.stop()
         for module in self._modules or ():
             module.close()
@@ -13772,7 +13994,7 @@ class Watched:
         self.target, self.armed = target, []
         self.naming = Naming(target.pid)
         self.pid, self.name = target.pid, describe(target.pid, target.comm)
-        self.is_running = True
+        self.is_running, self.n_notes = True, 0
 
     @property
     def probes(self):
@@ -14035,6 +14257,7 @@ class Session:
             "Ctrl-C removes"))
         for note in target.notes:
             say(note)
+        watched.n_notes = len(target.notes)
         if target._guardian is not None:
             say("the int3s are kept by pid %d: killed together with ubp by "
                 "kill -9, the next hit kills %s"
@@ -14113,6 +14336,9 @@ class Session:
     def _look(self):
         """Set the reason to end if there is one by now."""
         for watched in self.watched:
+            for note in watched.target.notes[watched.n_notes:]:
+                self.talk("%s: %s" % (watched.name, note))
+            watched.n_notes = len(watched.target.notes)
             if watched.is_running and not watched.target.alive:
                 watched.is_running = False
                 if len(self.watched) > 1:

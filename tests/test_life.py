@@ -701,5 +701,55 @@ class Guardian(unittest.TestCase):
                     process.quit()
 
 
+class Libraries(unittest.TestCase):
+    """Patterns in libraries that are loaded and unloaded meanwhile."""
+
+    def calls_once_loaded(self, process, probe, n_before):
+        """A round of calls, once the library that has just been loaded has
+        its sites."""
+        self.assertTrue(live.settled(
+            lambda: len(probe.sites) > n_before, 10), "no new site")
+        with probe._target._lock:       # until all of it is done
+            pass
+        return process.ask("c")["calls"]
+
+    def test_a_pattern_follows_a_library_that_comes_and_goes(self):
+        library = live.build_library("shared_lib")
+        for strategy in ("jump", "int3", "hw"):
+            with self.subTest(strategy), live.Target(
+                    "dl", library, seconds=90) as process, \
+                    ubp.attach(process.pid) as target:
+                probe = target.probe("shared_hot", ubp.Count(),
+                                     strategy=strategy)
+                process.ask("c")
+                self.assertEqual(1009, probe.read())
+                for round_ in range(1, 4):
+                    process.ask("u")
+                    time.sleep(0.3)
+                    process.ask("l")
+                    self.calls_once_loaded(process, probe, round_)
+                    self.assertEqual(1009 * (round_ + 1), probe.read())
+                self.assertIn("was loaded", " ".join(target.notes))
+                self.assertIn("was unloaded", " ".join(target.notes))
+                target.close()
+                self.assertEqual([], live.changed_text(process.pid)[:8])
+                process.quit()
+
+    def test_gone_and_back_at_once_it_is_probed_again(self):
+        library = live.build_library("shared_lib")
+        with live.Target("dl", library) as process, \
+                ubp.attach(process.pid) as target:
+            probe = target.probe(["*:shared_*"], ubp.Count())
+            n = len(probe.sites)
+            process.send("ul")
+            process.answer()
+            process.answer()
+            self.calls_once_loaded(process, probe, n)
+            self.assertEqual(1009, probe.read())
+            target.close()
+            self.assertEqual([], live.changed_text(process.pid)[:8])
+            process.quit()
+
+
 if __name__ == "__main__":
     unittest.main()
