@@ -10088,8 +10088,10 @@ class LibraryWatcher:
     def __init__(self, target, link_map):
         self._target, self._link_map = target, link_map
         self._is_over = threading.Event()
-        threading.Thread(target=self._run, daemon=True,
-                         name="ubp-libraries-%d" % target.pid).start()
+        self._thread = threading.Thread(
+            target=self._run, daemon=True,
+            name="ubp-libraries-%d" % target.pid)
+        self._thread.start()
 
     def _run(self):
         n = 0
@@ -10097,15 +10099,22 @@ class LibraryWatcher:
             n += 1
             if self._link_map.has_changed() or (
                     n % _LOOK_WHOLE == 0 and self._target._has_stale()):
+                # Who stops us holds the lock, and waits for our end.
+                while not self._target._lock.acquire(timeout=0.01):
+                    if self._is_over.is_set():
+                        return
                 try:
                     self._target._look_for_libraries()
                 except UbpError as error:
                     self._target._note("libraries were loaded or unloaded: "
                                        "%s" % error)
+                finally:
+                    self._target._lock.release()
 
     def stop(self):
-        """It looks no more; a look that has begun is finished."""
+        """End the thread. The caller holds the target's lock."""
         self._is_over.set()
+        self._thread.join()
 
 
 # ---- 10  Library ----------------------------------------------------------
@@ -10259,6 +10268,7 @@ class Target:
         self._modules = self._planner = None
         self._is_closed, self._guardian = False, None
         self._watcher = None        # of libraries that come and go
+        self._is_kept = False       # launched, at its entry point, by SIGSTOP
 
     def __enter__(self):
         return self
@@ -10414,7 +10424,7 @@ class Target:
         """Give probes the sites they mean in libraries that are new; forget
         those that went with libraries that are gone."""
         with self._lock:
-            if self._is_closed or not self._probes or not self.alive:
+            if self._watcher is None or self._is_closed or not self._probes or not self.alive:
                 return
             before = {(m.path, m.low, m.high): m
                       for m in self._modules or ()}
@@ -10561,12 +10571,26 @@ class Target:
             return
         if self._guardian is None:
             self._guardian = Guardian(self._tracer)
+        if self._tracer.held:
+            self._worker.call(self._hand_over, timeout)
         refused, pause_us = self._guardian.call("arm", traps, timeout,
                                                 timeout=timeout)
         self._guardian.is_armed = True
         self._tracer.pause_us = max(self._tracer.pause_us, pause_us)
         for vaddr in refused:
             self._note("0x%x: its text changed meanwhile: no int3" % vaddr)
+
+    def _hand_over(self):
+        """In the worker: keep a launched program at its entry point by a
+        SIGSTOP, not by ptrace. The next thing that it runs into is that.
+        """
+        syscall(SYS_tgkill, self.pid, self.pid, signal.SIGSTOP)
+        self._is_kept = True
+        self._tracer.let_go_held()
+        limit = time.monotonic() + 1
+        while (read_stat(self.pid)[:1] not in (["T"], [])
+               and time.monotonic() < limit):
+            time.sleep(0.0005)
 
     def _look(self, specs, strategies, timeout):
         """Ask the target for what bodies of the specs would need of it."""
@@ -10707,6 +10731,9 @@ class Target:
         if self._tracer.held:
             self._check_process("start")
             self._worker.call(self._tracer.let_go_held, 5)
+        elif self._is_kept:
+            self._is_kept = False
+            os.kill(self.pid, signal.SIGCONT)
 
     def detach(self):
         """Leave the probes in place and let go. May be repeated.

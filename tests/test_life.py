@@ -474,6 +474,28 @@ class Int3(unittest.TestCase):
                 self.unchanged(process)
                 process.quit()
 
+    def test_a_launched_program_runs_as_it_would(self):
+        path = live.build("launched")
+        for how, code in (("exit 7", 7), ("kill 9", -9), ("kill 15", -15)):
+            for strategy in ("int3", "hw"):
+                with self.subTest(how, strategy=strategy):
+                    target = ubp.launch([path] + how.split())
+                    first = target.probe("exe:counted", ubp.Count(),
+                                         strategy=strategy)
+                    both = target.probe("exe:counted", ubp.Count(by="tid"),
+                                        strategy=strategy)
+                    self.assertTrue(target.wait(20))
+                    self.assertEqual(code, target.returncode)
+                    jump = ubp.launch([path] + how.split())
+                    by_jump = jump.probe("exe:counted", ubp.Count())
+                    self.assertTrue(jump.wait(20))
+                    self.assertGreater(by_jump.read(), 13)
+                    self.assertEqual(by_jump.read(), first.read())
+                    self.assertEqual({target.pid: first.read()},
+                                     both.read())
+                    target.close()
+                    jump.close()
+
     def test_what_a_jump_refuses_takes_an_int3(self):
         with live.Target("traps") as process:
             with ubp.attach(process.pid) as target:
