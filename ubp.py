@@ -9005,7 +9005,7 @@ _SAMPLE_TYPE = (PERF_SAMPLE_IDENTIFIER | PERF_SAMPLE_IP | PERF_SAMPLE_TID
 _DATA_HEAD, _DATA_TAIL = 1024 // 8, 1032 // 8   # perf_event_mmap_page, words
 _RING_PAGES = (512, 128, 32, 8)     # tried in turn; without privilege all
 #                                     rings may take 516 KiB per processor
-_READ_EACH_MS = 100
+_READ_EACH_MS = 25
 _MAX_KEPT = 1 << 17             # events that wait for events()
 _MAX_STACK_SAMPLE = 32768       # bytes; a sample has 64 KiB at most
 
@@ -9293,7 +9293,9 @@ class HardwarePart:
                 ioctl(fd, PERF_EVENT_IOC_DISABLE, 0)
             self._read()
             self._is_removed = True
-            self._close()
+        if self._reader is not None:
+            self._reader.join()         # it polls what is closed now
+        self._close()
 
     def drop(self, site):
         """Take one site out: the library that it was in is gone."""
