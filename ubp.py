@@ -10426,7 +10426,8 @@ class Target:
         """Give probes the sites they mean in libraries that are new; forget
         those that went with libraries that are gone."""
         with self._lock:
-            if self._watcher is None or self._is_closed or not self._probes or not self.alive:
+            if (self._watcher is None or self._is_closed
+                    or not self._probes or not self.alive):
                 return
             before = {(m.path, m.low, m.high): m
                       for m in self._modules or ()}
