@@ -10270,6 +10270,7 @@ class Target:
         self._modules = self._planner = None
         self._is_closed, self._guardian = False, None
         self._watcher = None        # of libraries that come and go
+        self._gone_modules = []
         self._is_kept = False       # launched, at its entry point, by SIGSTOP
 
     def __enter__(self):
@@ -10480,7 +10481,7 @@ class Target:
         if gone:
             self._note("%s was unloaded at %s: %d of its sites are gone" % (
                 module.name, time.strftime("%H:%M:%S"), len(gone)))
-        module.close()
+        self._gone_modules.append(module)   # results still tell of it
 
     def _extend(self, probe, fresh, timeout):
         """Arm what a probe's patterns mean in new modules."""
@@ -10779,7 +10780,7 @@ class Target:
         if watcher is not None:
             watcher.stop()
         self._worker.stop()
-        for module in self._modules or ():
+        for module in list(self._modules or ()) + self._gone_modules:
             module.close()
         if self._planner is not None:
             self._planner.close()
