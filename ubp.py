@@ -9408,8 +9408,9 @@ _LAST_RESORT_S = 3600           # for putting the text back when orphaned
 class Keeper(Tracer):
     """A Tracer whose threads stay traced and run on between its pauses.
 
-    sites   {vaddr: [trampoline, hits, size of its instruction]}, shared
-            by a target and the processes that it forks
+    sites   {vaddr: [trampoline, hits, size of its instruction, hits at the
+            start of this second, that start]}, shared by a target and the
+            processes that it forks
     """
 
     options = (PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEFORK
@@ -9451,6 +9452,8 @@ class Keeper(Tracer):
         ptrace(PTRACE_POKEUSER, tid, ubp_x86.PROGRAM_COUNTER_OFFSET, site[0])
         site[1] += 1
         self.guard.n_hits += 1
+        if site[1] - site[3] > self.guard.max_rate:
+            self.guard.note_rate(regs, site)
         if was_reset:
             self._mend(tid, b"" if is_own else self._info.raw)
             return 0
@@ -9714,6 +9717,7 @@ class Guard:
         self.sites, self.arenas, self.keepers = {}, [], []
         self.n_hits = self._n_pinned = self._cpu = 0
         self.requests, self.is_over = queue.Queue(), False
+        self.max_rate, self.too_hot, self.cooled = float("inf"), [], []
         self._status = ctypes.c_int()
 
     def main(self):
@@ -9729,6 +9733,8 @@ class Guard:
         while not self.is_over:
             if self.keepers:
                 self._take_stop()
+            while self.too_hot:
+                self._cool(self.too_hot.pop())
             try:
                 request, taken = self.requests.get(not self.keepers)
             except queue.Empty:
@@ -9807,6 +9813,27 @@ class Guard:
             except OSError:
                 log.debug("cannot run on processor %d", self._cpu)
 
+    def note_rate(self, regs, site):
+        """A site had more hits than a second may have: since when?"""
+        now, vaddr = time.monotonic(), ubp_x86.program_counter(regs) - 1
+        if now - site[4] >= 1:
+            site[3], site[4] = site[1], now
+        elif vaddr not in self.too_hot:
+            self.too_hot.append(vaddr)
+
+    def _cool(self, vaddr):
+        """Take out a site that is hit too often."""
+        found = [arena._replace(records=(record,)) for arena in self.arenas
+                 for record in arena.records if record.site == vaddr]
+        try:
+            for keeper in list(self.keepers) if found else ():
+                restore(keeper, found, 2)
+        except UbpError as error:       # the next hit asks again
+            log.debug("0x%x stays: %s", vaddr, error)
+            return
+        if self.sites.pop(vaddr, None) is not None:
+            self.cooled.append(vaddr)
+
     def adopt(self, tgid):
         """A process was forked: its text is a copy, int3s included."""
         for keeper in self.keepers:
@@ -9826,11 +9853,13 @@ class Guard:
 
     # -- requests -----------------------------------------------------------
 
-    def do_arm(self, arenas, timeout):
+    def do_arm(self, arenas, timeout, max_rate):
         """Write int3 to the sites of records. -> ([refused], stopped, us)
 
-        arenas   [(base, nonce, inode, [record as a tuple])]
+        arenas     [(base, nonce, inode, [record as a tuple])]
+        max_rate   hits a second; who has more is taken out
         """
+        self.max_rate = max_rate
         self.arenas = [Installed(base, nonce, inode, (), tuple(
             Record(*record) for record in records))
             for base, nonce, inode, records in arenas]
@@ -9838,7 +9867,8 @@ class Guard:
                    for record in arena.records]
         self.sites.clear()
         self.sites.update((record.site, [record.trampoline, 0,
-                                         record.window_size])
+                                         record.window_size, 0,
+                                         time.monotonic()])
                           for arena in self.arenas
                           for record in arena.records)
         keeper = Keeper(self.tgid, self)
@@ -9871,9 +9901,10 @@ class Guard:
         self.sites.clear()
         return pause_us
 
-    def do_hits(self):
-        """{site: hits} since it was armed."""
-        return {vaddr: site[1] for vaddr, site in self.sites.items()}
+    def do_cooled(self):
+        """The sites that were taken out since this was last asked."""
+        cooled, self.cooled = self.cooled, []
+        return cooled
 
     def do_quit(self, timeout):
         """Put the text back, let go, and end."""
@@ -10015,6 +10046,7 @@ _MAX_LIBRARIES = 10000
 _LOOK_EACH_S = 0.05
 _SHORT_LIST = 40            # libraries; a longer list is not read whole each
 _LOOK_WHOLE = 10            # time, but each so many times
+_RATE_EACH = 4              # looks, from one look at rates to the next
 
 
 class LinkMap:
@@ -10085,7 +10117,8 @@ class LinkMap:
 
 
 class LibraryWatcher:
-    """A thread that has a target look again when libraries come or go."""
+    """A thread that has a target look again when libraries come or go, and
+    at rates where they are limited."""
 
     def __init__(self, target, link_map):
         self._target, self._link_map = target, link_map
@@ -10099,19 +10132,24 @@ class LibraryWatcher:
         n = 0
         while not self._is_over.wait(_LOOK_EACH_S):
             n += 1
+            if n % _RATE_EACH == 0:
+                self._locked(self._target._check_rates,
+                             _RATE_EACH * _LOOK_EACH_S)
             if self._link_map.has_changed() or (
                     n % _LOOK_WHOLE == 0 and self._target._has_stale()):
-                # Who stops us holds the lock, and waits for our end.
-                while not self._target._lock.acquire(timeout=0.01):
-                    if self._is_over.is_set():
-                        return
-                try:
-                    self._target._look_for_libraries()
-                except UbpError as error:
-                    self._target._note("libraries were loaded or unloaded: "
-                                       "%s" % error)
-                finally:
-                    self._target._lock.release()
+                self._locked(self._target._look_for_libraries)
+
+    def _locked(self, function, *args):
+        """Call it, unless we are to end: who stops us holds the lock."""
+        while not self._target._lock.acquire(timeout=0.01):
+            if self._is_over.is_set():
+                return
+        try:
+            function(*args)
+        except UbpError as error:
+            self._target._note("while it was watched: %s" % error)
+        finally:
+            self._target._lock.release()
 
     def stop(self):
         """End the thread. The caller holds the target's lock."""
@@ -10272,6 +10310,8 @@ class Target:
         self._watcher = None        # of libraries that come and go
         self._gone_modules = []
         self._is_kept = False       # launched, at its entry point, by SIGSTOP
+        self._max_rate = float("inf")       # of hits by int3 or hw
+        self._rates = {}            # {(HardwarePart, Site): hits before}
 
     def __enter__(self):
         return self
@@ -10370,10 +10410,12 @@ class Target:
     # -- probing ------------------------------------------------------------
 
     def probe(self, where, action, when=None, strategy="jump", timeout=5,
-              max_sites=10000):
+              max_sites=10000, max_rate=None):
         """Arm a probe. -> Probe
 
         where    a pattern, or a list of them;   action   Count()
+        max_rate  hits a second at which an int3 or a debug register of any
+                  probe of this target is taken out: see Probe.refused
         A pattern that arms some sites and not others is no error: see
         Probe.refused. Raises ProbeError if none could be armed,
         SymbolError, TraceeGone, UbpTimeout.
@@ -10392,6 +10434,7 @@ class Target:
                     "probe", str(where), "it matches %d functions, more "
                     "than %d" % (len(sites), max_sites), "--max-sites N")
             probe = Probe(self, where, action, spec)
+            self._max_rate = min(self._max_rate, max_rate or self._max_rate)
             self._traced += [probe] * (spec.action == "trace")
             if self._planner is None:
                 self._planner = Planner(self.pid, self._read)
@@ -10422,6 +10465,34 @@ class Target:
                 self._watcher = LibraryWatcher(self, LinkMap(
                     self.pid, self._read, self._get_modules()))
             return probe
+
+    def _check_rates(self, seconds):
+        """Take out what was hit too often in the last so many seconds."""
+        most = self._max_rate
+        if most == float("inf"):
+            return
+        with self._lock:
+            if self._guardian is not None and self._guardian.is_armed:
+                for vaddr in self._guardian.call("cooled"):
+                    patch = self._installer.patches.pop(vaddr, None)
+                    for body in patch.bodies if patch else ():
+                        self._too_often(body.probe, body.plan)
+            for probe in self._probes:
+                for part in probe._parts:
+                    for site, reading in part.readings().items():
+                        before = self._rates.get((part, site))
+                        self._rates[part, site] = reading.hits
+                        if (before is not None and site in part.sites
+                                and reading.hits - before > most * seconds):
+                            part.drop(site)
+                            self._too_often(probe, SitePlan(
+                                site, "hw", None, 0, "", "", ()))
+
+    def _too_often(self, probe, plan):
+        """Say that a site was taken out, and why."""
+        why = "it was hit more than %d times a second" % self._max_rate
+        probe._refuse(plan, "max-rate", why)
+        self._note("%s was taken out: %s" % (site_name(plan.site), why))
 
     def _look_for_libraries(self, timeout=5):
         """Give probes the sites they mean in libraries that are new; forget
@@ -10577,8 +10648,8 @@ class Target:
             self._guardian = Guardian(self._tracer)
         if self._tracer.held:
             self._worker.call(self._hand_over, timeout)
-        refused, pause_us = self._guardian.call("arm", traps, timeout,
-                                                timeout=timeout)
+        refused, pause_us = self._guardian.call(
+            "arm", traps, timeout, self._max_rate, timeout=timeout)
         self._guardian.is_armed = True
         self._tracer.pause_us = max(self._tracer.pause_us, pause_us)
         for vaddr in refused:
@@ -12555,7 +12626,6 @@ plan     show how each function would be probed, or why not; change nothing
 status   show the probes that are in place, whose, and their counts
 clean    take out probes that were left, or whose owner died
 """
-LATER_OPTIONS = ("--max-rate",)
 
 HELP = """\
 usage: ubp VERB -p PID[,PID...] [OPTION...] PROBE... [+ [OPTION...] PROBE...]
@@ -13007,6 +13077,10 @@ OPTIONS = collections.OrderedDict([
     ("--max-sites", (PROBING, dict(
         metavar="N", type=parse_number, default=10000,
         help="refuse probes that name more functions (default 10000)"))),
+    ("--max-rate", (PROBING, dict(
+        metavar="N", type=parse_number,
+        help="take out an int3 or debug register that is hit more than N "
+             "times a second"))),
     ("--strategy", (PROBING + " plan", dict(
         metavar="LIST", type=parse_strategy, default="jump",
         help="how to probe, tried in order: jump (the default); int3 (any "
@@ -13196,8 +13270,6 @@ def default_options():
 def check_rest(word, verb):
     """Raise Misuse unless a word that argparse left over may be a probe."""
     name = word.split("=")[0]
-    if name in LATER_OPTIONS:
-        raise Misuse("%s is not built yet" % name)
     if word.startswith("-") and word != "-":
         elsewhere = OPTIONS.get(name, ("",))[0].split()
         raise Misuse("%s has no option %s" % (verb, name) + (
@@ -14307,7 +14379,8 @@ class Session:
             probe = watched.target.probe(
                 where, action, when=when or None,
                 strategy=self.options.strategy,
-                max_sites=self.options.max_sites)
+                max_sites=self.options.max_sites,
+                max_rate=self.options.max_rate)
             keys, values = (tuple(
                 ubp_x86.parse_expression(text, is_exit) for text in texts)
                 for texts in (group.keys, getattr(action, "exprs", ())))

@@ -172,7 +172,6 @@ count -p 4 malloc --top 0                 | is no number
 count -p 4 malloc --strategy int3,int3    | named twice
 count -p 4 malloc --strategy magic        | no strategy
 count -p 4 malloc -e arg0                 | -e; it belongs to hist, trace
-count -p 4 malloc --max-rate 5            | --max-rate is not built yet
 count -p 4 malloc +                       | no probe beside the +
 count -p 4 malloc -o x.svg                | count has no .svg to write
 count -p 4 malloc -o x.png                | the suffix chooses the format

@@ -614,6 +614,27 @@ class Int3(unittest.TestCase):
                 self.assertEqual([], live.changed_text(process.pid)[:8])
                 process.quit()
 
+    def test_what_is_hit_too_often_is_taken_out(self):
+        for strategy in ("int3", "hw"):
+            with self.subTest(strategy), live.Target("busy", 2) as process:
+                with ubp.attach(process.pid) as target:
+                    hot = target.probe("exe:hot", ubp.Count(),
+                                       strategy=strategy, max_rate=500)
+                    rare = target.probe("libc:read", ubp.Count(),
+                                        strategy=strategy)
+                    process.send("g")
+                    self.assertTrue(live.settled(lambda: hot.refused, 20))
+                    self.assertIn("500 times a second", hot.refused[0].why)
+                    n = hot.read()
+                    self.assertGreater(n, 500)
+                    before = rare.read()
+                    process.ask("p")
+                    process.ask("m")
+                    self.assertEqual(n, hot.read())
+                    self.assertGreater(rare.read(), before)
+                self.assertEqual([], live.changed_text(process.pid)[:8])
+                process.quit()
+
     def test_armed_and_removed_under_fire(self):
         with live.Target("busy", 4, seconds=90) as process:
             process.send("g")
