@@ -7643,7 +7643,7 @@ class Planner:
         self._catches = any(caught >> signo - 1 & 1
                             for signo in _FAULT_SIGNALS)
         self._seccomp = status.get("Seccomp", "0") != "0"
-        self._uprobes = _uprobes()
+        self._uprobes = uprobes()
 
     def plan(self, site, spec=_PLAIN_COUNT, index=0, entry=None,
              strategies=("jump",)):
@@ -7909,14 +7909,9 @@ class Planner:
                 raise RefusalError(
                     "changed text", "the text at 0x%x differs from its file: "
                     "%s" % (low, _who_changed(self.pid, memory)), low)
-            for path, offset in self._uprobes:
-                if path == module.path and any(
-                        vaddr <= low + n < vaddr + size
-                        and low + n - vaddr + start == offset
-                        for vaddr, size, start in module.text
-                        for n in range(high - low)):
-                    raise RefusalError("uprobe", "a kernel uprobe is set "
-                                       "there", low)
+            if _is_under_uprobe(module, low, high, self._uprobes):
+                raise RefusalError("uprobe", "a kernel uprobe is set there",
+                                   low)
         vaddrs = (window.slot, window.site) if window.slot else (window.site,)
         return tuple((vaddr, self.read(vaddr, 5 if vaddr != window.site
                                        or not window.slot else 2))
@@ -7970,7 +7965,7 @@ def _who_changed(pid, memory):
     return "bytes %s" % memory.hex()
 
 
-def _uprobes():
+def uprobes():
     """[(path, offset)] of the kernel's uprobes; [] without privilege."""
     text = b""
     for folder in ("/sys/kernel/tracing", "/sys/kernel/debug/tracing"):
@@ -7978,6 +7973,27 @@ def _uprobes():
     return [(path.decode(errors="surrogateescape"), int(offset, 16))
             for path, offset in re.findall(
                 rb"^[pr]\S* (/\S+):(0x[0-9a-f]+)", text, re.M)]
+
+
+def _is_under_uprobe(module, low, high, found):
+    """Is one of the uprobes that were found in [low, high) of a module?"""
+    return any(path == module.path
+               and low <= offset - start + vaddr < high
+               and start <= offset < start + size
+               for path, offset in found
+               for vaddr, size, start in module.text)
+
+
+def sites_under_uprobes(sites):
+    """The sites on whose jump the kernel has put a uprobe. -> [Site]
+
+    A hit there runs the file's first instruction, and goes on in the middle
+    of the jump: the probe is to be taken out at once.
+    """
+    found = uprobes()
+    return [site for site in sites if found and site.module
+            and _is_under_uprobe(site.module, site.vaddr, site.vaddr + 5,
+                                 found)]
 
 
 # DWARF numbers of ubp_x86.STACK_REGISTERS: System V ABI, figure 3.36.
@@ -14277,6 +14293,7 @@ class Session:
         self.reason, self.last_words, self.errors = "", [], []
         self.has_started = self.has_hinted = self.is_removed = False
         self.began = time.monotonic()
+        self._next_uprobes = 0.0    # when to look for them
 
     def _sink(self):
         """Return what makes text of Hits."""
@@ -14452,6 +14469,8 @@ class Session:
             self._pass_on_signals()
         if self.signals.seen:
             self.reason = self.signals.reason()
+        elif self._is_under_uprobe():
+            self.reason = "uprobe"
         elif self._is_enough():
             self.reason = "hits"
         elif self.is_recorder and self._is_triggered():
@@ -14466,6 +14485,21 @@ class Session:
             self.has_hinted = True
             if os.isatty(2):
                 self._hint_no_hit()
+
+    def _is_under_uprobe(self):
+        """Has somebody set a kernel uprobe on top of a jump of ours?"""
+        now = time.monotonic()
+        if now < self._next_uprobes:
+            return False
+        self._next_uprobes = now + 0.25
+        sites = sites_under_uprobes(
+            site for watched in self.watched for probe in watched.probes
+            for site in probe.sites)
+        for site in sites[:1]:
+            self.errors.append(ProbeError(
+                "keep the probe at", site_label(site), "a kernel uprobe was "
+                "set on top of it, which would jump into its middle"))
+        return bool(sites)
 
     def _is_enough(self):
         """Have the --hits been made?"""

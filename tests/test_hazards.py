@@ -9,11 +9,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import unittest
 
 import live
 
+UPROBE_EVENTS = "/sys/kernel/tracing/uprobe_events"
 WINDOWS = ["exe:win_slow", "exe:win_ones", "exe:win_pause", "exe:win_call",
            "exe:win_call1", "exe:win_back", "exe:win_data"]
 
@@ -21,6 +23,15 @@ WINDOWS = ["exe:win_slow", "exe:win_ones", "exe:win_pause", "exe:win_call",
 def setUpModule():
     global ubp
     ubp = live.core()
+
+
+def define_uprobe(line):
+    """Write to uprobe_events; no open(…, "a"): tracefs cannot be sought."""
+    fd = os.open(UPROBE_EVENTS, os.O_WRONLY | os.O_APPEND)
+    try:
+        os.write(fd, os.fsencode(line) + b"\n")
+    finally:
+        os.close(fd)
 
 
 def by_name(probe):
@@ -457,6 +468,29 @@ class ForeignCode(unittest.TestCase):
                         self.assertEqual(n["hot"] // 2, n_hits)
                 self.assertEqual([], live.changed_text(process.pid))
                 process.quit()
+
+    @unittest.skipUnless(os.access(UPROBE_EVENTS, os.W_OK),
+                         "mount -t tracefs nodev /sys/kernel/tracing")
+    def test_18_a_uprobe_defined_while_attached_ends_the_session(self):
+        with live.Target("busy", 1) as process:
+            path = os.path.realpath(process.path)
+            name = "ubp_test/t%d" % os.getpid()
+            command = subprocess.Popen(
+                [sys.executable, ubp.__file__, "count", "-p",
+                 str(process.pid), "exe:hot",
+                 "--duration", "30"],
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            self.assertIn(b"by jump", command.stderr.readline())
+            try:
+                define_uprobe("p:%s %s:0x%x" % (
+                    name, path, live.symbol(process.path, "hot")[1]))
+                words = command.communicate(timeout=20)[1]
+            finally:
+                define_uprobe("-:" + name)
+            self.assertIn(b"a kernel uprobe was set on top of it", words)
+            self.assertEqual(1, command.returncode)
+            self.assertEqual([], live.changed_text(process.pid))
+            process.quit()
 
     @unittest.skipUnless(live.IS_ROOT, "needs root to set a kernel uprobe")
     def test_18_a_site_with_a_kernel_uprobe_is_refused(self):
