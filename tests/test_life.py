@@ -620,7 +620,7 @@ class Int3(unittest.TestCase):
                 with ubp.attach(process.pid) as target:
                     hot = target.probe("exe:hot", ubp.Count(),
                                        strategy=strategy, max_rate=500)
-                    rare = target.probe("libc:read", ubp.Count(),
+                    rare = target.probe("libc:write", ubp.Count(),
                                         strategy=strategy)
                     process.send("g")
                     self.assertTrue(live.settled(lambda: hot.refused, 20))
