@@ -39,6 +39,7 @@ BUILT = os.path.join(TESTS, ".build")
 sys.path[:0] = [ROOT, TESTS, HERE]
 
 import servers         # noqa: E402
+import transparency    # noqa: E402
 import uprobe          # noqa: E402
 import ubp             # noqa: E402
 import ubp_x86         # noqa: E402
@@ -832,6 +833,9 @@ def main():
     print("%d of %d goals met; %d skipped; %d failed; %s" % (
         verdicts.count(True), len(verdicts) - verdicts.count(None),
         len(skipped), len(failed), machine))
+    if not options.rows:
+        print("-" * 79)
+        transparency.print_table()
     os.makedirs(os.path.dirname(os.path.abspath(options.json)),
                 exist_ok=True)
     with open(options.json, "w") as file:
