@@ -7634,6 +7634,7 @@ class Planner:
         self.taken = {}             # module -> ByteRanges
         self.offers = None          # Place: what the target offers to bodies
         self.windows = {}           # vaddr of each displaced insn: Window
+        self._through = 0           # what the next window must hold, too
         self.patches = {}           # {window.site: Patch} that are armed
         self._scans = {}
         self._known = {}            # module -> (starts, Functions), sorted
@@ -7745,21 +7746,51 @@ class Planner:
             return other is not None and any(
                 name.split(".cold")[0] + ".cold" in own
                 for name in other.names if ".cold" in name)
-        parts = []
-        if entry is not None:
-            parts.append(self._plan_either(strategies, site, entry, index))
-        for leave in ubp_x86.find_exits(function, self.scan(module), is_part):
-            there = site._replace(vaddr=leave.vaddr,
-                                  offset=leave.vaddr - site.vaddr)
-            try:
-                parts.append(self._plan_either(strategies, there, spec,
-                                               index, leave))
-            except (RefusalError, RelocationError) as refusal:
-                raise RefusalError("exit", "its exit at +0x%x: %s" % (
-                    there.offset, refusal.why), leave.vaddr)
+        leaves = ubp_x86.find_exits(function, self.scan(module), is_part)
+        if entry is None and any(leave.is_shared for leave in leaves):
+            raise RefusalError("exit", "it shares an exit with other "
+                               "functions, at 0x%x" % leaves[-1].vaddr,
+                               site.vaddr)
+        todo = [(site, entry, None)] * (entry is not None) + [
+            (site._replace(vaddr=leave.vaddr, offset=leave.vaddr
+                           - site.vaddr), spec, leave) for leave in leaves]
+        parts = self._plan_parts(todo, index, strategies)
         return parts[0]._replace(
             site=site, parts=tuple(parts), spec=spec,
             trampoline_size=sum(part.trampoline_size for part in parts))
+
+    def _plan_parts(self, todo, index, strategies):
+        """The SitePlans of [(Site, Spec, Exit or None)], in that order.
+
+        Each window takes bytes that another may need: if they are in each
+        other's way, the last is tried first, then one window for the exit
+        that was refused and what is before it. Raises UbpError.
+        """
+        kept, first, through = (self.taken, self.windows), None, {}
+        for turn in range(3):
+            self.taken = {module: ranges.copy()
+                          for module, ranges in kept[0].items()}
+            self.windows, parts = dict(kept[1]), {}
+            try:
+                for there, spec, leave in todo[::-1] if turn == 1 else todo:
+                    self._through = through.get(there.vaddr, 0)
+                    parts[there.vaddr, leave is None] = self._plan_either(
+                        strategies, there, spec, index, leave)
+                return [parts[there.vaddr, leave is None]
+                        for there, _, leave in todo]
+            except (RefusalError, RelocationError) as refusal:
+                self.taken, self.windows = kept
+                if leave is not None:
+                    refusal = RefusalError("exit", "its exit at +0x%x: %s" % (
+                        there.offset, refusal.why), there.vaddr)
+                if first is None:
+                    first = refusal
+                    before = [each.vaddr for each, _, _ in todo
+                              if 0 < there.vaddr - each.vaddr < 16]
+                    through = {max(before): there.vaddr} if before else {}
+            finally:
+                self._through = 0
+        raise first
 
     def close(self):
         """Let go of the modules' code now, not when garbage is collected.
@@ -7800,14 +7831,14 @@ class Planner:
         module = site.module
         taken = self.taken.setdefault(module, ubp_x86.ByteRanges())
 
-        def plan(vaddr):
+        def plan(vaddr, through=0):
             return ubp_x86.plan_window(
                 function, vaddr, self.scan(module),
                 forbidden=self._cancellation(module), seccomp=self._seccomp,
-                catches_faults=self._catches, taken=taken)
+                catches_faults=self._catches, taken=taken, through=through)
         try:
-            return plan(site.vaddr)
-        except RefusalError:
+            return plan(site.vaddr, self._through)
+        except RefusalError as refusal:
             if leave is None:
                 raise
             analysis, vaddr = self.scan(module).analysis(function), site.vaddr
@@ -7817,12 +7848,10 @@ class Planner:
                     break
                 vaddr = before.vaddr
                 try:
-                    window = plan(vaddr)
-                except RefusalError:
-                    continue
-                if any(insn.vaddr == site.vaddr for insn in window.insns):
-                    return window
-            raise
+                    return plan(vaddr, site.vaddr)
+                except RefusalError as other:
+                    refusal = other
+            raise refusal
 
     def _is_go(self, module):
         if module not in self._go:

@@ -1773,6 +1773,10 @@ class ByteRanges:
         self._lows[first:last] = [low]
         self._highs[first:last] = [high]
 
+    def copy(self):
+        """Return another set of the same bytes."""
+        return ByteRanges(self)
+
     def overlap(self, low, high):
         """Return the kept (low, high) that shares a byte, or None."""
         index = bisect.bisect_left(self._lows, high) - 1
@@ -2485,15 +2489,17 @@ class Exit(NamedTuple):
     vaddr: int
     function: Function      # itself, or the part that the exit is in
     is_conditional: bool    # a tail jump that is not always taken
+    is_shared: bool = False     # other functions may leave by it, too
 
 
 def find_exits(function, branches, is_part=lambda vaddr: False):
     """Where a function is left: every ret and tail jump. -> (Exit, ...)
 
     is_part   does a part of this function (gcc's .cold) begin at a vaddr?
-    A part that comes back is one without a name, too; its exits are the
-    function's. Raises RefusalError for what may or may not be an exit, as
-    times would be wrong without it.
+    What comes back is a part without a name, too, and what is entered in
+    the middle may be one: a frame is left where it ends. Raises
+    RefusalError for what may or may not be an exit, as times would be
+    wrong without it.
     """
     found, family = [], [function]
     for each in family:
@@ -2510,9 +2516,14 @@ def find_exits(function, branches, is_part=lambda vaddr: False):
                                "at 0x%x" % analysis.end, analysis.end)
     if not found:
         raise RefusalError("exit", "it has no exit", function.vaddr)
-    return tuple(sorted(found))
+    own = {function.vaddr} | {
+        each.vaddr for each in family if is_part(each.vaddr)
+        or _comes_back(each, family[:1], branches)}
+    return tuple(leave._replace(is_shared=leave.function.vaddr not in own)
+                 for leave in sorted(found))
 
 
+_MOST_PARTS = 8
 _LEAVES = frozenset((RET, JMP, JCC, LOOP, XBEGIN, JMP_IND, FAR))
 
 
@@ -2531,16 +2542,31 @@ def _exits_at(analysis, insn, family, branches, is_part):
     if any(f.vaddr <= target < f.vaddr + f.size for f in family):
         return []
     part = branches.function_at and branches.function_at(target)
-    if part and (is_part(part.vaddr) or _comes_back(part, family, branches)):
+    if part and _is_stub(part, target):
+        part = None                     # of a PLT: somewhere else
+    if part and (target != part.vaddr or is_part(part.vaddr)
+                 or _comes_back(part, family, branches)):
+        if len(family) >= _MOST_PARTS:
+            raise RefusalError("exit", "it has more than %d parts"
+                               % _MOST_PARTS, vaddr)
         family.append(part)
         return []
-    if part and target != part.vaddr:
-        raise RefusalError("exit", "0x%x jumps into the middle of another "
-                           "function" % vaddr, vaddr)
     if flow in (LOOP, XBEGIN):
         raise RefusalError("exit", "0x%x may leave it, by %s" % (
             vaddr, flow), vaddr)
     return [Exit(vaddr, analysis.function, flow == JCC)]
+
+
+def _is_stub(function, vaddr):
+    """Does code at vaddr do nothing but jump through a word, as a PLT's?"""
+    at = vaddr - function.vaddr
+    code = function.code[at:at + 24]
+    code = code[len(ENDBR64):] if code.startswith(ENDBR64) else code
+    try:
+        insn = decode(code, vaddr)
+    except DecodeError:
+        return False
+    return insn.flow == JMP_IND and insn.rip_relative is not None
 
 
 def _comes_back(part, family, branches):
@@ -2749,11 +2775,12 @@ class _Limits(NamedTuple):
     seccomp: bool
     catches_faults: bool
     taken: ByteRanges
+    through: int = 0        # an instruction that must be displaced too
 
 
 def plan_window(function, site, branches, read=None, is_executable=None,
                 forbidden=(), seccomp=False, catches_faults=False,
-                taken=None):
+                taken=None, through=0):
     """Return the Window for a jump at site, an instruction of function.
 
     branches        BranchScan of the module, best with function_at
@@ -2763,13 +2790,14 @@ def plan_window(function, site, branches, read=None, is_executable=None,
     seccomp         a filter may look at the address of a syscall
     catches_faults  a handler may look at the address of a fault
     taken           ByteRanges of other patches; Window.ranges is to be added
+    through         the vaddr of an instruction to be displaced with the rest
     Raises RefusalError. Whether rip-relative operands reach is not known
     here: relocate() tells at the real address.
     """
     limits = _Limits(branches, read or branches.read,
                      is_executable or branches.is_executable,
                      tuple(forbidden), seccomp, catches_faults,
-                     ByteRanges() if taken is None else taken)
+                     ByteRanges() if taken is None else taken, through)
     analysis = branches.analysis(function)
     insn = analysis.at(site)
     if insn is None:
@@ -2967,7 +2995,7 @@ def _may_arrive(analysis, first, last, limits):
 def _window(analysis, site, jump_size, limits):
     """Return the Window for a jump of jump_size bytes at site, no slot."""
     insns, end = [], site
-    while end < site + jump_size:
+    while end < site + jump_size or end <= limits.through:
         insn = analysis.at(end)
         if insn is None:
             end = _into_padding(analysis, insns, site, jump_size)
