@@ -9447,6 +9447,7 @@ _FULL_MASK = sum(1 << signo - 1 for signo in (
     signal.SIGQUIT, signal.SIGILL, signal.SIGABRT, signal.SIGSYS))
 _PIN_EACH = 64                  # hits, after which the guardian follows its
 #                                 tracee to another processor
+_TERMINATE = ("terminate",)     # what a SIGTERM asks of a guardian
 _LAST_RESORT_S = 3600           # for putting the text back when orphaned
 
 
@@ -9772,7 +9773,7 @@ class Guard:
             signal.signal(signo, signal.SIG_IGN)
         signal.signal(signal.SIGURG, lambda *_: None)
         signal.signal(signal.SIGTERM,
-                      lambda *_: self.requests.put((None, None)))
+                      lambda *_: self.requests.put((_TERMINATE, None)))
         threading.Thread(target=self._receive, daemon=True,
                          args=(threading.get_ident(),)).start()
         while not self.is_over:
@@ -9799,8 +9800,10 @@ class Guard:
                 signal.pthread_kill(main_thread, signal.SIGURG)
 
     def _answer(self, request):
-        if not request:
+        if not request or request == _TERMINATE:
             self._abandoned()
+            if not request:
+                self._take_out_arenas()
             return
         try:
             answer = "ok", getattr(self, "do_" + request[0])(*request[1:])
@@ -9930,8 +9933,8 @@ class Guard:
         return [change.record.site for change in refused], keeper.pause_us
 
     def do_rest(self, timeout):
-        """Put all text back, and let go. -> stopped, us"""
-        limit, pause_us = time.monotonic() + timeout, 0.0
+        """Put all text back, and let go. -> (stopped, us; processes)"""
+        limit, pause_us, n = time.monotonic() + timeout, 0.0, 0
         while self.keepers:
             keeper = self.keepers[0]
             try:
@@ -9941,10 +9944,10 @@ class Guard:
             except TraceeGone as error:
                 log.debug("%s", error)
             keeper.leave(max(0.5, limit - time.monotonic()))
-            pause_us = max(pause_us, keeper.pause_us)
+            pause_us, n = max(pause_us, keeper.pause_us), n + 1
             self.forget(keeper)
         self.sites.clear()
-        return pause_us
+        return pause_us, n
 
     def do_cooled(self):
         """The sites that were taken out since this was last asked."""
@@ -9953,9 +9956,9 @@ class Guard:
 
     def do_quit(self, timeout):
         """Put the text back, let go, and end."""
-        pause_us = self.do_rest(timeout)
+        done = self.do_rest(timeout)
         self.is_over = True
-        return pause_us
+        return done
 
     def _abandoned(self):
         """The front end has gone: take everything out, however long."""
@@ -9968,6 +9971,9 @@ class Guard:
                 log.debug("%s", error)
                 for keeper in list(self.keepers):
                     keeper.run(0.05)
+
+    def _take_out_arenas(self):
+        """What the front end has left, if nobody else is there too."""
         owners = [view.header.owner_pid for view in find_arenas(self.tgid)
                   if view.header is not None]
         if owners and set(owners) == {self.host}:
@@ -10021,6 +10027,10 @@ _GUARD_CODE = ("import sys; sys.path.insert(0, sys.argv[1]); import ubp; "
                "ubp.guard(int(sys.argv[2]), int(sys.argv[3]))")
 
 
+class GuardianGone(ProbeError):
+    """The guardian of a target does not answer any more."""
+
+
 class Guardian:
     """The front end's side: starts the guardian of a target, and asks it."""
 
@@ -10057,8 +10067,11 @@ class Guardian:
             except OSError:
                 answer = None
         if answer is None:
-            raise ProbeError("ask the guardian of", self.tracer.name(),
-                             "it has ended (pid %d)" % self.process.pid)
+            # A late answer would be taken for the next. Closed, it makes
+            # the guardian, if it is still there, put the text back.
+            self.channel.sock.close()
+            raise GuardianGone("ask the guardian of", self.tracer.name(),
+                               "pid %d does not answer" % self.process.pid)
         if answer[0] == "ok":
             return answer[1]
         error = UbpError.__new__(_GUARD_ERRORS.get(answer[1], ProbeError))
@@ -10066,10 +10079,16 @@ class Guardian:
         error.hint = answer[3]
         raise error
 
+    def has_ended(self):
+        """Was it killed?"""
+        return self.process.poll() is not None
+
     def close(self, timeout=5):
         """Have the text put back, and the guardian end."""
         try:
             self.call("quit", timeout, timeout=timeout)
+        except GuardianGone as error:
+            log.debug("%s", error)
         finally:
             self.channel.sock.close()
             try:
@@ -10177,6 +10196,9 @@ class LibraryWatcher:
         n = 0
         while not self._is_over.wait(_LOOK_EACH_S):
             n += 1
+            guardian = self._target._guardian
+            if guardian is not None and guardian.has_ended():
+                self._locked(self._target._rescue)
             if n % _RATE_EACH == 0:
                 self._locked(self._target._check_rates,
                              _RATE_EACH * _LOOK_EACH_S)
@@ -10664,22 +10686,65 @@ class Target:
         Then the guardian writes the int3s that are wanted from now on; if
         it cannot, the new probes are taken out.
         """
-        guardian = self._guardian
+        guardian, n, began = self._guardian, 0, time.monotonic()
         if guardian is not None and guardian.is_armed:
-            began = time.monotonic()
-            guardian.is_armed = False
-            self._tracer.pause_us = max(self._tracer.pause_us, guardian.call(
-                "rest", timeout, timeout=timeout))
+            n = self._rest(timeout)
         result = self._worker.call(function, timeout)
         try:
             self._arm_traps(timeout)
         except BaseException:
             self._worker.call(lambda: self._take_out(new, timeout), timeout)
             raise
-        if guardian is not None and guardian.is_armed:
+        if n and self._guardian is not None:
             self._note("its int3 probes were out for %.0f ms while others "
-                       "came or went" % (1e3 * (time.monotonic() - began)))
+                       "came or went%s" % (
+                           1e3 * (time.monotonic() - began),
+                           ", and stay out of what it had forked"
+                           if n > 1 else ""))
         return result
+
+    def _rest(self, timeout):
+        """Have the guardian let go. -> of how many processes it did"""
+        guardian = self._guardian
+        try:
+            pause_us, n = guardian.call("rest", timeout, timeout=timeout)
+        except GuardianGone:
+            self._worker.call(lambda: self._put_back(timeout), timeout)
+            return 1
+        guardian.is_armed = False
+        self._tracer.pause_us = max(self._tracer.pause_us, pause_us)
+        return n
+
+    def _put_back(self, timeout):
+        """In the worker: the guardian was killed. Take its int3s out before
+        a thread runs into one."""
+        guardian, self._guardian = self._guardian, None
+        self._note("the guardian of its int3s (pid %d) was killed: the next "
+                   "hit could have killed it" % guardian.process.pid)
+        found = [Installed(base, nonce, inode, (), tuple(
+            Record(*record) for record in records))
+            for base, nonce, inode, records in self._installer.traps()]
+        if found:
+            restore(self._tracer, found, timeout)
+
+    def _rescue(self, timeout=5):
+        """If the guardian was killed: once more, with another one."""
+        with self._lock:
+            guardian = self._guardian
+            if guardian is None or not guardian.has_ended():
+                return
+            if guardian.process.returncode == 0:    # SIGTERM: it was asked
+                self._guardian = None
+                patches = self._installer.patches
+                for vaddr in [v for v, p in patches.items()
+                              if p.window.is_trap]:
+                    for body in patches.pop(vaddr).bodies:
+                        body.probe._refuse(body.plan, "guardian",
+                                           "its guardian was terminated")
+                self._note("its guardian was terminated: its int3s are out")
+            elif guardian.is_armed:
+                self._worker.call(lambda: self._put_back(timeout), timeout)
+                self._arm_traps(timeout)
 
     def _arm_traps(self, timeout):
         """Have the guardian do what is to be done; it comes and goes."""

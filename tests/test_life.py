@@ -685,15 +685,65 @@ class Guardian(unittest.TestCase):
                 process.quit()
                 print("int3 out %.0f ms after the kill" % (1e3 * took))
 
-    def test_its_end_by_sigterm_is_as_good(self):
+    def test_guardian_killed_before_a_hit_another_takes_over(self):
+        with live.Target("traps") as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe("exe:step", ubp.Count(),
+                                     strategy="int3")
+                first = target._guardian.process.pid
+                os.kill(first, signal.SIGKILL)
+                self.assertTrue(live.settled(lambda: set(live.tracers(
+                    process.pid).values()) - {0, first}, 20))
+                self.assertIn("was killed", " ".join(target.notes))
+                with target._lock:
+                    pass
+                self.assertEqual(process.ask("m")["n"], probe.read())
+            self.assertEqual([], live.changed_text(process.pid))
+            process.quit()
+
+    def test_guardian_killed_the_target_can_be_closed(self):
+        with live.Target("traps") as process:
+            with ubp.attach(process.pid) as target:
+                target.probe("exe:step", ubp.Count(), strategy="int3")
+                with target._lock:
+                    os.kill(target._guardian.process.pid, signal.SIGKILL)
+                    target.close()
+            self.assertEqual([], live.changed_text(process.pid))
+            self.assertEqual([], live.arenas(process.pid))
+            process.ask("c")
+            process.quit()
+
+    def test_a_stopped_target_is_restored_and_stays_stopped(self):
+        with live.Target("traps") as process:
+            with ubp.attach(process.pid) as target:
+                target.probe("exe:step", ubp.Count(), strategy="int3")
+                os.kill(process.pid, signal.SIGSTOP)
+                time.sleep(0.1)
+            self.assertEqual([], live.changed_text(process.pid))
+            self.assertTrue(live.settled(
+                lambda: live.states(process.pid) == "T"))
+            os.kill(process.pid, signal.SIGCONT)
+            process.ask("c")
+            process.quit()
+
+    def test_guardian_terminated_the_int3s_are_out_and_jumps_stay(self):
         with live.Target("busy", 2) as process:
-            process.send("g")
-            with self.front_end(process) as front:
-                os.kill(int(front.line().split()[1]), signal.SIGTERM)
-                self.assertTrue(live.settled(
-                    lambda: not live.tracers(process.pid), 20))
+            with ubp.attach(process.pid) as target:
+                jump = target.probe("exe:hot", ubp.Count())
+                probe = target.probe("exe:shorty", ubp.Count(),
+                                     strategy="int3")
+                process.send("g")
+                os.kill(target._guardian.process.pid, signal.SIGTERM)
+                self.assertTrue(live.settled(lambda: probe.refused, 20))
+                self.assertIn("terminated", probe.refused[0].why)
+                self.assertEqual({}, live.tracers(process.pid))
+                self.assertIn(len(live.changed_text(process.pid)),
+                              (3, 4, 5))        # a byte may be as it was
+                n = jump.read()
+                self.assertTrue(live.settled(lambda: jump.read() > n))
                 process.ask("p")
-                self.assertEqual([], live.changed_text(process.pid)[:8])
+            self.assertEqual([], live.changed_text(process.pid)[:8])
+            self.assertEqual([], live.arenas(process.pid))
             process.quit()
 
     def test_a_host_that_becomes_another_program_is_noticed(self):
