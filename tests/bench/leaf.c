@@ -67,6 +67,19 @@ ALONE unsigned leaf_plain(unsigned x)
     return (x * 3 + 1) ^ 0x5555;
 }
 
+/* What the clock alone costs: the floor of whatever has a timestamp. */
+ALONE unsigned leaf_rdtsc(unsigned x)
+{
+    __asm__ volatile("rdtsc" ::: "rax", "rdx");
+    return (x * 3 + 1) ^ 0x5555;
+}
+
+ALONE unsigned leaf_rdtsc2(unsigned x)
+{
+    __asm__ volatile("rdtsc\nrdtsc" ::: "rax", "rdx");
+    return (x * 3 + 1) ^ 0x5555;
+}
+
 /* outer: hands everything on to another, so that no register is free. */
 ALONE unsigned outer(unsigned x)
 {
@@ -106,6 +119,7 @@ ALONE unsigned caller_plain(unsigned x)
 #define LOOP(name) \
     ALONE static void loop_##name(long n) { do name(n); while (--n); }
 LOOP(leaf) LOOP(leaf_atomic) LOOP(leaf_plain)
+LOOP(leaf_rdtsc) LOOP(leaf_rdtsc2)
 LOOP(outer) LOOP(outer_atomic) LOOP(outer_plain)
 LOOP(caller) LOOP(caller_atomic) LOOP(caller_plain)
 
@@ -116,6 +130,8 @@ static const struct {
     {"leaf", loop_leaf},
     {"leaf_atomic", loop_leaf_atomic},
     {"leaf_plain", loop_leaf_plain},
+    {"leaf_rdtsc", loop_leaf_rdtsc},
+    {"leaf_rdtsc2", loop_leaf_rdtsc2},
     {"outer", loop_outer},
     {"outer_atomic", loop_outer_atomic},
     {"outer_plain", loop_outer_plain},

@@ -174,10 +174,10 @@ def file_offset(pid, vaddr):
 
 
 @contextlib.contextmanager
-def armed(pid, where):
+def armed(pid, where, action=None, when=None):
     """Count `where` in pid; the probe is taken out at the end."""
     with ubp.attach(pid) as target:
-        probe = target.probe(where, ubp.Count())
+        probe = target.probe(where, action or ubp.Count(), when=when)
         if not probe.sites:
             raise Skip("no site of %s could be armed" % where)
         yield probe
@@ -274,6 +274,54 @@ def row_count_live(is_quick):
 def row_count_call(is_quick):
     return hit_row("count-call", "the same, first five bytes hold a call",
                    "caller", "<= 5", is_quick)
+
+
+# Each action on leaf: the goal in cycles, plus so many rdtsc.
+ACTIONS = {
+    "false": ("a condition that is false", 4, 0,
+              lambda: ubp.Count(), "arg0 > 1 << 40"),
+    "hist": ("a histogram of arg0", 8, 0, lambda: ubp.Hist("arg0"), None),
+    "by-key": ("count by arg0 & 63", 12, 0, lambda: ubp.Count(by="arg0 & 63"), None),
+    "trace": ("a record: time, cpu, tid, two arguments", 8, 1,
+              lambda: ubp.Trace("arg0", "arg1", overflow="overwrite"), None),
+    "latency": ("entry, exit, histogram of ns", 30, 2,
+                lambda: ubp.Latency(), None),
+}
+
+
+def action_row(row, is_quick):
+    """One action on a function of three instructions, beside the kernel's
+    probe of its entry (and of its return for latency)."""
+    what, cycles, n_rdtsc, action, when = ACTIONS[row]
+    ours, clock, kernel = [], [], []
+    with Leaf() as leaf:
+        with ubp.attach(leaf.pid) as target:
+            site, = target.find("exe:leaf")
+        for _ in range(3 if is_quick else 9):
+            base = leaf.cycles("leaf")
+            with armed(leaf.pid, "exe:leaf", action(), when):
+                ours.append(leaf.cycles("leaf") - base)
+            if n_rdtsc:
+                clock.append(leaf.cycles(
+                    "leaf_rdtsc" + "2" * (n_rdtsc == 2)) - base)
+            if not uprobe.unusable():
+                with uprobe.Uprobe(*file_offset(leaf.pid, site.vaddr),
+                                   is_return=row == "latency"):
+                    kernel.append(leaf.cycles("leaf", 1000, 5) - base)
+        note = "cycles by " + leaf.method
+    median, marks = statistics.median(ours), []
+    if clock:
+        floor = statistics.median(clock)
+        cycles += floor
+        marks.append(Yardstick("%d rdtsc" % n_rdtsc, floor, median / floor))
+    if kernel:
+        theirs = statistics.median(kernel)
+        marks.append(Yardstick(
+            "uretprobe" if row == "latency" else "uprobe", theirs,
+            theirs / max(median, 0.01),
+            {"trace": ">= 60", "latency": ">= 40"}.get(row, "")))
+    return Result(row, what, "cycles", ours, "<= %.0f" % cycles,
+                  tuple(marks), note)
 
 
 def row_threads(is_quick):
@@ -717,6 +765,11 @@ def server_pairs(server, load, where, n_pairs):
 ROWS = {
     "count": row_count, "count-live": row_count_live,
     "count-call": row_count_call, "threads": row_threads,
+    "false": lambda q: action_row("false", q),
+    "hist": lambda q: action_row("hist", q),
+    "by-key": lambda q: action_row("by-key", q),
+    "trace": lambda q: action_row("trace", q),
+    "latency": lambda q: action_row("latency", q),
     "pause-1": row_pause_1, "pause-1000": row_pause_1000,
     "pause-busy": row_pause_busy, "first": row_first, "import": row_import,
     "decode": row_decode, "elf-libc": row_elf_libc,
