@@ -4085,7 +4085,7 @@ def parse_expressions(text, is_exit=False):
 #     head    +0   faults          hits whose expressions could not be had
 #             +8   dropped         hits for which there was no room
 #             +16  unmatched       exits without a frame: it ran when armed,
-#                                  or its entry was skipped, crowded
+#                                  or its entry was skipped, crowded, faulty
 #             +24  abandoned       frames never left: longjmp, exceptions
 #             +32  crowded         entries that found no free frame
 #             +40  skipped         entries whose condition was false
@@ -4121,6 +4121,14 @@ def parse_expressions(text, is_exit=False):
 #                  then the bytes of each str and buf, in whole words; then
 #                  the stack: a word of how many bytes, the registers of
 #                  STACK_REGISTERS, the bytes
+#
+# A record is whole if its sequence is 2 * ticket + 2 before and after it was
+# copied. One that is not may never be, if its thread was killed: a reader
+# passes on, and looks at it again later. hits = reserved + full + faults;
+# what of reserved is not accepted was dropped. Where the policy is "block",
+# a reader that has moved `consumed` on calls futex(FUTEX_WAKE) on the word
+# of Place.tracer, which holds its tid like a robust futex: a body waits only
+# while a tid is there, and never for more than 100 ms.
 
 ACTIONS = ("count", "sum", "hist", "trace", "enter", "stack")
 POLICIES = ("drop", "overwrite", "block")
@@ -4143,7 +4151,7 @@ N_NEIGHBOURS = 4                # frames that a lookup tries
 MAX_KEY_BYTES = 128
 MAX_VALUES = 16                 # of a record
 MAX_DEPTH_WALKED = 64           # frames of a stack walked in the body
-MAX_CODE = 4096                 # bytes of a body; expressions get half
+MAX_CODE = 4096                 # bytes of a body
 
 
 class Spec(NamedTuple):
@@ -4179,7 +4187,7 @@ class Place(NamedTuple):
     tid_offset: Optional[int] = None        # of a thread's tid from fs base
     tsc: Optional[Tuple[int, int]] = None   # (mult, base): ns = base +
     #                         (tsc * mult >> 32). None: rdtsc is not allowed
-    tracer: int = 0         # vaddr of the word that holds the tracer's tid
+    tracer: int = 0         # vaddr of the word (32 bits) of the tracer's tid
     direct: Tuple[Tuple[int, int], ...] = ()    # [low, high) that stay
     can_stack: bool = True  # may a body use more than the red zone?
     at: int = 0             # the displaced instruction that the body comes

@@ -91,8 +91,8 @@ class Runs(unittest.TestCase):
         self.pick = random.Random(self.id())
         self.page = Page(1 << 22)
 
-    def run_cases(self, cases):
-        results, data = self.page.run(cases)
+    def run_cases(self, cases, how="run"):
+        results, data = self.page.run(cases, how)
         for case, result in zip(cases, results):
             self.assertEqual(result, (0,) * 5, (case, hex(result.address)))
         return data
@@ -216,6 +216,20 @@ class Tables(Runs):
         wanted, found, dropped, _, _ = self.check(spec, make)
         self.assertEqual((dict(wanted), 0), (dict(found), dropped))
 
+    def test_keys_whose_hashes_agree_are_told_apart(self):
+        golden = x86.table_hash((1,), True)
+        inverse = 1
+        for _ in range(6):                  # Newton: bits double each time
+            inverse = inverse * (2 - golden * inverse) & MASK
+        keys = [12345, ((12345 * golden ^ x86.STATE_READY) * inverse) & MASK]
+        self.assertEqual(x86.table_tag(keys[:1], True),
+                         x86.table_tag(keys[1:], True))
+        spec = x86.Spec("count", keys=parse("arg3"))
+        wanted, found, _, _, _ = self.check(
+            spec, lambda: (lambda k: ({"rcx": k}, (k,)))(
+                self.pick.choice(keys)), 40)
+        self.assertEqual(dict(wanted), dict(found))
+
     def test_a_full_table_counts_what_it_drops(self):
         spec = x86.Spec("count", keys=parse("arg3"), n_entries=16)
         wanted, found, dropped, _, _ = self.check(
@@ -319,13 +333,25 @@ class Memory(Runs):
                                      (0, n, total))
 
     def test_a_forked_child_reads_no_memory(self):
-        """The word that fork wipes is zero: no syscall, a fault."""
+        """The word that fork wipes is zero: no syscall, which a filter of
+        the child's could kill it for; a fault, or a drop, instead."""
         spec = x86.Spec("sum", values=parse("u8[arg0]"))
-        place = self.page.place(spec, private=bodies.DATA + 0x700)
+        full = x86.Spec("trace", values=parse("str(arg0)"), policy="block",
+                        n_slots=2)
+        here = {"private": bodies.DATA + 0x700, "tracer": bodies.DATA + 0x60}
+        self.page.data[0x60] = 99       # a tracer that lives
+        place = self.page.place(spec, **here)
+        place_full = self.page.place(full, **here)
         cases = [Case(code, registers(self.pick, rdi=bodies.DATA), w)
-                 for code, w in self.at_windows(spec, place)]
-        data = self.run_cases(cases)
-        self.assertEqual(words(data, place, 0, 1), (len(cases),))
+                 for code, w in self.at_windows(spec, place)
+                 + self.at_windows(full, place_full)]
+        data = self.run_cases(cases, "forbid")
+        self.assertEqual(words(data, place, 0, 1), (6,))
+        self.assertEqual(words(data, place_full, x86.HEAD_SIZE, 2), (2, 4))
+        allowed = self.page.add(spec, place._replace(private=bodies.PID),
+                                WINDOW)
+        with self.assertRaisesRegex(RuntimeError, "-31"):       # SIGSYS
+            self.page.run([Case(allowed, cases[0].regs, WINDOW)], "forbid")
 
     def test_a_proven_range_is_read_without_a_syscall(self):
         text = "u32[%d]" % (bodies.DATA + 0x700)
@@ -531,7 +557,9 @@ class Frames(Runs):
                     self.pick, rdi=a, rcx=c, rsp=sp), window))
                 counts["abandoned"] += sp in frames
                 frames.pop(sp, None)
-                if when and not a > 1 << 19:
+                if when and "//" in when and not c & 1:
+                    counts["faults"] += 1
+                elif when and not a > 1 << 19:
                     counts["skipped"] += 1
                 else:
                     frames[sp] = a, c
@@ -553,7 +581,8 @@ class Frames(Runs):
         return spec, place, data, counts, sums, calls, payloads, left, frames
 
     def test_exits_find_the_arguments_of_their_own_entry(self):
-        for when in None, "arg0 > 1 << 19":
+        for when in (None, "arg0 > 1 << 19",
+                     "100 // (arg3 & 1) and arg0 > 1 << 19"):
             with self.subTest(when):
                 self.setUp()
                 (spec, place, data, counts, sums, calls, payloads, left,
@@ -563,7 +592,7 @@ class Frames(Runs):
                                  {key: (calls[key], sums[key])
                                   for key in calls})
                 self.assertEqual(words(data, place, 0, 6), (
-                    0, 0, counts["unmatched"], counts["abandoned"], 0,
+                    counts["faults"], 0, counts["unmatched"], counts["abandoned"], 0,
                     counts["skipped"]))
                 self.assertEqual(left, len(frames))
 
@@ -690,12 +719,10 @@ class Hostile(Runs):
 class Storms(unittest.TestCase):
     """Threads, signals, migrations, fork and a reader, all at once."""
 
-    N_THREADS, N_CALLS, N_SLOTS = 6, 40000, 1024
+    N_THREADS, N_CALLS, N_SLOTS = 6, 20000, 512
     CALLER_SAVED = WINDOW._replace(dead_regs=0x0f03, flags_dead=True)
 
-    def storm(self, policy, window):
-        n_cpus = max(2, os.sysconf("SC_NPROCESSORS_CONF"))
-        n_shards = 1 << (n_cpus - 1).bit_length()
+    def storm(self, policy, window, n_shards):
         page = Page(1 << 20, n_shards)
         specs = [
             x86.Spec("count"), x86.Spec("hist", values=parse("arg0")),
@@ -712,7 +739,7 @@ class Storms(unittest.TestCase):
         ring = parts[4][1].block + layout.start
         numbers, data = page.storm(
             vaddr, 0, self.N_THREADS, self.N_CALLS, ring, layout.entry_size,
-            self.N_SLOTS, page.shards.shift, policy)
+            self.N_SLOTS, n_shards, page.shards.shift, policy)
         hits = collections.Counter()
         for thread in list(range(self.N_THREADS)) + [99]:
             for i in range(self.N_CALLS):
@@ -727,8 +754,9 @@ class Storms(unittest.TestCase):
             words(data, parts[n][1], offset, count, shard)
             for shard in range(n_shards)])]
 
-    def check(self, policy, window):
-        hits, numbers, data, parts, n_shards = self.storm(policy, window)
+    def check(self, policy, window, n_shards=1):
+        hits, numbers, data, parts, n_shards = self.storm(policy, window,
+                                                          n_shards)
         total = sum(hits.values())
         self.assertEqual(self.totals(data, parts, 0, 0, n_shards), [total])
         self.assertEqual(
@@ -792,6 +820,9 @@ class Storms(unittest.TestCase):
             self.assertEqual(self.totals(
                 data, parts, n, x86.HEAD_DROPPED, n_shards), [0])
 
+    # With one shard for all processors each hit is as if its thread had
+    # been moved to another between two instructions.
+
     def test_nothing_is_lost_or_torn_where_a_full_ring_drops(self):
         self.check("drop", self.CALLER_SAVED)
 
@@ -800,6 +831,10 @@ class Storms(unittest.TestCase):
 
     def test_nothing_is_lost_or_torn_where_a_full_ring_waits(self):
         self.check("block", self.CALLER_SAVED)
+
+    def test_nothing_is_lost_or_torn_with_a_shard_for_each_processor(self):
+        n_cpus = max(2, os.sysconf("SC_NPROCESSORS_CONF"))
+        self.check("drop", WINDOW, 1 << (n_cpus - 1).bit_length())
 
     def test_frames_are_told_apart_by_recursion_longjmp_and_signals(self):
         page = Page(1 << 20, 2)
@@ -816,7 +851,8 @@ class Storms(unittest.TestCase):
             (entry, place), b"\x48\x83\xec\x08",      # sub $8, %rsp
             b"\xff\x14\x25" + struct.pack("<i", bodies.DATA + 0x40),
             b"\x48\x83\xc4\x08", (spec, place)], WINDOW)
-        numbers, data = page.storm(hit, call, 6, 8000, 0, 0, 0, 0, "drop")
+        numbers, data = page.storm(hit, call, 6, 8000, 0, 0, 0, 2, 0,
+                                   "drop")
         _, _, _, _, called, returned, jumped = numbers
         self.assertGreater(jumped, 100)
         heads = self.totals(data, [(spec, place)], 0, 0, 2, 6)

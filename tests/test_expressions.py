@@ -217,7 +217,7 @@ def load(name, address):
 
 
 def judged(text, values, is_unsigned):
-    """Python's own value of a text, or None for a fault."""
+    """Python's own value of a text or code, or None for a fault."""
     scope = dict(CASTS, N=N, load=load)
     scope.update((name, N(value)) for name, value in values.items())
     try:
@@ -394,6 +394,44 @@ class Compiled(unittest.TestCase):
         if x86.block_layout(spec).kind != "word":
             faults, = bodies.words(data, place, x86.HEAD_FAULTS, 1)
             self.assertEqual(faults, int(wanted is None), shown)
+
+    def test_the_edges_of_every_operator(self):
+        """Each pair of VALUES, signed and unsigned, in one ring each."""
+        page, pick = bodies.Page(1 << 22), random.Random(3)
+        forms = [(a + " %s " + b, pa + " %s " + pb)
+                 for a, pa in (("arg0", "arg0"), ("u64(arg0)", "u64(arg0)"))
+                 for b, pb in (("arg3", "arg3"), ("u64(arg3)", "u64(arg3)"))]
+        cases, facts = [], []
+        for op in ("+ - * & | ^ // % << >> == != < <= > >= and or").split():
+            for text, python in forms:
+                is_unsigned = "u64" in python
+                expression = x86.parse_expression(text % op)
+                spec = x86.Spec("trace", values=(expression,), n_slots=1024)
+                place, window = page.place(spec), self.window(pick)
+                vaddr = page.add(spec, place, window)
+                code = compile("N(%s, %r)" % (python % op, is_unsigned),
+                               text % op, "eval")
+                facts.append((spec, place, code, expression.is_unsigned))
+                for a in VALUES:
+                    for b in VALUES:
+                        regs = [pick.getrandbits(64) for _ in range(16)]
+                        regs[7], regs[1], regs[4] = (a & MASK, b & MASK,
+                                                     bodies.SP)
+                        cases.append(bodies.Case(vaddr, tuple(regs), window))
+        results, data = page.run(cases)
+        self.assertEqual(set(results), {(0,) * 5})
+        for spec, place, code, is_unsigned in facts:
+            layout, n = x86.block_layout(spec), 0
+            for a in VALUES:
+                for b in VALUES:
+                    at = layout.start + x86.RING_SLOTS + n * layout.entry_size
+                    row, n = bodies.words(data, place, at, 5), n + 1
+                    wanted = judged(code, {"arg0": a, "arg3": b},
+                                    is_unsigned)
+                    self.assertEqual(
+                        (row[0], row[3] >> 32, row[4]),
+                        (2 * n, wanted is None, (wanted or 0) & MASK),
+                        (code.co_filename, a, b))
 
     def test_20000_random_expressions_compute_what_python_does(self):
         for seed in range(self.N_PAGES):

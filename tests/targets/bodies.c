@@ -2,13 +2,16 @@
  *
  *   bodies info                prints the offsets from the fs base of
  *                              rseq.cpu_id and of a thread's tid, or 0
- *   bodies run CODE DATA CASES OUT
+ *   bodies run|forbid CODE DATA CASES OUT
  *
  * CODE is mapped r-x at 0x10000000; DATA rw- at 0x20000000, shared, so that
  * its file holds what the bodies wrote. OUT gets a struct result per case.
+ * "forbid": a filter kills the process at process_vm_readv or futex.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -16,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -105,6 +109,20 @@ static int info(void)
     return 0;
 }
 
+static void forbid(void)
+{
+    struct sock_filter filter[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0),          /* the number */
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_process_vm_readv, 1, 0),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_futex, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
+    struct sock_fprog program = {5, filter};
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program))
+        exit(6);
+}
+
 int main(int argc, char **argv)
 {
     if (argc == 2)
@@ -128,6 +146,8 @@ int main(int argc, char **argv)
     sigaction(SIGBUS, &act, 0);
     *(uint64_t *)DATA = (uint64_t)landing;
     *(uint64_t *)(DATA + 8) = getpid();
+    if (!strcmp(argv[1], "forbid"))
+        forbid();
     struct request r;
     while (fread(&r, sizeof r, 1, cases) == 1) {
         struct result s = {0};

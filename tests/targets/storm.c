@@ -1,7 +1,8 @@
 /* Many threads run bodies at once, while signals arrive, processors change,
  * a child is forked, and another process reads the rings.
  *
- *   storm CODE DATA HIT CALL THREADS CALLS RING SLOT_SIZE N_SLOTS SHIFT POLICY
+ *   storm CODE DATA HIT CALL THREADS CALLS
+ *         RING SLOT_SIZE N_SLOTS SHARDS SHIFT POLICY
  *
  * CODE is mapped r-x at 0x10000000, DATA rw- and shared at 0x20000000. HIT is
  * the vaddr of a function hit(value, i, thread), CALL that of one that calls
@@ -39,7 +40,8 @@ typedef long call_function(long depth, long i, long thread);
 
 static hit_function *hit;
 static call_function *call;
-static long n_threads, n_calls, ring, slot_size, n_slots, shift, is_overwrite;
+static long n_threads, n_calls, ring, slot_size, n_slots, n_shards, shift;
+static int is_overwrite;
 static long n_handled, n_called, n_returned, n_jumped;
 static int is_over;
 static pthread_t threads[MAX_THREADS];
@@ -167,11 +169,11 @@ static void read_shard(long shard)
 
 static int reader(uint32_t *tracer)
 {
-    long n = sysconf(_SC_NPROCESSORS_CONF), is_last;
+    long is_last;
     *tracer = syscall(SYS_gettid) | FUTEX_WAITERS;
     do {
         is_last = __atomic_load_n(&shared->stop, __ATOMIC_ACQUIRE);
-        for (long shard = 0; shard < n; shard++)
+        for (long shard = 0; shard < n_shards; shard++)
             read_shard(shard);
         long left = 0;
         for (long i = 0; i < n_aside; i++)
@@ -199,7 +201,7 @@ static void map(const char *path, unsigned long at, int prot, int flags)
 
 int main(int argc, char **argv)
 {
-    if (argc != 12)
+    if (argc != 13)
         return 2;
     alarm(60);
     map(argv[1], 0x10000000, PROT_READ | PROT_EXEC, MAP_PRIVATE);
@@ -208,8 +210,9 @@ int main(int argc, char **argv)
     call = (call_function *)strtoul(argv[4], 0, 0);
     n_threads = atol(argv[5]), n_calls = atol(argv[6]);
     ring = atol(argv[7]), slot_size = atol(argv[8]);
-    n_slots = atol(argv[9]), shift = atol(argv[10]);
-    is_overwrite = !strcmp(argv[11], "overwrite");
+    n_slots = atol(argv[9]);
+    n_shards = atol(argv[10]), shift = atol(argv[11]);
+    is_overwrite = !strcmp(argv[12], "overwrite");
     *(long *)(DATA + 8) = getpid();
     *(void **)(DATA + 0x40) = (void *)work;
     pid_t child = ring ? fork() : 0;
