@@ -3617,7 +3617,8 @@ _OPERATORS = {
     "Gt": ">", "GtE": ">="}
 _UNARY = {"USub": "neg", "Invert": "~", "Not": "not"}
 _UNSIGNED_END, _SIGNED_END = 1 << 64, 1 << 63
-_STRANGE = re.compile(r"[^A-Za-z0-9_ ()\[\]+\-*/%<>=!&|^~,.]")
+_STRANGE = re.compile(r"[^A-Za-z0-9_ ()\[\]+\-*/%<>=!&|^~,.]"
+                      r"|(?<![=!<>])=(?!=)")
 
 
 class ExpressionError(UbpError):
@@ -3810,8 +3811,10 @@ class _Parser:
             raise self.fail("nothing to compute")
         strange = _STRANGE.search(text)
         if strange:
-            raise self.fail("%r has no meaning here" % strange.group(),
-                            column=strange.start())
+            why = "%r has no meaning here" % strange.group()
+            if strange.group() == "=":
+                why = "nothing can be set; == compares"
+            raise self.fail(why, column=strange.start())
         for column, char in enumerate(text):
             depth += (char in "([") - (char in ")]")
             if depth < 0:
@@ -3910,6 +3913,8 @@ class _Parser:
     def make_num(self, node, depth):
         """A literal, before Python 3.8."""
         return self.literal(node, node.n)
+
+    make_nameconstant = make_constant       # True and None, before 3.8
 
     def literal(self, node, value):
         """A number that fits 64 bits."""

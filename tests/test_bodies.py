@@ -592,8 +592,8 @@ class Frames(Runs):
                                  {key: (calls[key], sums[key])
                                   for key in calls})
                 self.assertEqual(words(data, place, 0, 6), (
-                    counts["faults"], 0, counts["unmatched"], counts["abandoned"], 0,
-                    counts["skipped"]))
+                    counts["faults"], 0, counts["unmatched"],
+                    counts["abandoned"], 0, counts["skipped"]))
                 self.assertEqual(left, len(frames))
 
     def test_entries_equal_timed_plus_lost_plus_unfinished(self):
