@@ -265,6 +265,48 @@ class Show(unittest.TestCase):
                          r"\n +5 +100\.0%  libc\.so\.6:malloc\n")
 
 
+class Lines(unittest.TestCase):
+    """The fast way from events to lines says what the slow way says."""
+
+    EXPRESSIONS = "arg0, hex(arg1), str(arg0), u64(arg2), elapsed"
+    VALUES = ((0, 0, b"", 0, 0), (-1, -1, b"a\"\x1b%s\xff", 2 ** 64 - 1, 999),
+              (None, 5, None, 7, 12345), (7, None, b"x", 1, 10 ** 10))
+
+    def watched(self, is_exit):
+        """Return a Watched of made-up parts, and an Event's maker."""
+        module = collections.namedtuple("Module", "name build_id")(
+            "lib%d.so", "ab12")
+        function = collections.namedtuple("Function", "name")("f%s")
+        site = ubp.Site(0x1000, function, 0, ("f%s",), module)
+        target = collections.namedtuple("Target", "pid comm")(7, "x")
+        probe = collections.namedtuple("Probe", "action")(
+            ubp.Trace(self.EXPRESSIONS))
+        watched = ubp.Watched(target)
+        watched.armed.append(ubp.Armed(
+            ubp.Group(), probe, is_exit, False, (),
+            ubp.ubp_x86.parse_expressions(self.EXPRESSIONS, True)))
+        return watched, lambda n, values, stack=(): ubp.Event(
+            10 ** 18 + n * 123456789, 9, 1, 7, site,
+            "exit" if is_exit else "entry", values, stack, probe)
+
+    def test_templates_say_what_hits_say(self):
+        for is_exit in False, True:
+            watched, event = self.watched(is_exit)
+            events = [event(n, values)
+                      for n, values in enumerate(self.VALUES * 3)]
+            events.append(event(99, self.VALUES[0], (
+                ubp.Frame("m", "f", 0),)))
+            for sink, is_json, has_pid in (
+                    (ubp.HitLines(), False, False),
+                    (ubp.HitLines((), True), False, True),
+                    (ubp.HitJson(), True, False)):
+                lines = ubp.EventLines(sink, [watched], is_json, has_pid)
+                text = lines.text(events)
+                self.assertEqual(text, "".join(
+                    sink.feed(watched.hit(each)) for each in events))
+                self.assertEqual(len(lines.makers), 1)
+
+
 # ---- the one-liners, on real servers ---------------------------------------
 
 class OneLiners(unittest.TestCase):
