@@ -311,6 +311,7 @@ _writev = _declare("process_vm_writev", ctypes.c_ssize_t, _int, _ptr, _ulong,
 _sigtimedwait = _declare("sigtimedwait", _int, _ptr, _ptr, _ptr)
 _clock_gettime = _declare("clock_gettime", _int, _int, _ptr)
 _mmap = _declare("mmap", _ptr, _ptr, _size, _int, _int, _int, ctypes.c_int64)
+_munmap = _declare("munmap", _int, _ptr, _size)
 _mprotect = _declare("mprotect", _int, _ptr, _size, _int)
 _open = _declare("open", _int, ctypes.c_char_p, _int)
 _close = _declare("close", _int, _int)
@@ -7145,30 +7146,69 @@ def _realtime_ns():
     return now.tv_sec * 10**9 + now.tv_nsec
 
 
-_tsc_functions = []
+_tsc_functions, _overheads = [], []
 
 
 def _tsc_reader():
-    """A function that reads the time stamp counter of this processor.
-
-    Its code is in memory that is not writable while it is executable.
-    """
+    """A function that reads the time stamp counter of this processor."""
     if not _tsc_functions:
-        vaddr = _mmap(None, PAGE, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-        code = ubp_x86.READ_TSC
-        if vaddr in (None, MAP_FAILED):
-            raise ProbeError("take the time in", "the target",
-                             os.strerror(ctypes.get_errno()))
-        ctypes.memmove(vaddr, code, len(code))
-        if _mprotect(vaddr, PAGE, PROT_READ | PROT_EXEC) != 0:
-            raise ProbeError("take the time in", "the target", "this process "
-                             "may not map code: %s" % os.strerror(
-                                 ctypes.get_errno()),
-                             "a security module forbids execmem")
+        vaddr = _map_code(PAGE, lambda vaddr: ubp_x86.READ_TSC)
         _tsc_functions.append(
             ctypes.PYFUNCTYPE(ctypes.c_uint64)(vaddr))
     return _tsc_functions[0]
+
+
+def _map_code(size, make, n_code=PAGE):
+    """Map code that make(vaddr) returns, and data behind it. -> vaddr
+
+    No page is writable and executable at once. Raises ProbeError.
+    """
+    vaddr = _mmap(None, size, PROT_READ | PROT_WRITE,
+                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if vaddr in (None, MAP_FAILED):
+        raise ProbeError("take the time in", "the target",
+                         os.strerror(ctypes.get_errno()))
+    code = make(vaddr)
+    ctypes.memmove(vaddr, code, len(code))
+    if _mprotect(vaddr, n_code, PROT_READ | PROT_EXEC) != 0:
+        raise ProbeError("take the time in", "the target", "this process "
+                         "may not map code: %s" % os.strerror(
+                             ctypes.get_errno()),
+                         "a security module forbids execmem")
+    return vaddr
+
+
+def latency_overhead(clock):
+    """What Latency measures of a function that does nothing, in ns.
+
+    The very bodies of entry and exit, run here: their median is what each
+    time that a probe tells includes. Measured once.
+    """
+    if not _overheads:
+        leave, entry = make_specs(Latency())
+        leave, entry = (spec._replace(n_frames=16) for spec in (leave, entry))
+        layout = ubp_x86.block_layout(leave)
+        n_code, at = 2 * PAGE, 2 * PAGE + ubp_x86.frames_layout(entry)[1]
+        size = _pages(at + 64 + layout.size)
+        literal = n_code - 8        # holds where the only shard is
+
+        def make(vaddr):
+            place = ubp_x86.Place(
+                ubp_x86.Shards(ubp_x86.CPU_FROM_LSL, 0, 0, 6,
+                               vaddr + literal), at % 64,
+                frames=vaddr + n_code, tsc=clock.scale)
+            return ubp_x86.empty_function(
+                vaddr, entry, leave, place).ljust(literal, b"\x90") \
+                + struct.pack("<Q", vaddr + at - at % 64)
+        vaddr = _map_code(size, make, n_code)
+        function = ctypes.PYFUNCTYPE(None)(vaddr)
+        for _ in range(2000):
+            function()
+        words = struct.unpack("<%dQ" % (layout.size // 8), ctypes.string_at(
+            vaddr + at, layout.size))
+        _overheads.append(block_reading(layout, [words]).value.percentile(50))
+        _munmap(vaddr, size)
+    return _overheads[0]
 
 
 _MOST_UNFINISHED_S = 0.2        # a record that is being written for longer
@@ -8462,6 +8502,15 @@ class Probe:
             ("int3", len(trapped)), ("hw", n_hw)))
         return collections.OrderedDict(
             (name, n) for name, n in found.items() if n)
+
+    @property
+    def overhead_ns(self):
+        """What each time that Latency tells includes of the measurement
+        itself, in nanoseconds; 0 for other actions."""
+        clock = self._target._installer.clock
+        if not isinstance(self.action, Latency) or clock is None:
+            return 0
+        return latency_overhead(clock)
 
     def remove(self, timeout=5):
         """Take it out of the target. May be repeated. Raises UbpTimeout."""

@@ -6838,6 +6838,18 @@ def _is_frame_up(code, offset):
     return True
 
 
+def empty_function(vaddr, entry, leave, place):
+    """The trampoline of a function that does nothing but return. -> bytes
+
+    entry, leave   Specs of its entry and its exit;   place   of both
+    To be called itself: what it measures is what measuring costs.
+    """
+    insns = tuple(decode_all(b"\x90\xc3", vaddr))      # nop; ret
+    window = Window(vaddr, JUMP_SIZE, insns)
+    return trampoline(window, vaddr, [
+        (entry, place), (leave, place._replace(at=vaddr + 1))]).code
+
+
 # A function that returns the time stamp counter: rdtsc; shl $32,%rdx;
 # or %rdx,%rax; ret
 READ_TSC = b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0\xc3"

@@ -392,6 +392,17 @@ class Frames(unittest.TestCase):
             self.assertEqual(480, few.reading().skipped)
             self.assertEqual(3, slow.read().count)
 
+    def test_what_measuring_costs_is_measured(self):
+        """No time of a function that does next to nothing is far from it."""
+        with attached("1", "1009") as (process, target):
+            probe = target.probe("exe:other", ubp.Latency())
+            process.ask("r")
+            self.assertGreater(probe.overhead_ns, 0)
+            self.assertLess(probe.overhead_ns, 1000)
+            self.assertLess(abs(probe.read().percentile(50)
+                                - probe.overhead_ns),
+                            max(50, 3 * probe.overhead_ns))
+
     def test_frames_that_ran_before_are_told(self):
         with attached("1") as (process, target):
             outer = target.probe("exe:frames", ubp.Latency())
@@ -525,6 +536,37 @@ with ubp.attach(int(sys.argv[1])) as target:
                          for site, reading in probe.readings().items()}
                 self.assertEqual({"deep": 550, "tail": 100, "other": 50},
                                  found)
+
+
+class Killed(unittest.TestCase):
+    """kill -9 of a ubp whose ring is full, and whose hits wait for it."""
+
+    ARMED = """
+target = ubp.attach(int(sys.argv[1]))
+target.probe("exe:work", ubp.Trace("arg0", overflow="block", ring=4096))
+target.probe("exe:work", ubp.Latency())
+print("armed=1", flush=True)
+time.sleep(60)
+"""
+
+    def test_who_waits_goes_on(self):
+        with live.Target("actions", "2", "1009") as process:
+            before = live.Snapshot(process.pid)
+            with live.python(self.ARMED, str(process.pid)) as tracer:
+                self.assertEqual(1, tracer.answer(PATIENCE)["armed"])
+                process.send("b")
+                time.sleep(0.3)             # now both threads wait
+                tracer.kill()
+            start = time.monotonic()
+            process.send("x")
+            process.answer(PATIENCE)
+            process.ask("g", PATIENCE)      # 2018 hits, 100 ms each if not
+            self.assertLess(time.monotonic() - start, PATIENCE)
+            removal = ubp.clean(process.pid, timeout=PATIENCE)
+            self.assertEqual((), removal.notes)
+            live.Snapshot(process.pid).compare(self, before)
+            process.ask("g")
+            process.quit()
 
 
 class Hostile(unittest.TestCase):
