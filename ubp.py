@@ -155,6 +155,7 @@ PTRACE_POKEUSER   = 6
 PTRACE_CONT       = 7
 PTRACE_DETACH     = 17
 PTRACE_SYSCALL    = 24
+PTRACE_SETOPTIONS = 0x4200
 PTRACE_GETEVENTMSG = 0x4201
 PTRACE_GETSIGINFO = 0x4202
 PTRACE_GETREGSET  = 0x4204
@@ -170,6 +171,7 @@ PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG = 0x4211
 PTRACE_O_TRACESYSGOOD = 0x1
 PTRACE_O_TRACEFORK, PTRACE_O_TRACEVFORK, PTRACE_O_TRACECLONE = 2, 4, 8
 PTRACE_O_TRACEEXEC    = 0x10
+PTRACE_O_SUSPEND_SECCOMP = 1 << 21
 PTRACE_EVENT_FORK     = 1
 PTRACE_EVENT_EXEC     = 4
 PTRACE_EVENT_STOP     = 128
@@ -4086,6 +4088,7 @@ class Tracer:
     """
 
     options = PTRACE_O_TRACESYSGOOD     # of PTRACE_SEIZE
+    may_suspend = False     # seccomp filters, for what they would forbid
 
     def __init__(self, tgid):
         self.tgid = self._vm_tid = tgid
@@ -4947,6 +4950,7 @@ class Injection:
         self._signals = []          # SIGSTOPs that came in between
         self._seccomp_mode = None   # of the chosen thread, once asked
         self._is_blocked = False    # a SIGSYS came instead of the syscall
+        self._is_suspended = False  # its filters are, while it is traced
         self._mask = ctypes.create_string_buffer(8)
         self._all_blocked = ctypes.create_string_buffer(_ALL_SIGNALS, 8)
         self._find_code()
@@ -5108,7 +5112,30 @@ class Injection:
         return ubp_x86.syscall_result(self.tracer.get_regs(tid))
 
     def check(self, number, *args):
-        """Refuse what the thread's seccomp filters would not allow."""
+        """Refuse what the thread's seccomp filters would not allow.
+
+        If the user said so, and with privilege, they are suspended instead:
+        then a kill of ubp between here and the thread's release leaves a
+        syscall to the filter, which may kill the target.
+        """
+        try:
+            if not self._is_suspended:
+                self.check_filters(number, *args)
+        except ProbeError:
+            if not self.tracer.may_suspend:
+                raise
+            try:
+                ptrace(PTRACE_SETOPTIONS, self._thread.tid, 0,
+                       self.tracer.options | PTRACE_O_SUSPEND_SECCOMP)
+            except OSError as error:
+                raise ProbeError(
+                    "suspend the seccomp filters of", self.tracer.name(),
+                    "PTRACE_O_SUSPEND_SECCOMP: " + error.strerror,
+                    "it takes CAP_SYS_ADMIN, and no filter of our own")
+            self._is_suspended = True
+
+    def check_filters(self, number, *args):
+        """The same of a syscall that nobody may suspend them for."""
         tid = self._thread.tid
         if self._seccomp_mode is None:      # a filter may be new
             self._seccomp_mode = seccomp_mode(tid)
@@ -5122,8 +5149,9 @@ class Injection:
                     "inject a syscall into", self.tracer.name(),
                     "its seccomp filter forbids syscall %d, or cannot be "
                     "read (that takes CAP_SYS_ADMIN)" % nr,
-                    "run as root; a filter that forbids mmap or "
-                    "memfd_create cannot be probed yet")
+                    "--suspend-seccomp (as root) suspends the filter while "
+                    "ubp maps its memory, some 0.3 ms at both ends; a kill "
+                    "-9 of ubp in that time can kill the target")
 
     def _until_syscall_stop(self, tid):
         while True:
@@ -5171,6 +5199,8 @@ class Injection:
         if (tid not in self.tracer.threads
                 or self._thread.state == ABANDONED):
             return
+        if self._is_suspended:
+            ptrace(PTRACE_SETOPTIONS, tid, 0, self.tracer.options)
         ptrace(PTRACE_SETSIGMASK, tid, 8, ctypes.addressof(self._mask))
         if not self._is_blocked and (ubp_x86.is_in_syscall(regs)
                                      or self._thread.group_stop):
@@ -8555,9 +8585,10 @@ class Installer:
                     if "tsc" in wants:
                         check_tsc(self.tracer, injection)
                     if "memory" in wants:
-                        injection.check(SYS_process_vm_readv, 0, 0, 1, 0, 1)
+                        injection.check_filters(SYS_process_vm_readv, 0, 0,
+                                                1, 0, 1)
                     if "futex" in wants:
-                        injection.check(SYS_futex, 0, 0, 0, 0, 0, 0)
+                        injection.check_filters(SYS_futex, 0, 0, 0, 0, 0, 0)
             return offset
         offset = self.tracer.pause(action, max(
             0.1, limit - time.monotonic()), "look")
@@ -11112,6 +11143,7 @@ def _restore_everywhere(tracer, arenas, limit, last_look=lambda: None):
         for pid, there in pending.items():
             seen.add(pid)
             each = tracer if pid == tracer.tgid else Tracer(pid)
+            each.may_suspend = tracer.may_suspend
             try:
                 part = _restore_one(each, there, limit, last_look)
             except UbpError as error:
@@ -11380,14 +11412,19 @@ class Launch:
 
 # -- the functions ----------------------------------------------------------
 
-def attach(pid, timeout=5):
+def attach(pid, timeout=5, suspend_seccomp=False):
     """Observe a running process. -> Target
 
     pid   of a process that we may ptrace; nothing is stopped or changed
+    suspend_seccomp   where a seccomp filter forbids what arming injects,
+          suspend it meanwhile (as root): a kill -9 of this process in that
+          third of a millisecond may then kill the target
     Raises AttachError, which says what stands in the way.
     """
     check_target(pid)
-    return Target(pid)
+    target = Target(pid)
+    target._tracer.may_suspend = suspend_seccomp
+    return target
 
 
 def launch(argv, timeout=5):
@@ -11580,7 +11617,7 @@ def _state(pid, record, others):
     return "removed" if now == old else "changed by another tool"
 
 
-def clean(pid, all=False, timeout=5):
+def clean(pid, all=False, timeout=5, suspend_seccomp=False):
     """Take out what is left in a process: orphaned, or left on purpose.
 
     all   also the probes of a ubp that still runs
@@ -11589,6 +11626,7 @@ def clean(pid, all=False, timeout=5):
     """
     check_target(pid)
     tracer = Tracer(pid)
+    tracer.may_suspend = suspend_seccomp
     worker = Worker(tracer)
     try:
         return worker.call(lambda: _clean(tracer, all, timeout), timeout)
@@ -13244,6 +13282,10 @@ OPTIONS = collections.OrderedDict([
     ("--max-sites", (PROBING, dict(
         metavar="N", type=parse_number, default=10000,
         help="refuse probes that name more functions (default 10000)"))),
+    ("--suspend-seccomp", (PROBING + " clean", dict(
+        action="store_true",
+        help="where a seccomp filter forbids what arming injects, suspend it "
+             "meanwhile (root); a kill -9 of ubp just then may kill it"))),
     ("--max-rate", (PROBING, dict(
         metavar="N", type=parse_number,
         help="take out an int3 or debug register that is hit more than N "
@@ -13665,7 +13707,9 @@ def open_targets(options):
     targets, errors = [], []
     for pid in options.pids:
         try:
-            targets.append(attach(pid))
+            targets.append(attach(
+                pid, suspend_seccomp=getattr(options, "suspend_seccomp",
+                                             False)))
         except UbpError as error:
             errors.append(error)
     report_all(errors, bool(targets))
@@ -13951,7 +13995,8 @@ def verb_clean(options, signals):
         name = describe(pid)
         try:
             with signals.uninterrupted("cleaning %s" % name):
-                result = clean(pid, all=options.all)
+                result = clean(pid, all=options.all,
+                               suspend_seccomp=options.suspend_seccomp)
         except UbpError as error:
             report(error)
             status_code = 1

@@ -845,5 +845,63 @@ class Libraries(unittest.TestCase):
             process.quit()
 
 
+@unittest.skipUnless(live.IS_ROOT, "suspending a filter takes root: sudo")
+class Seccomp(unittest.TestCase):
+    """Targets whose filter forbids what arming would inject."""
+
+    def served(self, process, strategy="jump"):
+        with ubp.attach(process.pid, suspend_seccomp=True) as target:
+            try:
+                probe = target.probe("exe:hot", ubp.Count(),
+                                     strategy=strategy, timeout=20)
+            except ubp.ProbeError as error:
+                if "no filter of our own" in error.hint:
+                    self.skipTest(str(error))
+                raise
+            process.ask("r")
+            n = probe.read()
+            target.close(20)
+        self.assertEqual([], live.changed_text(process.pid))
+        self.assertEqual([], live.arenas(process.pid))
+        self.assertEqual({}, live.tracers(process.pid))
+        return n
+
+    def test_a_forbidding_filter_is_suspended_if_asked(self):
+        for mode in ("memfd", "munmap", "exec"):
+            with self.subTest(mode), live.Target("filtered",
+                                                 mode) as process:
+                with ubp.attach(process.pid) as target:
+                    if mode != "memfd":
+                        with self.assertRaises(ubp.ProbeError) as caught:
+                            target.probe("exe:hot", ubp.Count())
+                        self.assertIn("--suspend-seccomp",
+                                      caught.exception.hint)
+                self.assertEqual(10007, self.served(process))
+                self.assertEqual(0, process.ask("r")["wrong"])
+                status = live.status(process.pid)
+                self.assertEqual("2", status["Seccomp"])
+                process.quit()
+
+    def test_sealed_targets_are_served(self):
+        for mode in ("strict", "kill", "errno"):
+            with self.subTest(mode), live.Target("sealed", mode) as process:
+                process.ask("r")
+                self.assertGreater(self.served(process), 0)
+                self.assertEqual(0, process.ask("r")["wrong"])
+                process.quit()
+
+    def test_hw_never_meets_the_filter(self):
+        with live.Target("sealed", "kill") as process, \
+                ubp.attach(process.pid) as target:
+            try:
+                probe = target.probe("exe:hot", ubp.Count(), strategy="hw")
+            except ubp.ProbeError as refusal:
+                self.skipTest(str(refusal))
+            process.ask("r")
+            self.assertGreater(probe.read(), 0)
+            target.close()
+            process.quit()
+
+
 if __name__ == "__main__":
     unittest.main()
