@@ -137,7 +137,7 @@ class Grammar:
     def load(self):
         """A load at MEMORY or, seldom, where nothing is."""
         name = self.random.choice(sorted(CASTS))
-        a, pa, _ = self.pick(1)
+        a, pa, _ = self.pick(0)
         base = 0 if self.random.random() < 0.05 else MEMORY
         return ("%s[%d + (%s & 127)]" % (name, base, a),
                 "load(%r, N(%d) + (%s & N(127)))" % (name, base, pa),
@@ -434,6 +434,78 @@ class Compiled(unittest.TestCase):
                         (row[0], row[3] >> 32, row[4]),
                         (2 * n, wanted is None, (wanted or 0) & MASK),
                         (code.co_filename, a, b))
+
+    def combined(self, grammar, page):
+        """(Case, what check_combined() takes) of several expressions: of a
+        record, or of the keys and the value of a sum; perhaps with when."""
+        pick = grammar.random
+        made = [self.made(grammar) for _ in range(pick.randrange(2, 7))]
+        when = self.made(grammar) if pick.random() < 0.5 else None
+        parts = tuple(expression for expression, _ in made)
+        spec = x86.Spec("trace", values=parts, n_slots=2) \
+            if pick.random() < 0.6 else \
+            x86.Spec("sum", keys=parts[1:], values=parts[:1], n_entries=2)
+        spec = spec._replace(when=when and when[0])
+        place, window = page.place(spec), self.window(pick)
+        vaddr = page.add(spec, place, window)
+        regs = [pick.choice(VALUES) & MASK if pick.random() < 0.5 else
+                pick.getrandbits(64) >> pick.choice((0, 32, 56))
+                for _ in range(16)]
+        regs[4] = bodies.SP
+        return bodies.Case(vaddr, tuple(regs), window), (
+            spec, place, made, when)
+
+    def check_combined(self, case, data, spec, place, made, when):
+        values = site_values(case.regs, stack_words())
+        wanted = [judged(python, values, expression.is_unsigned)
+                  for expression, python in made]
+        is_wanted = judged(when[1], values, when[0].is_unsigned) \
+            if when else 1
+        layout = x86.block_layout(spec)
+        faults, = bodies.words(data, place, x86.HEAD_FAULTS, 1)
+        shown = [expression.text for expression, _ in made], when and when[0]
+        if spec.action == "trace":
+            row = bodies.words(data, place, layout.start + x86.RING_SLOTS,
+                               4 + len(made))
+            self.assertEqual(faults, is_wanted is None, shown)
+            self.assertEqual(row[0], 2 * bool(is_wanted), shown)
+            if is_wanted:
+                self.assertEqual(row[3] >> 32, sum(
+                    1 << n for n, value in enumerate(wanted)
+                    if value is None), shown)
+                self.assertEqual(row[4:], tuple(
+                    (value or 0) & MASK for value in wanted), shown)
+            return
+        is_fault = is_wanted is None or bool(is_wanted) and None in wanted
+        self.assertEqual(faults, is_fault, shown)
+        rows = [bodies.words(data, place, layout.start + n
+                             * layout.entry_size, layout.entry_size // 8)
+                for n in range(layout.n_entries)]
+        rows = [row for row in rows if row[0]]
+        self.assertEqual(len(rows), bool(is_wanted and not is_fault), shown)
+        for row in rows:
+            n = len(made) - 1
+            self.assertEqual(row[1:1 + n], tuple(
+                value & MASK for value in wanted[1:]), shown)
+            self.assertEqual(row[1 + n], 1, shown)
+            self.assertEqual(row[2 + n] | row[3 + n] << 64,
+                             wanted[0] & (1 << 128) - 1, shown)
+
+    def test_several_random_expressions_in_one_body(self):
+        for seed in range(2):
+            grammar = Grammar(2000 + seed, has_loads=seed == 1)
+            page = bodies.Page(1 << 19)
+            page.data[0x800:0x900] = CONTENT
+            made = []
+            while len(made) < 300:
+                try:
+                    made.append(self.combined(grammar, page))
+                except x86.UbpError as error:
+                    self.assertRegex(str(error), "bytes of code|50 deep")
+            results, data = page.run([case for case, _ in made])
+            for (case, fact), result in zip(made, results):
+                self.assertEqual(result, (0,) * 5, fact[0])
+                self.check_combined(case, data, *fact)
 
     def test_20000_random_expressions_compute_what_python_does(self):
         for seed in range(self.N_PAGES):
