@@ -71,6 +71,7 @@ import collections                                              # noqa: E402
 import ctypes                                                   # noqa: E402
 import errno                                                    # noqa: E402
 import fnmatch                                                  # noqa: E402
+import functools                                                # noqa: E402
 import itertools                                                # noqa: E402
 import json                                                     # noqa: E402
 import mmap                                                     # noqa: E402
@@ -8109,6 +8110,9 @@ class Names:
         self.symbols = Symbols(pid, self.unwinder.code)
 
 
+_new_event = functools.partial(tuple.__new__, Event)
+
+
 class RecordForm:
     """How the records of a trace probe become Events."""
 
@@ -8164,6 +8168,10 @@ class RecordForm:
         """
         tsc0, ns0, rate = clock.anchor
         lowest, highest = tscs
+        if not self.inline and not self.stack_size:
+            found = self._numbers(data, clock, tscs, pids, pid_of)
+            if found is not None:
+                return found
         new, last, found = tuple.__new__, 6 + self.n_values, []
         probe, sites, inline = self.probe, self.sites, self.inline
         kinds, has_stack = self.kinds, self.stack_size > 0
@@ -8190,6 +8198,35 @@ class RecordForm:
                 pids.get(tid) or pid_of(tid), site, kinds[index], values,
                 stack, probe)))
         return found
+
+    def _numbers(self, data, clock, tscs, pids, pid_of):
+        """Events of records that have numbers only and all make sense.
+
+        None if there are others. Column by column, without a loop here: a
+        million a second is a goal.
+        """
+        words = memoryview(data).cast("Q")
+        halves, step = memoryview(data).cast("I"), self.records.size // 8
+        times = words[1::step].tolist()
+        indexes = halves[6::2 * step].tolist()
+        if (any(halves[7::2 * step].tolist()) or min(times) < tscs[0]
+                or max(times) > tscs[1]
+                or not self.sites.keys() >= set(indexes)):
+            return None
+        tsc0, ns0, rate = clock.anchor
+        tids = halves[4::2 * step].tolist()
+        for tid in set(tids):
+            pids[tid] = pids.get(tid) or pid_of(tid)
+        columns = [memoryview(data).cast(
+            "Q" if each.is_unsigned else "q")[4 + n::step].tolist()
+            for n, each in enumerate(self.values)]
+        return list(map(_new_event, zip(
+            [ns0 + int((tsc - tsc0) * rate) for tsc in times], tids,
+            halves[5::2 * step].tolist(), map(pids.__getitem__, tids),
+            map(self.sites.__getitem__, indexes),
+            map(self.kinds.__getitem__, indexes),
+            zip(*columns) if columns else itertools.repeat(()),
+            itertools.repeat(()), itertools.repeat(self.probe))))
 
     def _values(self, values, texts, faults):
         """The values with their texts; None if they contradict themselves.
