@@ -4703,7 +4703,7 @@ class _Values(_Machine):
             # A byte of sil or dil needs a REX, which the wide form has.
             self.code.op(bytes([0x0f, opcode]), reg, source, 8)
 
-    def both(self, tree, left, right):
+    def both(self, left, right):
         """(owned left, operand right), the larger one computed first."""
         if self.need(right) > self.need(left):
             second = self.operand(right)
@@ -4719,7 +4719,7 @@ class _Values(_Machine):
             return self.shifted(op, is_unsigned, left, right)
         if left[0] == "const" and op != "-":
             left, right = right, left
-        reg, other = self.both(tree, left, right)
+        reg, other = self.both(left, right)
         number = {"+": ADD, "-": SUB, "&": AND, "|": OR, "^": XOR}.get(op)
         if type(other) is _Imm:
             if op == "*":
@@ -4752,7 +4752,7 @@ class _Values(_Machine):
             else:
                 self.code.shift(number, reg, min(count, 63))
             return reg
-        reg, count = self.both(None, left, right)
+        reg, count = self.both(left, right)
         self.touch(RCX)
         if type(count) is _Imm:
             self.code.set(RCX, int(count))
@@ -4787,7 +4787,7 @@ class _Values(_Machine):
             else:
                 self.mask(reg, divisor - 1)
             return reg
-        reg, other = self.both(None, left, right)
+        reg, other = self.both(left, right)
         if type(other) not in (int, _Owned):
             other = self.owned(None, other)
         self.divide(op, is_unsigned, reg, other, divisor)
@@ -4998,9 +4998,9 @@ class _Values(_Machine):
             self.code.jump(label, condition if wanted else condition ^ 1)
             return
         no = self.code.label() if wanted else label
-        left = self.kept(trees[0])
+        left = self.operand(trees[0])
         for n, sign in enumerate(signs):
-            right = self.kept(trees[n + 1])
+            right = self.operand(trees[n + 1])
             is_unsigned = trees[n][1] or trees[n + 1][1]
             condition = self.cmp(left, right, sign, is_unsigned)
             self.give(left)
@@ -5010,10 +5010,6 @@ class _Values(_Machine):
         if wanted:
             self.code.jump(label)
             self.code.mark(no)
-
-    def kept(self, tree):
-        """An operand that stays what it is while others are computed."""
-        return self.operand(tree)
 
     def comparison(self, left, sign, right):
         """cmp left, right -> the condition that holds if it is true."""
@@ -5802,6 +5798,14 @@ class _Body(_Values):
         code.mark(give_up)
 
     # -- Frames: entries leave one under their rsp, exits take it.
+    #
+    # Measured on Zen 3, a loop of calls of an empty function: 2 rdtsc are 64
+    # cycles, latency is 100, but 66 with a sum in place of the histogram. An
+    # rdtsc waits for the loads before it, and a bucket's address is known
+    # only 25 cycles behind the rdtsc that it comes from: a bucket for
+    # nothing (and $255) still makes 94. Neither plain in place of locked
+    # additions, nor lzcnt, nor an earlier rdtsc at the entry, nor the sum
+    # behind the bucket was faster by more than 2 cycles.
 
     def frame_slot(self, key, frame):
         """key = the site's rsp; frame = where its search begins."""
