@@ -7694,7 +7694,7 @@ _CANCELLATION = ("__syscall_cancel_arch", "__syscall_cp_asm", "__cp_begin",
                  "__syscall_cp_internal")
 
 
-_MOST_BEFORE_EXIT = 12          # bytes in front of an exit to be displaced
+_MOST_BEFORE_SITE = 12          # bytes in front of a site to be displaced
 
 
 class Planner:
@@ -7749,7 +7749,7 @@ class Planner:
         is_new = window is None
         if is_new:
             window = (self._trap_window(site) if is_trap
-                      else self._window(site, leave))
+                      else self._window(site))
         elif window.is_trap != is_trap:
             raise RefusalError("overlap", "%s of ubp is there" % (
                 "an int3" if window.is_trap else "a jump"), site.vaddr)
@@ -7880,7 +7880,7 @@ class Planner:
                 taken.add(low, high)
             self._keep_window(patch.window, patch.site.vaddr)
 
-    def _window(self, site, leave=None):
+    def _window(self, site):
         module = site.module
         if module.shared_text:
             raise RefusalError("shared text", "its text is mapped shared or "
@@ -7890,14 +7890,17 @@ class Planner:
             raise RefusalError("unknown bounds", "no symbol and no unwind "
                                "entry tells where its function ends",
                                site.vaddr)
-        window = self._plan_window(function, site, leave)
+        window = self._plan_window(function, site)
         if self._is_go(module):
             _refuse_in_go(function, window)
         _refuse_signal_return(function, window)
         return window
 
-    def _plan_window(self, function, site, leave):
-        """The Window at a site; of an exit also one that begins before it.
+    def _plan_window(self, function, site):
+        """The Window at a site, or else one that begins before it.
+
+        Control comes to an instruction within a window only through those
+        in front of it, so the body at the site runs before its own copy.
         """
         module = site.module
         taken = self.taken.setdefault(module, ubp_x86.ByteRanges())
@@ -7910,18 +7913,17 @@ class Planner:
         try:
             return plan(site.vaddr, self._through)
         except RefusalError as refusal:
-            if leave is None:
-                raise
             analysis, vaddr = self.scan(module).analysis(function), site.vaddr
-            while site.vaddr - vaddr < _MOST_BEFORE_EXIT:
+            while (analysis.at(site.vaddr)
+                   and site.vaddr - vaddr < _MOST_BEFORE_SITE):
                 before = analysis.before(vaddr)
                 if before is None or before.vaddr + before.size != vaddr:
                     break
                 vaddr = before.vaddr
                 try:
                     return plan(vaddr, site.vaddr)
-                except RefusalError as other:
-                    refusal = other
+                except RefusalError:
+                    continue
             raise refusal
 
     def _is_go(self, module):
@@ -10584,12 +10586,13 @@ class Target:
         return self._modules
 
     def _sites(self, where):
-        """The sites of one or more patterns, each once."""
+        """The sites of one or more patterns, each once, by address: one
+        behind another may share its window."""
         sites = collections.OrderedDict()
         for pattern in [where] if isinstance(where, str) else where:
             for site in self.find(pattern):
                 sites.setdefault((site.vaddr, site.is_return), site)
-        return list(sites.values())
+        return [sites[key] for key in sorted(sites)]
 
     # -- probing ------------------------------------------------------------
 
