@@ -1709,6 +1709,7 @@ ENDBR64 = b"\xf3\x0f\x1e\xfa"                # SDM 2B, ENDBR64
 RSEQ_SIGNATURE = b"\x53\x30\x05\x53"         # <sys/rseq.h>, RSEQ_SIG
 
 _SP = 4                                      # register number of rsp
+_LONGEST_READ = 64                           # bytes of a zmm register
 
 # The nops that assemblers pad with (SDM 2B, NOP, table 4-12), and int3.
 _PADDING = re.compile(
@@ -2030,6 +2031,8 @@ class Analysis:
     known        {one of them: its targets}, filled by resolve_jumps
     strays       Insns on ways that enter one of them behind its first byte
                  (glibc jumps over a lock prefix)
+    entries      where others may go to, and whose address it takes itself
+    data         what it reads of its own bytes
     targets      vaddrs inside that its own direct branches lead to
     sources      sorted vaddrs of the opcodes of all its direct branches,
                  strays included
@@ -2043,10 +2046,15 @@ class Analysis:
         self.forms = [form for _, form in forms]
         self.padding_end = low + _PADDING.match(
             function.code, function.size).end()
+        named = [(form.opcode == 0x8d, _named(form, function.code, pos, low))
+                 for pos, form in forms if form.aim == _RIP]
+        self.data = sorted({vaddr for is_lea, vaddr in named if not is_lea
+                            and low <= vaddr < self.padding_end})
         self.entries = sorted(
             vaddr for vaddr in set(function.entries).union(
                 vaddr for vaddr in function.words
-                if not self._is_nothing(vaddr))
+                if not self._is_nothing(vaddr)).union(
+                vaddr for is_lea, vaddr in named if is_lea)
             if low < vaddr < self.padding_end)
         leads = [(low + pos, form) + aim(form, function.code, pos, low + pos)
                  for pos, form in forms if form.flow in _LEADS]
@@ -2168,6 +2176,15 @@ class Analysis:
                 if insn.target is not None and self.is_middle(insn.target):
                     pending.append(insn.target)
         return strays
+
+
+
+def _named(form, code, pos, vaddr):
+    """Return the vaddr that the rip-relative operand at code[pos] names."""
+    start = pos + form.disp_offset
+    return vaddr + pos + form.size + int.from_bytes(
+        code[start:start + 4], "little", signed=True)
+
 
 def analyse(function):
     """Return the Analysis of a Function.
@@ -2803,6 +2820,7 @@ def plan_window(function, site, branches, read=None, is_executable=None,
     if insn is None:
         raise RefusalError("no instruction", "0x%x is not the start of an "
                            "instruction of its function" % site, site)
+    _refuse_unreachable(analysis, site, limits)
     if insn.code == ENDBR64:
         site = _behind_endbr64(analysis, site, branches)
     limits = limits._replace(
@@ -2843,6 +2861,7 @@ def plan_trap(site, function, branches, forbidden=(), seccomp=False,
         if low < site + insn.size and site < high:
             raise RefusalError(reason, "%s at 0x%x is looked at by its "
                                "address" % (reason, low), site)
+    _refuse_data(site, function, limits)
     if insn.flow == SYSCALL and seccomp:
         raise RefusalError("syscall", "a seccomp filter may look at where "
                            "the syscall at 0x%x is" % site, site)
@@ -2850,6 +2869,40 @@ def plan_trap(site, function, branches, forbidden=(), seccomp=False,
         raise RefusalError("overlap", "another patch overlaps 0x%x" % site,
                            site)
     return Window(site, insn.size, (insn,), is_trap=True)
+
+
+def _refuse_data(site, function, limits):
+    """Refuse an int3 in what is, or may be, data in a function."""
+    try:
+        analysis = function and limits.branches.analysis(function)
+    except RefusalError:
+        return                          # it does not decode: nobody knows
+    if analysis and analysis.at(site):
+        _refuse_unreachable(analysis, site, limits)
+        if _data_in(analysis, site, site + 1):
+            raise RefusalError("data", "the function reads 0x%x as data"
+                               % site, site)
+
+
+def _refuse_unreachable(analysis, site, limits):
+    """Refuse a site that no way leads to: bytes behind a jump or ret that
+    decode may be data of the function, which a patch would change."""
+    place, starts = analysis.place(site), analysis.starts
+    while place > 0 and analysis.forms[place - 1].flow not in _ENDS:
+        if starts[place] in analysis.targets:
+            return
+        place -= 1
+    vaddr = starts[place]
+    if (place <= 0 or vaddr in analysis.targets
+            or vaddr in analysis.entries or analysis.strays):
+        return
+    for owner in _family(analysis, limits.branches):
+        jumps = resolve_jumps(owner, limits.read, limits.is_executable)
+        if jumps.unresolved or vaddr in jumps.targets:
+            return
+    if not limits.branches.entering(vaddr, vaddr + 1):
+        raise RefusalError("unreachable", "no way leads to 0x%x: is it data?"
+                           % vaddr, site)
 
 
 def _behind_endbr64(analysis, endbr64, branches):
@@ -2950,7 +3003,8 @@ def _dead_bytes(analysis, low, high, limits):
             continue
         last = min([vaddr for vaddr in known.entries if vaddr >= known.end]
                    + [known.padding_end])
-        if known.last_flow in _ENDS and last - known.end >= JUMP_SIZE:
+        if (known.last_flow in _ENDS and last - known.end >= JUMP_SIZE
+                and not _data_in(known, known.end, last)):
             yield known.end, last
         for first, last in _nops_within(known, low, high):
             if not _may_arrive(known, first, last, limits):
@@ -2982,7 +3036,8 @@ def _may_arrive(analysis, first, last, limits):
     """Tell whether other than a direct branch may lead to [first, last)."""
     if (any(first <= vaddr < last for vaddr in analysis.entries)
             or any(insn.vaddr < last and first < insn.vaddr + insn.size
-                   for insn in analysis.strays)):
+                   for insn in analysis.strays)
+            or _data_in(analysis, first, last)):
         return True
     for owner in _family(analysis, limits.branches):
         jumps = resolve_jumps(owner, limits.read, limits.is_executable)
@@ -3006,10 +3061,17 @@ def _window(analysis, site, jump_size, limits):
             end = _into_padding(analysis, insns, site, jump_size)
             break
     end = max(end, site + jump_size)
-    _refuse_place(site, jump_size, end, limits)
+    _refuse_place(analysis, site, jump_size, end, limits)
     _refuse_insns(analysis, insns, limits)
     _refuse_arrivals(analysis, site, end, len(insns), limits)
     return Window(site, end - site, tuple(insns))
+
+
+def _data_in(analysis, low, high):
+    """Return the vaddr of data that may reach into [low, high), or 0."""
+    place = bisect.bisect_left(analysis.data, low - _LONGEST_READ + 1)
+    found = analysis.data[place:place + 1]
+    return found[0] if found and found[0] < high else 0
 
 
 def _into_padding(analysis, insns, site, jump_size):
@@ -3039,8 +3101,12 @@ def _into_padding(analysis, insns, site, jump_size):
     return end
 
 
-def _refuse_place(site, jump_size, end, limits):
+def _refuse_place(analysis, site, jump_size, end, limits):
     """Refuse bytes that are another's or that one write may tear."""
+    data = _data_in(analysis, site, end)
+    if data:
+        raise RefusalError("data", "0x%x is data that the function reads"
+                           % data, site)
     if site // PAGE_SIZE != (site + jump_size - 1) // PAGE_SIZE:
         raise RefusalError("crosses a page", "the jump would cross the page "
                            "border at 0x%x" % (site + jump_size

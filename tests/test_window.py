@@ -127,6 +127,17 @@ a word may mean code  | <@ 55 b8 ? 90909090 53 c3 >          | entry in window
 a word at an insn     | <@ 55 ? 4889e5 53 c3 >               | entry in window
 a symbol means it     | <@ 55 b8 ! 06000000 53 c3 >          | unknown instruction
 
+reads its own bytes   | < 8b0502000000 eb05 @ 9090909090 c3 > | unreachable
+reads what it runs    | < 8b05 00000000 @ b801000000 c3 >    | data
+reads before the site | < 8b05 00000000 90 @ b801000000 c3 > | data
+its own address       | <@ 488d0502000000 53 4157 c3 >       | 0+7 1
+an address within     | < 488d0502000000 @ 53 4889e5 4157 c3 > | entry in window
+nobody comes          | < eb05 @ 9090909090 c3 >             | unreachable
+behind a ret          | < c3 @ b801000000 c3 >               | unreachable
+a jcc comes           | < 7401 c3 @ b801000000 c3 >          | 3+5 1
+an entry comes        | < c3 ! @ b801000000 c3 >             | 1+5 1
+a neighbour comes     | < c3 @ b801000000 c3 > < ebf8 >      | 1+5 1
+
 unknown jmp, entry    | <@ 55 4889e5 53 ffe0 >               | 0+5 3
 unknown jmp, later    | < 55 @ 4889e5 4157 ffe0 > \
                       | unresolved jump table
