@@ -10643,8 +10643,10 @@ class Target:
             if not probe.sites:
                 raise _none_armed(where, probe.refused)
             self._probes.append(probe)
-            if probe._is_of_stacks and probe._rings:
+            if probe._rings and (probe._is_of_stacks
+                                 or getattr(action, "stack", False)):
                 self._reader.names  # while it lives
+            if probe._is_of_stacks and probe._rings:
                 threading.Thread(target=self._keep_collecting, daemon=True,
                                  name="ubp-stacks-%d" % self.pid).start()
             probe._entry, probe._strategies = entry, strategies
@@ -13856,8 +13858,38 @@ def verb_plan(options, signals):
         for plan in plans:
             out.write(plan_text(plan))
         out.write(plan_summary(plans))
+        for text in reading_expressions(options.groups):
+            out.write("%s reads memory by a pointer: a system call, about "
+                      "%s a hit here; a bad pointer is a counted fault\n"
+                      % (escape(text), quantity(pointer_read_ns(), "ns")))
 
     return each_target(options, visit)
+
+
+def reading_expressions(groups):
+    """Return the texts of the expressions that follow pointers, each once.
+    """
+    texts = [text for group in groups for text in group.exprs + group.keys
+             + tuple(filter(None, (group.when, group.sum, group.until)))]
+    return [text for text in collections.OrderedDict.fromkeys(texts)
+            if ubp_x86.parse_expression(text, True).reads_memory]
+
+
+def pointer_read_ns():
+    """Return what a copy of 64 bytes by process_vm_readv(2) takes here.
+
+    It is what a body does at each hit, without Python's part: that is what
+    the same call takes that the kernel refuses at once, for its flags.
+    """
+    buffer, pid = ctypes.create_string_buffer(64), os.getpid()
+    piece = Iovec(ctypes.addressof(buffer), 64)
+    at, times = ctypes.addressof(piece), []
+    for flags in 0, 1:
+        began = time.perf_counter()
+        for _ in range(2000):
+            _readv(pid, at, 1, at, 1, flags)
+        times.append((time.perf_counter() - began) / 2000)
+    return max(int((times[0] - times[1]) * 1e9), 1)
 
 
 def plan_text(plan):
@@ -14396,6 +14428,18 @@ class Watched:
             for plan in probe.refused)
         return list(found.values())
 
+    def frames_told(self):
+        """Return what is known of calls that were not seen from end to end.
+        """
+        readings = [armed.probe.reading() for armed in self.armed
+                    if armed.is_exit and not armed.is_trigger]
+        counts = [(sum(reading.unfinished + reading.abandoned
+                       for reading in readings), "unfinished"),
+                  (sum(reading.unmatched for reading in readings),
+                   "running already when armed")]
+        return "".join("; %s %s" % (plural(n, "call"), what)
+                       for n, what in counts if n)
+
     def loss(self):
         """Return this process's Loss."""
         return Loss(HOST, self.pid, self.hits, self.dropped,
@@ -14714,6 +14758,10 @@ class Session:
             "left in place" if options.leave else
             "its end removes" if options.command else
             "Ctrl-C removes"))
+        overhead_ns = max([getattr(probe, "overhead_ns", 0)
+                           for probe in watched.probes] + [0])
+        if overhead_ns:
+            say("each time includes about %d ns of measuring" % overhead_ns)
         for note in target.notes:
             say(note)
         watched.n_notes = len(target.notes)
@@ -15025,8 +15073,8 @@ class Session:
                     watched.name + ": " if len(self.watched) > 1 else "",
                     pages_equal(watched.target.removal)))
         hits, dropped = watched.hits, watched.dropped
-        return "%s; hits %d = recorded %d + dropped %d" % (
-            what, hits, hits - dropped, dropped)
+        return "%s; hits %d = recorded %d + dropped %d%s" % (
+            what, hits, hits - dropped, dropped, watched.frames_told())
 
     def wait_for_command(self):
         """Wait until the COMMAND ends. -> its exit status, as a shell's."""

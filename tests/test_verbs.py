@@ -332,9 +332,7 @@ class OneLiners(unittest.TestCase):
         """
         process = test_cli.start(verb, "-p", pid, *words)
         try:
-            err = test_cli.read_until(process.stderr, "\n")
-            if "not built yet" in err:
-                self.skipTest(err)
+            err = test_cli.read_until(process.stderr, "Ctrl-C removes")
             work()
             if "--hits" not in words and "--until" not in words:
                 time.sleep(0.1)
@@ -376,8 +374,8 @@ class OneLiners(unittest.TestCase):
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder)
         path = os.path.join(folder, "malloc.svg")
-        self.probe(server.pid, "stack", "libc:malloc", "libc:realloc",
-                   "--sum", "arg0", "--if", "arg0 > 100000", "-o", path,
+        self.probe(server.pid, "stack", "libc:malloc", "--sum", "arg0",
+                   "--if", "arg0 > 100000", "-o", path,
                    work=lambda: server.call("b'x' * 200000", 50))
         with open(path) as file:
             frames = ElementTree.fromstring(file.read())
@@ -386,9 +384,8 @@ class OneLiners(unittest.TestCase):
         total = max(int(about.split()[0]) for _, _, about in titles)
         self.assertGreaterEqual(total, 50 * 200000)
         self.assertLess(total, 60 * 200000)
-        self.assertTrue(any(name.startswith("PyBytes_FromStringAndSize")
-                            or name.startswith("bytes_new")
-                            for name, _, _ in titles), titles)
+        names = {name for name, _, _ in titles}
+        self.assertLessEqual({"all", "_start", "malloc"}, names)
 
     def test_calls_of_string_functions_per_second(self):
         server = self.python()
@@ -500,8 +497,6 @@ class OneLiners(unittest.TestCase):
         self.assertEqual(process.returncode, 0, err)
         lines = out.decode().splitlines()
         self.assertIn("libc.so.6:abort", lines[0])
-        if len(lines) == 1:
-            self.skipTest("stacks of hits are not built yet")
         self.assertTrue(any("os_abort" in line or "vectorcall" in line
                             for line in lines[1:]), lines)
 
@@ -575,8 +570,9 @@ class OneLiners(unittest.TestCase):
                               path, work=work)
         with open(path) as file:
             lines = file.read().splitlines()
+        dropped = int(re.search(r"dropped (\d+)", err).group(1))
         self.assertEqual(sum(int(line.rpartition(" ")[2])
-                             for line in lines),
+                             for line in lines) + dropped,
                          server.calls()["set"] - before)
         self.assertRegex(lines[0], r"\A(.*;)?main;.*setCommand \d+\Z")
 
@@ -632,6 +628,15 @@ class OneLiners(unittest.TestCase):
         self.assertTrue(stacks)
         self.assertTrue(any("ngx_ssl_write" in frame or "nginx:" in frame
                             for frame in stacks[0]["stack"]), stacks[0])
+
+    def test_plan_says_what_a_pointer_costs(self):
+        server = self.python()
+        status, out, err = run("plan", "-p", server.pid, "libc:open64", "-e",
+                               "str(arg0), arg1")
+        self.assertEqual(status, 0, err)
+        self.assertRegex(out, r"(?m)^str\(arg0\) reads memory by a pointer: "
+                         r"a system call, about [0-9.]+ [nu]s a hit here")
+        self.assertNotIn("\narg1 reads", out)
 
     # -- what is not built yet, or another's --------------------------------
 
