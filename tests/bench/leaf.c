@@ -67,19 +67,6 @@ ALONE unsigned leaf_plain(unsigned x)
     return (x * 3 + 1) ^ 0x5555;
 }
 
-/* What the clock alone costs: the floor of whatever has a timestamp. */
-ALONE unsigned leaf_rdtsc(unsigned x)
-{
-    __asm__ volatile("rdtsc" ::: "rax", "rdx");
-    return (x * 3 + 1) ^ 0x5555;
-}
-
-ALONE unsigned leaf_rdtsc2(unsigned x)
-{
-    __asm__ volatile("rdtsc\nrdtsc" ::: "rax", "rdx");
-    return (x * 3 + 1) ^ 0x5555;
-}
-
 /* outer: hands everything on to another, so that no register is free. */
 ALONE unsigned outer(unsigned x)
 {
@@ -116,12 +103,127 @@ ALONE unsigned caller_plain(unsigned x)
     return opaque(x) + 1;
 }
 
+/* What a rebuilt program would call to do what each action does. */
+static inline unsigned long rdtsc(void)
+{
+    unsigned low, high;
+    __asm__ volatile("rdtsc" : "=a"(low), "=d"(high));
+    return (unsigned long)high << 32 | low;
+}
+
+static struct histogram {
+    unsigned long sum, bucket[496];
+} histogram __attribute__((aligned(64)));
+
+static void add_to(struct histogram *h, unsigned long v)
+{
+    int e = 63 - __builtin_clzl(v | 1);
+    unsigned long i = v < 8 ? v : 8 * (e - 2) + ((v >> (e - 3)) & 7);
+    __atomic_fetch_add(&h->bucket[i], 1, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&h->sum, v, __ATOMIC_RELAXED);
+}
+
+ALONE void callback_hist(unsigned long v)
+{
+    add_to(&histogram, v);
+}
+
+static struct {
+    unsigned long key, n;
+} table[1024] __attribute__((aligned(64)));
+
+ALONE void callback_key(unsigned long key)
+{
+    unsigned long i = key * 0x9e3779b97f4a7c15ul >> 54;
+    while (1) {
+        unsigned long seen = 0;
+        if (table[i].key == key + 1)
+            break;
+        if (!table[i].key && __atomic_compare_exchange_n(
+                &table[i].key, &seen, key + 1, 0, __ATOMIC_RELAXED,
+                __ATOMIC_RELAXED))
+            break;
+        if (seen == key + 1)
+            break;
+        i = (i + 1) & 1023;
+    }
+    __atomic_fetch_add(&table[i].n, 1, __ATOMIC_RELAXED);
+}
+
+static struct record {
+    unsigned long sequence, tsc, where, site, a, b;
+} ring[4096] __attribute__((aligned(64)));
+static __thread unsigned thread_id = 1, cpu_number = 0;
+
+ALONE void callback_trace(unsigned long a, unsigned long b)
+{
+    unsigned long n = __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED);
+    struct record *r = &ring[n & 4095];
+    __atomic_store_n(&r->sequence, 2 * n + 1, __ATOMIC_RELAXED);
+    r->tsc = rdtsc();
+    r->where = (unsigned long)cpu_number << 32 | thread_id;
+    r->site = 1;
+    r->a = a;
+    r->b = b;
+    __atomic_store_n(&r->sequence, 2 * n + 2, __ATOMIC_RELEASE);
+}
+
+ALONE unsigned leaf_hist(unsigned x)
+{
+    callback_hist(x);
+    return (x * 3 + 1) ^ 0x5555;
+}
+
+ALONE unsigned leaf_key(unsigned x)
+{
+    callback_key(x & 15);
+    return (x * 3 + 1) ^ 0x5555;
+}
+
+ALONE unsigned leaf_trace(unsigned x)
+{
+    callback_trace(x, x + 1);
+    return (x * 3 + 1) ^ 0x5555;
+}
+
+ALONE unsigned leaf_condition(unsigned x)
+{
+    if (x == 0)
+        callback_atomic();
+    return (x * 3 + 1) ^ 0x5555;
+}
+
+ALONE unsigned leaf_latency(unsigned x)
+{
+    unsigned long start = rdtsc();
+    unsigned y = (x * 3 + 1) ^ 0x5555;
+    callback_hist(rdtsc() - start);
+    return y;
+}
+
+/* The floor of whatever takes the time: one rdtsc, and two. */
+ALONE unsigned leaf_rdtsc(unsigned x)
+{
+    rdtsc();
+    return (x * 3 + 1) ^ 0x5555;
+}
+
+ALONE unsigned leaf_2rdtsc(unsigned x)
+{
+    unsigned y;
+    rdtsc();
+    y = (x * 3 + 1) ^ 0x5555;
+    rdtsc();
+    return y;
+}
+
 #define LOOP(name) \
     ALONE static void loop_##name(long n) { do name(n); while (--n); }
 LOOP(leaf) LOOP(leaf_atomic) LOOP(leaf_plain)
-LOOP(leaf_rdtsc) LOOP(leaf_rdtsc2)
 LOOP(outer) LOOP(outer_atomic) LOOP(outer_plain)
 LOOP(caller) LOOP(caller_atomic) LOOP(caller_plain)
+LOOP(leaf_hist) LOOP(leaf_key) LOOP(leaf_trace) LOOP(leaf_condition)
+LOOP(leaf_latency) LOOP(leaf_rdtsc) LOOP(leaf_2rdtsc)
 
 static const struct {
     const char *name;
@@ -130,14 +232,19 @@ static const struct {
     {"leaf", loop_leaf},
     {"leaf_atomic", loop_leaf_atomic},
     {"leaf_plain", loop_leaf_plain},
-    {"leaf_rdtsc", loop_leaf_rdtsc},
-    {"leaf_rdtsc2", loop_leaf_rdtsc2},
     {"outer", loop_outer},
     {"outer_atomic", loop_outer_atomic},
     {"outer_plain", loop_outer_plain},
     {"caller", loop_caller},
     {"caller_atomic", loop_caller_atomic},
     {"caller_plain", loop_caller_plain},
+    {"leaf_hist", loop_leaf_hist},
+    {"leaf_key", loop_leaf_key},
+    {"leaf_trace", loop_leaf_trace},
+    {"leaf_condition", loop_leaf_condition},
+    {"leaf_latency", loop_leaf_latency},
+    {"leaf_rdtsc", loop_leaf_rdtsc},
+    {"leaf_2rdtsc", loop_leaf_2rdtsc},
     {0, 0}
 };
 
