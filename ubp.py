@@ -7019,8 +7019,34 @@ def _signed_128(low, high):
     return value - (1 << 128) if value >> 127 else value
 
 
-def payload_value(kind, is_unsigned, rows):
-    """(value, recorded) of a payload: the words of each processor."""
+_MOST_HITS = 1 << 56            # of one processor: years of hits each ns
+
+
+def _believed(rows, first, last, invalid):
+    """Rows whose counts, words first to last, can be; others become 0.
+
+    invalid   a list that gets a 1 for each of those
+    """
+    if all(max(row[first:last]) < _MOST_HITS for row in rows):
+        return rows
+    made = []
+    for row in rows:
+        row = list(row)
+        for n in range(first, min(last, len(row))):
+            if row[n] >= _MOST_HITS:
+                row[n] = 0
+                invalid.append(1)
+        made.append(row)
+    return made
+
+
+def payload_value(kind, is_unsigned, rows, invalid):
+    """(value, recorded) of a payload: the words of each processor.
+
+    invalid   a list that gets a 1 for each count that cannot be
+    """
+    first = ubp_x86.HIST_BUCKETS // 8 if kind == "hist" else 0
+    rows = _believed(rows, first, len(rows[0]) if first else 1, invalid)
     if kind == "count":
         total = sum(row[0] for row in rows)
         return total, total
@@ -7043,18 +7069,30 @@ def payload_value(kind, is_unsigned, rows):
 
 def block_reading(layout, rows):
     """The Reading of a count, sum or hist. rows: each processor's words."""
+    invalid = []
     if layout.kind == "word":
-        total = sum(row[0] for row in rows)
-        return Reading(total, total)
-    head, start = _head(rows), layout.start // 8
-    value, recorded = payload_value(layout.kind, layout.is_unsigned,
-                                    [row[start:] for row in rows])
-    return Reading(value, recorded, *head)
+        total = sum(row[0] for row in _believed(rows, 0, 1, invalid))
+        return Reading(total, total, invalid=len(invalid))
+    head, start = _head(rows, invalid), layout.start // 8
+    size = _payload_words(layout)
+    value, recorded = payload_value(
+        layout.kind, layout.is_unsigned,
+        [row[start:start + size] for row in rows], invalid)
+    return Reading(value, recorded, *head, invalid=len(invalid))
 
 
-def _head(rows):
+def _payload_words(layout):
+    """Words of the payload of a layout, without what aligns it."""
+    kind = layout.payload or layout.kind
+    return {"count": 1, "sum": ubp_x86.SUM_SIZE // 8}.get(
+        kind, ubp_x86.HIST_BUCKETS // 8 + ubp_x86.N_BUCKETS
+        * (1 if layout.is_unsigned else 2))
+
+
+def _head(rows, invalid):
     """What the first words say: faults, dropped, and those of frames."""
-    return [sum(column) for column in zip(*(row[:6] for row in rows))]
+    return [sum(column) for column in zip(*(
+        row[:6] for row in _believed(rows, 0, 6, invalid)))]
 
 
 def table_reading(layout, keys, rows):
@@ -7063,7 +7101,8 @@ def table_reading(layout, keys, rows):
     keys   the Expressions, for what is unsigned or text
     A key may be in it twice, and in each processor's: values are added.
     """
-    found, invalid, recorded = {}, 0, 0
+    found, invalid, recorded = {}, [], 0
+    n_words = _payload_words(layout)
     is_one_int = len(layout.fields) == 1 and layout.fields[0][0] == "int"
     size, start = layout.entry_size // 8, layout.start // 8
     at = layout.payload_offset // 8
@@ -7074,14 +7113,16 @@ def table_reading(layout, keys, rows):
                 continue            # free, or being written
             entry = row[start + n * size:start + (n + 1) * size]
             if state != ubp_x86.table_tag(entry[1:at], is_one_int):
-                invalid += 1
+                invalid.append(1)
                 continue
             value, count = payload_value(
-                layout.payload, layout.is_unsigned, [entry[at:]])
+                layout.payload, layout.is_unsigned,
+                [entry[at:at + n_words]], invalid)
             key = _entry_key(layout, keys, entry)
             found[key] = found[key] + value if key in found else value
             recorded += count
-    return Reading(found, recorded, *_head(rows), invalid=invalid)
+    head = _head(rows, invalid)
+    return Reading(found, recorded, *head, invalid=len(invalid))
 
 
 def _entry_key(layout, keys, entry):
@@ -7293,9 +7334,9 @@ class TraceRing:
             reserved = self._word(self._at + ubp_x86.RING_RESERVED)
             self._look_aside(found, is_last)
             if not self._next <= reserved < self._next + (1 << 40):
-                self.n_invalid += reserved != self._next
-                self._next = reserved & (1 << 62) - 1
-                return found
+                self.n_invalid += 1     # begin again where it says
+                self._next = reserved
+                self._aside.clear()
             oldest = max(self._next, reserved - n)
             self.n_lost += oldest - self._next
             for first, last in _unwrapped(oldest, reserved, n):
@@ -7331,10 +7372,11 @@ class TraceRing:
         sequences, data, after = [
             self.arena.load(self.cpu, at, (last - first) * size)
             for _ in range(3)]
-        step, want = size // 8, range(2 * first + 2, 2 * last + 2, 2)
+        step, words = size // 8, (1 << 64) - 1
+        want = [2 * ticket + 2 & words for ticket in range(first, last)]
         before = memoryview(sequences).cast("Q")[::step].tolist()
         after = memoryview(after).cast("Q")[::step].tolist()
-        if before == after == list(want):
+        if before == after == want:
             found.append(data)
             self.n_read += last - first
             return

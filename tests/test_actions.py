@@ -594,8 +594,8 @@ class Hostile(unittest.TestCase):
                     memory.write(bytes(rng.getrandbits(8) for _ in range(
                         rng.choice((1, 8, 64)))))
                     n += 1
-            process.send("x")
-            process.answer(PATIENCE)
+                process.send("x")       # while hits that wait find a reader
+                process.answer(PATIENCE)
             for event in reader.events:
                 self.assertEqual("work", event.site.function.name)
             for probe in probes:

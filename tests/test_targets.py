@@ -1675,7 +1675,8 @@ class Forged(unittest.TestCase):
 
     def record(self, ready, site, old):
         """A record whose jump leads from site to the arena, packed."""
-        window = ubp.collections.namedtuple("W", "site slot")(site, 0)
+        window = ubp.collections.namedtuple("W", "site slot is_trap")(
+            site, 0, False)
         trampoline = ready["base"] + self.CODE - 64
         patch, = ubp.ubp_x86.window_patches(window, trampoline)
         genuine_record = ubp.unpack_record(self.data[4096:4608], self.header)
