@@ -9117,13 +9117,18 @@ class Tally:
                      if each is not None]
         self.names = frozenset().union(*(each.names for each in self.used))
 
-    def add(self, hit, read):
+    def add(self, hit, read, more=()):
         """Count a Trap. -> its values if a Trace is to keep it, or None
 
         read    read(vaddr, size) -> bytes of the process; raises OSError
+        more    {name: value} of what else is known: old, new
         """
         self.n_seen += 1
         spec, values = self.spec, self._inputs(hit, read)
+        if values is not None:
+            values.update(more)
+            if not self.names <= set(values):
+                values = None
         if values is None:
             self.n_faults += 1
             return None
@@ -9226,14 +9231,14 @@ class Ring:
     every thread of the target. Raises OSError.
     """
 
-    def __init__(self, cpu):
+    def __init__(self, cpu, is_prompt=False):
         attr = PerfEventAttr(
             type=PERF_TYPE_SOFTWARE, config=PERF_COUNT_SW_DUMMY,
             flags=PERF_EXCLUDE_KERNEL | PERF_EXCLUDE_HV | PERF_USE_CLOCKID
             | PERF_WATERMARK, clockid=time.CLOCK_MONOTONIC)
         for n_pages in _RING_PAGES:
             self.size = n_pages * PAGE
-            attr.wakeup_watermark = self.size // 4
+            attr.wakeup_watermark = 1 if is_prompt else self.size // 4
             self.fd = perf_event_open(attr, 0, cpu)
             try:
                 self._map = mmap.mmap(self.fd, PAGE + self.size)
@@ -9310,10 +9315,14 @@ class HardwarePart:
 
     name = "hw"
 
-    def __init__(self, sites, spec, tracer):
+    def __init__(self, sites, spec, tracer, insn_before=lambda vaddr: None):
         self.sites, self.notes, self.tracer = list(sites), [], tracer
         self.tallies = collections.OrderedDict(
             (site, Tally(site, spec)) for site in sites)
+        self._insn_before = insn_before     # vaddr -> Insn that ends there
+        self._wants_values = any(tally.names & set(ubp_x86.WATCH_NAMES)
+                                 for tally in self.tallies.values())
+        self._last = {}             # {(Site, pid): its value, if it is known}
         self._is_sampled = bool(spec.keys or spec.when
                                 or spec.action != "count")
         self._stack_size = _stack_bytes(self.tallies.values())
@@ -9339,7 +9348,7 @@ class HardwarePart:
         try:
             if self._is_sampled:
                 for cpu in online_cpus():
-                    self._rings[cpu] = Ring(cpu)
+                    self._rings[cpu] = Ring(cpu, self._wants_values)
             for _ in range(_OPEN_ATTEMPTS):
                 tids = _all_threads(tgid)
                 self._open(tids)
@@ -9359,6 +9368,8 @@ class HardwarePart:
                 raise _perf_refusal(error, "%s of %s" % (
                     site_name(self.sites[0]), self.tracer.name()))
             raise
+        for site in self.sites if self._wants_values else ():
+            self._last[site, tgid] = self._settled(site, tgid, 0)
         if self._is_sampled:
             self._reader = threading.Thread(
                 target=self._keep_reading, daemon=True,
@@ -9452,13 +9463,55 @@ class HardwarePart:
                     if number in self._ids:
                         hits.append((hit.time, len(hits), hit,
                                      self._ids[number]))
-        for _, _, hit, site in sorted(hits):
-            tally = self.tallies[site]
+        hits.sort()
+        last = {(site, hit.pid): n for _, n, hit, site in hits}
+        n_seen = collections.Counter(site for _, _, _, site in hits)
+        for site in n_seen:
+            n_seen[site] += self.tallies[site].n_seen
+        for _, n, hit, site in hits:
+            tally, more = self.tallies[site], ()
+            if self._wants_values:
+                more = self._values_of(site, hit, n_seen[site] if last[
+                    site, hit.pid] == n else 0)
             if tally.spec.action == "trace" and len(self._kept) >= _MAX_KEPT:
                 continue                # lost: seen by the kernel only
-            values = tally.add(hit, _reader_of(hit))
+            values = tally.add(hit, _reader_of(hit), more)
             if values is not None:
                 self._kept.append((hit, site, values))
+
+    def _values_of(self, site, hit, n_seen):
+        """{"old": …, "new": …} of a watched range, what is known for sure.
+
+        n_seen   of the last hit of a process so far: how many of the site
+                 were found up to now; else 0
+        What a mov stored its registers tell. Else memory does, if nobody
+        wrote to it since: only of the last hit.
+        """
+        key = site, hit.pid
+        more = {"old": self._last.get(key)}
+        insn = self._insn_before(hit.vaddr) if hit.regs else None
+        stored = insn and ubp_x86.stored_value(insn, hit.regs)
+        if stored == (site.vaddr, stored and stored[1]) and len(
+                stored[1]) == site.function.size:
+            more["new"] = int.from_bytes(stored[1], "little")
+        elif n_seen:
+            more["new"] = self._settled(site, hit.pid, n_seen)
+        self._last[key] = more.get("new")
+        return {name: value for name, value in more.items()
+                if value is not None}
+
+    def _settled(self, site, pid, n_seen):
+        """The value of a watched range, if it had so many hits and no more.
+        """
+        try:
+            data = read_memory(pid, site.vaddr, site.function.size)
+        except OSError:
+            return None
+        n = sum(int.from_bytes(os.read(fd, 8), "little")
+                for fd, each in self._events.items() if each == site)
+        if n - self._lost[site] != n_seen:
+            return None
+        return int.from_bytes(data, "little")
 
     def _keep_reading(self):
         """In a thread: before the rings are full."""
@@ -10536,7 +10589,7 @@ class Target:
         self._modules = self._planner = None
         self._is_closed, self._guardian = False, None
         self._watcher = None        # of libraries that come and go
-        self._gone_modules = []
+        self._gone_modules, self._insns = [], {}
         self._is_kept = False       # launched, at its entry point, by SIGSTOP
         self._max_rate = float("inf")       # of hits by int3 or hw
         self._rates = {}            # {(HardwarePart, Site): hits before}
@@ -10658,6 +10711,7 @@ class Target:
                 raise ProbeError("probe", _where_text(where), "entries and "
                                  "exits in one probe", "use two probes")
             spec, entry = make_specs(self._chosen(action), when, is_return)
+            _check_watched(spec, sites, where)
             if len(sites) > max_sites:
                 raise ProbeError(
                     "probe", str(where), "it matches %d functions, more "
@@ -10834,7 +10888,8 @@ class Target:
         def in_pause(action):
             self._worker.call(lambda: self._tracer.pause(
                 action, timeout, "arm"), timeout)
-        part = HardwarePart(sites, probe._spec, self._tracer)
+        part = HardwarePart(sites, probe._spec, self._tracer,
+                            self._insn_before)
         try:
             part.arm(in_pause)
         except OSError as error:
@@ -10843,6 +10898,15 @@ class Target:
         probe.sites += sites
         for note in part.notes:
             self._note(note)
+
+    def _insn_before(self, vaddr):
+        """The Insn that ends at vaddr, or None where nothing tells."""
+        if vaddr not in self._insns:
+            self._insns[vaddr] = None
+            for module in self._modules or ():
+                if module.low < vaddr <= module.high:
+                    self._insns[vaddr] = _last_insn(module, vaddr)
+        return self._insns[vaddr]
 
     def _with_ptrace(self, function, timeout, new=()):
         """Call function() in the worker, with no guardian tracing. -> result
@@ -11161,6 +11225,31 @@ def _plan_site(planner, site, strategies, spec=_PLAIN_COUNT, index=0,
             return plan
         refused = refused or plan
     return refused
+
+
+def _check_watched(spec, sites, where):
+    """Refuse old and new where no memory is watched."""
+    used = frozenset().union(*(each.names for each in (spec.when,)
+                               + spec.keys + spec.values if each))
+    if used & set(ubp_x86.WATCH_NAMES) and not all(map(is_watch, sites)):
+        raise ProbeError("probe", _where_text(where), "old and new are the "
+                         "values of memory that is watched: mem:SYMBOL",
+                         "--strategy hw")
+
+
+def _last_insn(module, vaddr):
+    """The Insn of a function that ends at vaddr, or None."""
+    bounds = module.bounds(vaddr - 1)
+    if bounds is None or vaddr - bounds[0] > 1 << 20:
+        return None
+    code, at = module.read_file(bounds[0], vaddr - bounds[0]), 0
+    try:
+        while at < len(code):
+            insn = ubp_x86.decode(code[at:at + 15], bounds[0] + at)
+            at += insn.size
+    except DecodeError:
+        return None
+    return insn if at and at == vaddr - bounds[0] else None
 
 
 def _plan_hardware(site, spec, entry):

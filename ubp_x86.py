@@ -3671,7 +3671,8 @@ REGISTERS = ("rax rcx rdx rbx rsp rbp rsi rdi "
              "r8 r9 r10 r11 r12 r13 r14 r15").split()
 MAX_ARGS = 16                   # arg0 to arg15
 EXIT_NAMES = ("ret", "elapsed")
-INPUTS = frozenset(REGISTERS + list(EXIT_NAMES)
+WATCH_NAMES = ("old", "new")    # of memory that is watched
+INPUTS = frozenset(REGISTERS + list(EXIT_NAMES) + list(WATCH_NAMES)
                    + ["nsecs", "tid", "pid", "cpu", "caller"]
                    + ["arg%d" % n for n in range(MAX_ARGS)])
 TYPES = {sign + str(bits): (bits // 8, sign == "s")
@@ -6552,6 +6553,47 @@ def stack_inputs(regs, names):
     return {name: top if name == "caller" else top + 8 * int(name[3:]) - 40
             for name in names if name == "caller"
             or name.startswith("arg") and int(name[3:]) > 5}
+
+
+def stored_value(insn, regs):
+    """What a mov to memory wrote. -> (vaddr, bytes), or None for others
+
+    regs   behind it: a mov changes none. Source: SDM 2B, MOV; 2A 2.1.5.
+    """
+    form, kind = insn.form, insn.form.opcode
+    if (kind not in (0x88, 0x89, 0xc6, 0xc7) or form.modrm < 0
+            or form.modrm >> 6 == 3 or form.prefixes & ~O16
+            or kind > 0x89 and form.modrm >> 3 & 7):
+        return None
+    size = (1 if not kind & 1 else 8 if form.rex & 8 else
+            2 if form.prefixes & O16 else 4)
+    general = [_REGS.unpack(regs)[_NAMED[name]] for name in REGISTERS]
+    at = form.disp_offset
+    vaddr = int.from_bytes(insn.code[at:at + form.disp_size], "little",
+                           signed=True)
+    mod, low = form.modrm >> 6, form.modrm & 7
+    if insn.rip_relative is not None:
+        vaddr = insn.rip_relative
+    elif low == 4:
+        index = form.sib >> 3 & 7 | form.rex << 2 & 8
+        if mod or form.sib & 7 != 5:
+            vaddr += general[form.sib & 7 | form.rex << 3 & 8]
+        vaddr += general[index] << (form.sib >> 6) if index != 4 else 0
+    else:
+        vaddr += general[low | form.rex << 3 & 8]
+    number = form.modrm >> 3 & 7 | form.rex << 1 & 8
+    if kind > 0x89:
+        at = form.imm_offset
+        value = int.from_bytes(insn.code[at:at + form.imm_size], "little",
+                               signed=True)
+    elif size == 1 and 4 <= number < 8 and (
+            not form.opcode_offset
+            or insn.code[form.opcode_offset - 1] & 0xf0 != 0x40):   # no REX
+        value = general[number - 4] >> 8        # ah, ch, dh, bh
+    else:
+        value = general[number]
+    return vaddr & _U64_MAX, (value & (1 << 8 * size) - 1).to_bytes(
+        size, "little")
 
 
 def _replaced(regs, changes):

@@ -141,6 +141,45 @@ class Hardware(unittest.TestCase):
                 target.probe("exe:step", ubp.Latency(), strategy="hw")
             self.assertIn("one instruction", str(caught.exception))
 
+    def test_a_watch_knows_the_value_before_and_after(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            probe = target.probe("mem:counter", ubp.Trace("old", "new"),
+                                 strategy="hw")
+            process.ask("w")
+            seen = [event.values for event in target.events(0.3)]
+            values = [7 * n for n in range(101)]
+            self.assertEqual(list(zip([0] + values, values)), seen)
+            self.assertEqual((101, 0), (probe.hits, probe.dropped))
+            only = target.probe("mem:counter", ubp.Count(),
+                                "new == 70 and old == 63", "hw")
+            process.ask("w")
+            self.assertEqual(1, only.read())
+            process.quit()
+
+    def test_what_no_register_tells_is_read_or_a_fault(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            probe = target.probe("mem:total", ubp.Trace("old", "new"),
+                                 strategy="hw")
+            values = []
+            for _ in range(5):
+                n = process.ask("+")["sum"]
+                values += [event.values for event in target.events(0.3)]
+            known = [new for _, new in values if new is not None]
+            self.assertEqual(len(values), probe.hits)
+            self.assertEqual(5, len(values))
+            self.assertEqual(n, values[-1][1])
+            self.assertEqual(sorted(known), known)
+            process.quit()
+
+    def test_old_and_new_need_a_watch(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            with self.assertRaises(ubp.ProbeError) as caught:
+                target.probe("exe:step", ubp.Hist("new"))
+            self.assertIn("mem:", str(caught.exception))
+
     def test_memory_that_cannot_be_read_is_a_counted_fault(self):
         with live.Target("life") as process, \
                 ubp.attach(process.pid) as target:

@@ -4,12 +4,12 @@
  * Commands, each with an answer: c calls of step; w writes to counter; r
  * reads of it; z system calls that write to buffer; t calls in new threads;
  * f calls in a forked child; v in one that then becomes another program;
- * a addresses; q quit. */
+ * + adds 3 to total in memory; q quit. */
 #include "target.h"
 
 enum { CALLS = 1009, WRITES = 101, READS = 53, FILLS = 7, THREADS = 4,
        EACH = 211, CHILD = 307 };
-volatile long counter;
+volatile long counter, total;
 int odd_sized[3];
 char buffer[64];
 __thread long own;
@@ -71,6 +71,9 @@ int main(void)
             for (; n < FILLS; n++)
                 if (read(zero, buffer, sizeof buffer) != sizeof buffer)
                     wrong("read of /dev/zero");
+        } else if (c == '+') {
+            __asm__ volatile("addq $3, %0" : "+m"(total) :: "cc");
+            sum = total;
         } else if (c == 't') {
             in_threads();
             n = THREADS * EACH;
