@@ -628,6 +628,44 @@ class Frames(Runs):
         self.assertLess(total, 10**9)
 
 
+    def test_an_exit_records_what_the_entry_was_given(self):
+        """Strings and stack arguments of the entry, under a condition and
+        a policy that take all the registers there are."""
+        self.page.data[0x800:0x808] = b"entered\0"
+        spec = x86.Spec("trace", values=parse(
+            "str(arg0, 16), arg3, s32(ret), elapsed, arg7, nsecs, "
+            "u8[arg0 + 1] // arg5", True), is_exit=True, n_slots=64,
+            when=parse("ret != 5 and u8[arg0] != 0x7a", True)[0],
+            policy="block")
+        entry = x86.entry_spec(spec)
+        self.assertEqual(entry.kept, ("arg0", "arg3", "arg5", "arg7"))
+        place = self.page.place(spec, tsc=TSC, frames=bodies.SHARDS
+                                + 0x200000, tracer=bodies.DATA + 0x60)
+        cases, wanted = [], []
+        arg7 = int.from_bytes(bytes(
+            a * 37 & 255 for a in range(SP + 16, SP + 24)), "little")
+        for (a, wa), (b, wb) in zip(self.at_windows(entry, place, 40),
+                                    self.at_windows(spec, place, 40)):
+            pointer = self.pick.choice((bodies.DATA + 0x800, 0))
+            c, divisor = self.pick.getrandbits(40), self.pick.randrange(2)
+            ret = self.pick.choice((5, 7, 0xfffffffe))
+            cases.append(Case(a, registers(
+                self.pick, rdi=pointer, rcx=c, r9=divisor), wa))
+            cases.append(Case(b, registers(self.pick, rax=ret), wb))
+            if ret != 5 and pointer:
+                wanted.append((64 * (not divisor), b"entered", c,
+                               {7: 7, 0xfffffffe: MASK - 1}[ret], arg7,
+                               ord("n") * divisor))
+        data = self.run_cases(cases)
+        found = [(record[5],) + record[6][:3] + (record[6][4],
+                                                 record[6][6])
+                 for record in records(data, place, spec)]
+        self.assertEqual(found, wanted)
+        faults = sum(1 for a, b in zip(cases[::2], cases[1::2])
+                     if not a.regs[7] and b.regs[0] != 5)
+        self.assertEqual(words(data, place, 0, 3), (faults, 0, 0))
+
+
 class Stacks(Runs):
 
     # Offsets of frames from rsp, as each points to the next; then how many
