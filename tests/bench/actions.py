@@ -16,6 +16,8 @@ import ubp
 import uprobe
 from common import Child, Leaf, Result, Skip, Yardstick, armed
 
+DRAINED = 3500              # calls whose records fit a ring of 4096
+SLOW = 1000, 5              # calls, loops: of what takes microseconds
 FALSE = "arg0 == 0"         # the loops call with n down to 1
 
 
@@ -33,7 +35,6 @@ class Work(typing.NamedTuple):
     filter: str = ""
     is_latency: bool = False
     bpftrace: str = ""          # what it does at FUNCTION
-    n: int = 100000             # calls of a loop
 
 
 ATOMIC = (("atomic", "<= 1.0"), ("plain", ""))
@@ -60,13 +61,12 @@ WORKS = collections.OrderedDict([
         "count by key, 16 of them", 12, ubp.Count(by="arg0 & 15"),
         callbacks=(("key", ""),), args="a=%di:u64",
         bpftrace="uprobe:FUNCTION { @[arg0 & 15] = count(); }")),
-    # A ring holds 4096 of these records: each loop fits, then it is read.
     ("trace", Work(
         "trace: time, cpu, tid, two arguments", 8,
         ubp.Trace("arg0, arg1"), callbacks=(("trace", ""),),
         uprobe_ratio=60, floor="leaf_rdtsc", args="a=%di:u64 b=%si:u64",
         bpftrace="uprobe:FUNCTION { @[nsecs % 16] = "
-                 "sum(arg0 + arg1 + cpu + tid); }", n=3500)),
+                 "sum(arg0 + arg1 + cpu + tid); }")),
     ("trace-overwrite", Work(
         "the same, a flight recorder", 8,
         ubp.Trace("arg0, arg1", overflow="overwrite"),
@@ -93,54 +93,50 @@ def uprobed(path, offset, work):
         yield
 
 
-def cost_of(leaf, work, rounds_of, loop):
-    """Return the cycles of `loop` less those of the Work's function."""
-    base = leaf.cycles(work.function, work.n, rounds_of)
-    return leaf.cycles(loop, work.n, rounds_of) - base
+def probed_cost(leaf, work):
+    """Return the cycles per hit; every hit must have been recorded.
 
-
-def probed_cost(leaf, work, runs):
-    """Return the cycles per hit; every hit must have been recorded."""
-    base = leaf.cycles(work.function, work.n, runs)
+    Where a ring could fill, it is read between the loops.
+    """
+    is_drained = (isinstance(work.action, ubp.Trace)
+                  and work.action.overflow == "drop")
+    calls, loops, n_asked = ((DRAINED, 1, common.LOOPS) if is_drained else
+                             (common.CALLS, common.LOOPS, 1))
+    base, cost = leaf.cycles(work.function, calls), 1e9
     with ubp.attach(leaf.pid) as target:
         probe = target.probe("exe:" + work.function, work.action,
                              work.when or None)
-        samples = []
-        for _ in range(runs):
-            samples.append(leaf.cycles(work.function, work.n, 1))
-            if isinstance(work.action, ubp.Trace):
+        for _ in range(n_asked):
+            cost = min(cost, leaf.cycles(work.function, calls, loops))
+            if is_drained:
                 target.read_events(True)
         reading = probe.reading()
-    want = 0 if work.when else runs * (work.n + work.n // 20 + 1)
-    if reading.hits != want:
-        raise RuntimeError("%d hits of %s are not %d"
-                           % (reading.hits, work.what, want))
-    lossy = getattr(work.action, "overflow", "drop") == "overwrite"
-    if reading.recorded != want and not lossy:
-        raise RuntimeError("%s: %d of %d recorded"
-                           % (work.what, reading.recorded, want))
-    return statistics.median(samples) - base
+    want = 0 if work.when else n_asked * (calls * loops + calls // 20 + 1)
+    is_lossy = getattr(work.action, "overflow", "drop") == "overwrite"
+    if reading.hits != want or reading.recorded != want and not is_lossy:
+        raise RuntimeError("%s: %d hits, %d recorded, not %d" % (
+            work.what, reading.hits, reading.recorded, want))
+    return cost - base
 
 
-def measure(leaf, work, rounds, runs=9):
+def measure(leaf, work, rounds):
     """Return {way: [cycles per hit of each round]}, interleaved."""
     costs = collections.defaultdict(list)
     with ubp.attach(leaf.pid) as target:
         site, = target.find("exe:" + work.function)
     where = common.file_offset(leaf.pid, site.vaddr)
-    slow = work._replace(n=1000)
     for _ in range(rounds):
-        costs["ubp"].append(probed_cost(leaf, work, runs))
+        costs["ubp"].append(probed_cost(leaf, work))
+        base = leaf.cycles(work.function)
         for suffix, _ in work.callbacks:
-            costs[suffix].append(cost_of(leaf, work, runs, "%s_%s" % (
-                work.function, suffix)))
+            costs[suffix].append(leaf.cycles("%s_%s" % (
+                work.function, suffix)) - base)
         if work.floor:
-            costs["floor"].append(cost_of(leaf, work, runs, work.floor))
+            costs["floor"].append(leaf.cycles(work.floor) - base)
         if not uprobe.unusable():
-            base = leaf.cycles(work.function, slow.n, 5)
             with uprobed(where[0], where[1], work):
                 costs["uprobe"].append(
-                    leaf.cycles(work.function, slow.n, 5) - base)
+                    leaf.cycles(work.function, *SLOW) - base)
     return costs, where[0]
 
 
@@ -149,10 +145,10 @@ def bpftrace_cost(leaf, work, path):
     if uprobe.Bpftrace.unusable():
         raise Skip(uprobe.Bpftrace.unusable())
     text = work.bpftrace.replace("FUNCTION", "%s:%s" % (path, work.function))
-    base = leaf.cycles(work.function, 1000, 5)
+    base = leaf.cycles(work.function)
     try:
         with uprobe.Bpftrace(text, leaf.pid):
-            cost = leaf.cycles(work.function, 1000, 9) - base
+            cost = leaf.cycles(work.function, *SLOW) - base
     except OSError as error:
         raise Skip(str(error))
     if cost < 100:

@@ -4,12 +4,16 @@
 
 Machines are noisy, shared and slow to repeat, so each number is the median
 of many short runs, variants are interleaved (A B A B), and what counts are
-the ratios to yardsticks that ran in between:
+the ratios to yardsticks that ran in between. What takes a few cycles is the
+least of many loops in each run, since a neighbour on the same core can only
+add to it. The yardsticks:
 
     uprobe     the kernel's probe on the same function, through tracefs
     atomic     the same function rebuilt with a call to a compiled-in callback
                that does an atomic increment of one counter
     plain      the same with an increment that threads could lose
+    compiled   the same work as the row's, by a callback that does just it
+    bpftrace   a script that does the same, where there is bpftrace
 
 A cycle is a core cycle as perf_event_open counts it or, where it may not,
 the time of one dependent add (see leaf.c).
