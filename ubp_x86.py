@@ -4408,6 +4408,8 @@ def _check(spec):
     """Raise UbpError where a spec asks for more than a body does."""
     def refuse(why):
         raise UbpError("make", "a body for %s" % spec.action, why)
+    if spec.action not in ACTIONS or spec.policy not in POLICIES:
+        refuse("no such action, or no policy %r" % spec.policy)
     n_values = {"sum": 1, "hist": 1, "count": 0, "enter": 0}
     if len(spec.values) != n_values.get(spec.action, len(spec.values)):
         refuse("%d values" % len(spec.values))

@@ -1032,6 +1032,28 @@ class Code(unittest.TestCase):
             x86.body(x86.Spec("sum", values=parse("u8[arg0]")), place,
                      WINDOW, 0x10000000)
 
+    def test_a_spec_that_asks_for_too_much_is_refused(self):
+        one, = parse("arg0")
+        for spec in (
+                x86.Spec("sums"), x86.Spec("trace", policy="wait"),
+                x86.Spec("hist"), x86.Spec("count", values=(one,)),
+                x86.Spec("trace", values=(one,) * 17),
+                x86.Spec("hist", values=parse("str(arg0)")),
+                x86.Spec("count", when=parse("str(arg0)")[0]),
+                x86.Spec("count", keys=parse("str(arg0, 64), str(arg1, 80)")),
+                x86.Spec("stack"), x86.Spec("stack", depth=65),
+                x86.Spec("trace", n_slots=1000),
+                x86.Spec("count", keys=(one,), n_entries=1)):
+            with self.subTest(spec):
+                with self.assertRaises(x86.UbpError):
+                    x86.block_layout(spec)
+
+    def test_a_body_that_is_too_long_is_refused(self):
+        text = "+".join("(arg0 // (arg1 + %d))" % n for n in range(40))
+        spec = x86.Spec("trace", values=parse(text) * 4)
+        with self.assertRaisesRegex(x86.UbpError, "bytes of code"):
+            x86.body(spec, self.PLACE, WINDOW, 0x10000000)
+
     def test_what_a_place_lacks_is_refused_by_name(self):
         for text, lacks, word in (
                 ("tid", {"tid_offset": None}, "tid"),
