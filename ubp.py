@@ -600,7 +600,7 @@ SYMBOL_SIZE = 24                                     # Elf64_Sym
 
 ET_EXEC, EM_X86_64 = 2, 62
 PT_LOAD, PT_DYNAMIC, PT_NOTE, PT_GNU_EH_FRAME = 1, 2, 4, 0x6474e550
-PF_X = 1
+PF_X, PF_W = 1, 2
 SHT_SYMTAB, SHT_RELA, SHT_NOBITS, SHT_DYNSYM = 2, 4, 8, 11
 SHF_ALLOC, SHF_EXECINSTR = 2, 4
 DT_PLTRELSZ, DT_HASH, DT_STRTAB, DT_SYMTAB, DT_RELA = 2, 4, 5, 6, 7
@@ -7522,6 +7522,7 @@ class SitePlan(NamedTuple):
     #                         before, if that is not the window's first
     dead: tuple = (0, False)        # registers and flags nobody needs there
     is_taken: bool = False  # done only where that jcc is taken
+    can_stack: bool = True  # may a body use more than the red zone?
     parts: tuple = ()       # of a return: the SitePlans of entry and exits
 
     @property
@@ -7804,8 +7805,9 @@ class Planner:
         vaddr = (window.site & -PAGE) - PAGE
         patch = self.patches.get(window.site)
         parts = [body.part for body in patch.bodies] if patch else []
+        can_stack = not self._is_go(module)     # goroutines have little
         place = _dummy_place(vaddr, self.offers)._replace(
-            at=at, dead=dead, is_taken=is_taken)
+            at=at, dead=dead, is_taken=is_taken, can_stack=can_stack)
         size = len(assemble(window, vaddr, parts + [(spec, place)]).code)
         old = (tuple(patch.old.items()) if patch
                else self._text_before(site, window))
@@ -7815,7 +7817,8 @@ class Planner:
                 taken.add(low, high)
             self._keep_window(window, site.vaddr)
         return SitePlan(site, "int3" if is_trap else "jump", window, size,
-                        "", "", old, spec, index, at, dead, is_taken)
+                        "", "", old, spec, index, at, dead, is_taken,
+                        can_stack)
 
     def _trap_window(self, site):
         """The Window of an int3: any instruction that runs elsewhere too."""
@@ -8764,7 +8767,8 @@ class Installer:
             shards=arena.shards, block=offset, site_index=plan.index,
             private=arena.private, tracer=waits,
             frames=block.frames[0] if block.frames else 0, at=plan.at,
-            dead=plan.dead, is_taken=plan.is_taken)
+            dead=plan.dead, is_taken=plan.is_taken,
+            can_stack=plan.can_stack)
 
     def _compose(self, patch, bodies, arena, block):
         """Write a trampoline of bodies for a patch into an arena. -> Change
@@ -11014,6 +11018,9 @@ class Target:
             for spec in specs:
                 self._with_ptrace(lambda: installer.look(
                     spec, time.monotonic() + timeout), timeout)
+        if not installer.offers.direct:
+            installer.offers = installer.offers._replace(
+                direct=_steady_data(self._get_modules()))
         self._planner.offers = installer.offers
 
     def _plan(self, site, spec, index, n_sites, entry, strategies):
@@ -11287,6 +11294,16 @@ def _by_reach(plans):
         else:
             groups.append([plan])
     return groups
+
+
+def _steady_data(all_modules):
+    """[low, high) of data that is there as long as the process.
+
+    The program's own writable segments: no library that may be unloaded.
+    """
+    return tuple((module.bias + load.vaddr, module.bias + load.vaddr
+                  + load.size) for module in all_modules if module.is_exe
+                 for load in module.elf.loads if load.flags & PF_W)
 
 
 def _starts_raw_threads(all_modules):

@@ -386,7 +386,7 @@ class Frames(unittest.TestCase):
         with attached("1") as (process, target):
             few = target.probe("exe:deep", ubp.Latency(), when="arg0 == 3")
             slow = target.probe("exe:sleeper", ubp.Latency(),
-                                when="elapsed >= 4000*us")
+                                when="elapsed >= 4000*us and arg0 >= 4000")
             process.ask("r")
             self.assertEqual(70, few.read().count)
             self.assertEqual(480, few.reading().skipped)
@@ -406,8 +406,8 @@ class Frames(unittest.TestCase):
     def test_frames_that_ran_before_are_told(self):
         with attached("1") as (process, target):
             outer = target.probe("exe:frames", ubp.Latency())
-            process.ask("r")
-            self.assertEqual(1, outer.read().count)
+            process.ask("r")            # answers before it returns
+            self.assertTrue(live.settled(lambda: outer.read().count == 1))
 
 
 class Stacks(unittest.TestCase):
@@ -524,6 +524,22 @@ with ubp.attach(int(sys.argv[1])) as target:
                         target.probe("exe:work", action, when=when)
             self.assertEqual(0, target.pause_us)
             self.assertEqual([], live.arenas(process.pid))
+
+    def test_data_of_the_program_is_read_without_a_syscall(self):
+        """Also by a forked child, which makes none."""
+        with attached("1", "1009") as (process, target):
+            vaddr, _ = live.symbol(process.path, "n_calls")
+            bias = min(m.start for m in live.maps(process.pid)
+                       if m.path == process.path)
+            data = target.probe("exe:work", ubp.Count(
+                by="u64[0x%x]" % (bias + vaddr)))
+            pointer = target.probe("exe:work", ubp.Count(
+                by="u64[arg0 * 0 + 0x%x]" % (bias + vaddr)))
+            process.ask("g")
+            process.ask("f")
+            self.assertEqual({1009: 1009 + CHILD}, data.read())
+            self.assertEqual({1009: 1009}, pointer.read())
+            self.assertEqual(CHILD, pointer.reading().faults)
 
     def test_sites_of_a_pattern_are_told_apart(self):
         with attached("1", "1009") as (process, target):
