@@ -10666,8 +10666,9 @@ class Target:
         """What would be done at each site. -> [SitePlan]. Stops nothing."""
         planner = Planner(self.pid, self._read)
         try:
-            return [_plan_site(planner, site, strategies_of(strategy))
-                    for site in self._sites(pattern)]
+            return _by_address(self._sites(pattern), lambda n, site:
+                               _plan_site(planner, site,
+                                          strategies_of(strategy)))
         finally:
             planner.close()
 
@@ -10685,13 +10686,12 @@ class Target:
         return self._modules
 
     def _sites(self, where):
-        """The sites of one or more patterns, each once, by address: one
-        behind another may share its window."""
+        """The sites of one or more patterns, each once."""
         sites = collections.OrderedDict()
         for pattern in [where] if isinstance(where, str) else where:
             for site in self.find(pattern):
                 sites.setdefault((site.vaddr, site.is_return), site)
-        return [sites[key] for key in sorted(sites)]
+        return list(sites.values())
 
     # -- probing ------------------------------------------------------------
 
@@ -10728,8 +10728,8 @@ class Target:
                 self._planner.patches = self._installer.patches
             self._look([each for each in (spec, entry) if each], strategies,
                        timeout)
-            plans = [self._plan(site, spec, n, len(sites), entry, strategies)
-                     for n, site in enumerate(sites)]
+            plans = _by_address(sites, lambda n, site: self._plan(
+                site, spec, n, len(sites), entry, strategies))
             probe.refused = [plan for plan in plans if not plan.strategy]
             good = [plan for plan in plans
                     if plan.strategy in ("jump", "int3")]
@@ -11268,6 +11268,14 @@ def _plan_hardware(site, spec, entry):
     else:
         return SitePlan(site, "hw", None, 0, "", "", (), spec)
     return SitePlan(site, "", None, 0, "hw", why, ())
+
+
+def _by_address(sites, plan):
+    """[plan(n, site)] in the order of sites, but made in that of addresses:
+    a site can share the window of one before it."""
+    order = sorted(range(len(sites)), key=lambda n: sites[n].vaddr)
+    made = {n: plan(n, sites[n]) for n in order}
+    return [made[n] for n in range(len(sites))]
 
 
 def _none_armed(where, refused):

@@ -305,7 +305,7 @@ class Hardware(unittest.TestCase):
     def test_tried_in_order_a_jump_comes_first(self):
         with live.Target("traps") as process, \
                 ubp.attach(process.pid) as target:
-            where = ["exe:step", "exe:odd_jump+15"]
+            where = ["exe:step", "exe:odd_tight+11"]
             for strategies, second in (("jump,hw", "hw"),
                                        ("jump,int3,hw", "int3")):
                 plans = target.plan(where, strategies)
@@ -401,7 +401,7 @@ class Int3(unittest.TestCase):
     exe:odd_rip      | 1
     exe:odd_indirect+11 | 1
     exe:odd_loop+11  | -
-    exe:odd_ret+4    | 3
+    exe:odd_ret+4    | 4
     """
 
     def unchanged(self, process):
@@ -538,18 +538,18 @@ class Int3(unittest.TestCase):
     def test_what_a_jump_refuses_takes_an_int3(self):
         with live.Target("traps") as process:
             with ubp.attach(process.pid) as target:
-                probe = target.probe(["exe:step", "exe:odd_jump+9"],
+                probe = target.probe(["exe:step", "exe:odd_tight+11"],
                                      ubp.Count(), strategy="jump,int3")
                 changed = {vaddr: new for _, vaddr, _, new
                            in live.changed_text(process.pid)}
                 first = {site.function.name: changed[site.vaddr]
                          for site in probe.sites}
-                self.assertEqual(0xcc, first["odd_jump"])
+                self.assertEqual(0xcc, first["odd_tight"])
                 self.assertNotEqual(0xcc, first["step"])
                 n = process.ask("c")["n"]
                 counts = {site.function.name: n for site, n
                           in probe.counts().items()}
-                self.assertEqual({"step": n, "odd_jump": n - 1}, counts)
+                self.assertEqual({"step": n, "odd_tight": n}, counts)
             self.unchanged(process)
             process.quit()
 
@@ -805,7 +805,7 @@ class Guardian(unittest.TestCase):
         with live.Target("traps") as process:
             with live.Process([sys.executable, TOP + "/ubp.py", "count", "-p",
                                process.pid, "--strategy", "jump,int3",
-                               "exe:step", "exe:odd_jump+9"]) as front:
+                               "exe:step", "exe:odd_tight+11"]) as front:
                 self.assertTrue(live.settled(
                     lambda: "kill -9" in front.stderr(), 20))
                 n = process.ask("c")["n"]
@@ -814,7 +814,7 @@ class Guardian(unittest.TestCase):
                 text = front.stderr()
             self.assertIn("1 site by jump, 1 site by int3", text)
             self.assertIn("hits %d = recorded %d + dropped 0" % (
-                2 * n - 1, 2 * n - 1), text)
+                2 * n, 2 * n), text)
             self.assertEqual([], live.changed_text(process.pid))
             process.quit()
 

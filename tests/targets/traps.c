@@ -17,7 +17,7 @@ enum { CALLS = 211, THREADS = 8, EACH = 101 };
 CALLED long step(long a, long b) { return a * 3 + b; }
 /* One instruction of every kind that has to be moved with care. */
 long odd_call(long), odd_jump(long), odd_loop(long), odd_rip(long);
-long odd_indirect(long), odd_push(long), odd_ret(long);
+long odd_indirect(long), odd_push(long), odd_ret(long), odd_tight(long);
 FUNCTION(odd_call, "sub $8,%rsp\n call odd_ret\n add $8,%rsp\n ret");
 FUNCTION(odd_jump, "test %rdi,%rdi\n jz 1f\n lea 1(%rdi),%rax\n ret\n"
          "1: mov $1,%eax\n ret");
@@ -28,9 +28,12 @@ FUNCTION(odd_indirect, "lea odd_ret(%rip),%rax\n sub $8,%rsp\n call *%rax\n"
          "add $8,%rsp\n ret");
 FUNCTION(odd_push, "push %rdi\n pop %rax\n inc %rax\n ret");
 FUNCTION(odd_ret, "lea 1(%rdi),%rax\n ret");
+/* No jump fits at +11: a call before it, a branch's target behind it. */
+FUNCTION(odd_tight, "sub $8,%rsp\n xor %ecx,%ecx\n call odd_ret\n nop\n"
+         "1: dec %rcx\n jz 1b\n add $8,%rsp\n ret");
 long odd_word = 1;
 static long (*odd[])(long) = {odd_call, odd_jump, odd_loop, odd_rip,
-                              odd_indirect, odd_push, odd_ret};
+                              odd_tight, odd_indirect, odd_push, odd_ret};
 
 static atomic_long n_caught, n_in_handler;
 static sigjmp_buf back;
