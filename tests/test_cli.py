@@ -920,7 +920,7 @@ class Terminal(Live):
     """The live view, on a pseudo-terminal."""
 
     def open(self, *words, **options):
-        """Start a count on a terminal of 60 columns and 12 rows."""
+        """Start a count, or verb=, on a terminal of 60 columns, 12 rows."""
         self.master, slave = pty.openpty()
         self.resize(60, 12)
 
@@ -930,8 +930,8 @@ class Terminal(Live):
 
         environment = dict(os.environ, TERM=options.get("term", "xterm"),
                            PYTHONIOENCODING="utf-8")
-        process = start("count", "-p", self.pid, *words, stdin=slave,
-                        stdout=slave, stderr=slave, preexec_fn=prepare,
+        process = start(options.get("verb", "count"), "-p", self.pid, *words,
+                        stdin=slave, stdout=slave, stderr=slave, preexec_fn=prepare,
                         env=environment, command=options.get(
                             "command", [sys.executable, UBP]))
         os.close(slave)
@@ -971,6 +971,24 @@ class Terminal(Live):
         self.assertEqual(sum("calls/s" in line for line in screen.lines), 1)
         self.assertIn("removed, ", "\n".join(screen.lines))
         self.target.ask("p")
+        self.assert_whole()
+
+    def test_bars_are_redrawn_in_place_in_the_terminals_characters(self):
+        for term, full in (("xterm", "\u2588"), ("linux", "#")):
+            process = self.open("exe:hot", "-e", "arg0 & 7", "--interval",
+                                "100ms", verb="hist", term=term)
+            self.target.send("g")
+            screen = Screen(60, 12)
+            screen.feed(self.read(10, "\x1b[?7h") + self.read(0.6))
+            self.assertEqual(sum("exe" in line or "hot: arg0" in line
+                                 for line in screen.lines), 1, screen.lines)
+            self.assertTrue(any(full in line for line in screen.lines),
+                            screen.lines)
+            self.assertEqual(screen.n_cut, 0)
+            os.write(self.master, b"\x03")
+            screen.feed(self.read(10, "dropped 0\r\n"))
+            self.assertEqual(process.wait(10), 0)
+            self.target.ask("p")
         self.assert_whole()
 
     def test_live_view_follows_the_window(self):

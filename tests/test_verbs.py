@@ -555,6 +555,42 @@ class OneLiners(unittest.TestCase):
         self.assertEqual(lines[-1]["reason"], "until")
         self.assertEqual(lines[0]["kind"], "trace")
 
+    def test_flight_recorder_prints_its_last_hits_at_ctrl_c(self):
+        server = self.redis()
+        process = test_cli.start("trace", "-p", server.pid,
+                                 "exe:processCommand", "--until",
+                                 "arg0 == 0")
+        try:
+            test_cli.read_until(process.stderr, "Ctrl-C removes")
+            server.load(200, 5, "get")
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+        self.assertEqual(process.returncode, 0, err)
+        self.assertGreaterEqual(len(out.splitlines()), 200)
+
+    def test_what_is_saved_is_shown_as_it_was(self):
+        server = self.redis()
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        work = lambda: server.load(100, 2, "get")     # noqa: E731
+        for n, words in enumerate((
+                ("hist", "exe:processCommand%return", "-e", "s32(ret)"),
+                ("count", "exe:call", "--by", "caller, tid"),
+                ("count", "exe:call", "--sum", "tid"),
+                ("stack", "exe:call"), ("latency", "exe:call"),
+                ("trace", "exe:call", "-e", "tid, hex(arg0)", "--stack"))):
+            path = os.path.join(folder, "%d.jsonl" % n)
+            self.probe(server.pid, *words, "-o", path, work=work)
+            status, out, err = run("show", path)
+            self.assertEqual(status, 0, err)
+            self.assertRegex(out, r"(?m)^1 host, 1 process; hits \d+ = "
+                             r"recorded \d+ \+ dropped \d+; refused 0$")
+            self.assertRegex(out, r":(call|processCommand)", words)
+
     def test_stacks_of_a_server_as_a_tree_and_folded(self):
         server = self.redis()
         work = lambda: server.load(3000, 5, "set")     # noqa: E731
