@@ -12374,13 +12374,14 @@ def tree_lines(stacks, size=None, n_top=None, glyphs=ASCII, least=0.005):
     """Return the lines of a text tree of {stack: n}, the largest first.
 
     least   branches below this share of the whole are added up in a line
-    n_top   lines at most, whatever their share
+    n_top   the largest stacks only, so many
     """
     columns, n_lines = size or (0, 0)
-    root = stack_tree(stacks)
-    whole = root.total or 1
-    most = min(each for each in (n_top, n_lines and n_lines - 2, 10 ** 6)
-               if each)
+    whole = sum(stacks.values()) or 1
+    order = sorted(stacks, key=lambda stack: (-stacks[stack], stack))
+    root = stack_tree({stack: stacks[stack] for stack in order[:n_top]})
+    most = n_lines - 2 if n_lines else 10 ** 6
+    most -= bool(n_lines) and len(order) > (n_top or len(order))
     width = max(len("%d" % root.total), 5)
     lines, n_left = [], 0
     # (node, what is in front of it, what is in front of its children)
@@ -12399,6 +12400,10 @@ def tree_lines(stacks, size=None, n_top=None, glyphs=ASCII, least=0.005):
     if n_left:
         lines.append(("%s not shown" % plural(n_left, "smaller branch")
                       .replace("branchs", "branches"))[:columns or None])
+    if n_top and len(order) > n_top:
+        lines.append(("%s not shown, with %d" % (
+            plural(len(order) - n_top, "smaller stack"),
+            whole - root.total))[:columns or None])
     return lines
 
 
@@ -13593,7 +13598,7 @@ def split_words(words, verb):
     result, words = [], list(words)
     while words:
         word = words.pop(0)
-        if re.match(r"-[peo][^-=]", word):
+        if re.match(r"-([peo][^-=]|e-)", word):
             words.insert(0, word[2:])
             word = word[:2]
         if (word in _EXPRESSION_OPTIONS and words
@@ -15668,7 +15673,10 @@ def main(argv=None):
 
 def run():
     """The `ubp` command."""
-    sys.exit(main())
+    status = main()
+    for signum in Signals.ENDS:        # too late to interrupt anything
+        signal.signal(signum, signal.SIG_IGN)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

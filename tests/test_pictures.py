@@ -194,14 +194,21 @@ class Stacks(unittest.TestCase):
             "  30.0%     30  |     c:malloc",
             "2 smaller branches not shown"])
 
+    def test_the_largest_stacks_of_a_tree(self):
+        self.assertEqual(ubp.tree_lines(STACKS, n_top=1), [
+            "  60.0%     60  a:main", "  60.0%     60  a:run",
+            "  60.0%     60  c:malloc",
+            "3 smaller stacks not shown, with 40"])
+
     def test_trees_fit_every_window(self):
         deep = {tuple("m:%s" % ("f" * n) for n in range(d)): d
                 for d in range(1, 80, 7)}
         for columns in (1, 20, 79):
             for n_lines in (3, 10, 50):
-                lines = ubp.tree_lines(deep, (columns, n_lines))
-                self.assertLessEqual(max(map(len, lines)), columns)
-                self.assertLess(len(lines), n_lines)
+                for n_top in (None, 3):
+                    lines = ubp.tree_lines(deep, (columns, n_lines), n_top)
+                    self.assertLessEqual(max(map(len, lines)), columns)
+                    self.assertLess(len(lines), n_lines)
 
     def test_folded(self):
         self.assertEqual(ubp.folded_lines(STACKS), [

@@ -71,7 +71,7 @@ count -p 4 f --if             | ret == 0            | 0
 count -p 4 f --by             | tid, elapsed        | 5
 count -p 4 f --sum            | str(arg0)           | 0
 trace -p 4 f --until          | open('x')           | 5
-latency -p 4 f --if           | import os           | 0
+latency -p 4 f --if           | lambda: 0           | 6
 """
 
     def test_wrong_expressions_are_pointed_at(self):
