@@ -930,10 +930,11 @@ class Terminal(Live):
 
         environment = dict(os.environ, TERM=options.get("term", "xterm"),
                            PYTHONIOENCODING="utf-8")
-        process = start(options.get("verb", "count"), "-p", self.pid, *words,
-                        stdin=slave, stdout=slave, stderr=slave, preexec_fn=prepare,
-                        env=environment, command=options.get(
-                            "command", [sys.executable, UBP]))
+        process = start(
+            options.get("verb", "count"), "-p", self.pid, *words,
+            stdin=slave, stdout=slave, stderr=slave, preexec_fn=prepare,
+            env=environment, command=options.get(
+                "command", [sys.executable, UBP]))
         os.close(slave)
         self.addCleanup(os.close, self.master)
         self.addCleanup(self.end, process)
