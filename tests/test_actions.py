@@ -630,6 +630,18 @@ class Clocks(unittest.TestCase):
                 ubp.Clock(flags)
             self.assertIn("_tsc", str(caught.exception))
 
+    def test_a_target_that_may_not_read_it_is_refused(self):
+        with attached("2", "1009", "notsc") as (process, target):
+            for action, when in ((ubp.Trace("arg0"), None),
+                                 (ubp.Latency(), None),
+                                 (ubp.Count(), "nsecs > 0")):
+                with self.assertRaises(ubp.ProbeError) as caught:
+                    target.probe("exe:work", action, when=when)
+                self.assertIn("PR_SET_TSC", str(caught.exception))
+            probe = target.probe("exe:work", ubp.Count())
+            process.ask("g")
+            self.assertEqual(2018, probe.read())
+
     def test_time_is_that_of_the_system(self):
         clock = ubp.Clock()
         clock.check()

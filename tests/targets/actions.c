@@ -1,8 +1,9 @@
-/* actions THREADS [CALLS] [signals] [migrate]: threads that call functions a
- * known number of times with known arguments.
+/* actions THREADS [CALLS] [signals] [migrate] [notsc]: threads that call
+ * functions a known number of times with known arguments.
  *
  *   signals  each thread is sent signals, whose handler calls work, too
  *   migrate  a thread moves all the others from processor to processor
+ *   notsc    PR_SET_TSC: reading the time stamp counter is a SIGSEGV
  *
  * Commands: g a fixed number of calls of each thread, then report; f fork a
  * child that calls 1009 times, wait for it; r recursion, longjmp and the
@@ -175,6 +176,9 @@ int main(int argc, char **argv)
     for (int i = 2; i < argc; i++) {
         with_signals |= !strcmp(argv[i], "signals");
         with_migration |= !strcmp(argv[i], "migrate");
+        if (!strcmp(argv[i], "notsc")
+                && prctl(PR_SET_TSC, PR_TSC_SIGSEGV))
+            wrong("PR_SET_TSC: %s", strerror(errno));
         n_calls = atol(argv[i]) ? atol(argv[i]) : n_calls;
     }
     struct sigaction action = {.sa_handler = handler,
