@@ -4012,7 +4012,8 @@ class _Parser:
         if re.match(r"arg\d", name):
             return "arguments are arg0 to arg%d" % (MAX_ARGS - 1)
         return ("names are arg0…, ret, elapsed, nsecs, tid, pid, cpu, "
-                "caller, registers such as rdi, us, ms, sec, KiB, MiB")
+                "caller, old, new, registers such as rdi, us, ms, sec, KiB, "
+                "MiB")
 
     def make_unaryop(self, node, depth):
         """- ~ not; a + changes nothing."""
