@@ -9220,6 +9220,7 @@ _SAMPLE_TYPE = (PERF_SAMPLE_IDENTIFIER | PERF_SAMPLE_IP | PERF_SAMPLE_TID
 _DATA_HEAD, _DATA_TAIL = 1024 // 8, 1032 // 8   # perf_event_mmap_page, words
 _RING_PAGES = (512, 128, 32, 8)     # tried in turn; without privilege all
 #                                     rings may take 516 KiB per processor
+_STACK_PAGES = (4096, 2048)     # where samples have 8 KiB of stack each
 _READ_EACH_MS = 25
 _MAX_KEPT = 1 << 17             # events that wait for events()
 _MAX_STACK_SAMPLE = 32768       # bytes; a sample has 64 KiB at most
@@ -9235,12 +9236,12 @@ class Ring:
     every thread of the target. Raises OSError.
     """
 
-    def __init__(self, cpu, is_prompt=False):
+    def __init__(self, cpu, is_prompt=False, has_stacks=False):
         attr = PerfEventAttr(
             type=PERF_TYPE_SOFTWARE, config=PERF_COUNT_SW_DUMMY,
             flags=PERF_EXCLUDE_KERNEL | PERF_EXCLUDE_HV | PERF_USE_CLOCKID
             | PERF_WATERMARK, clockid=time.CLOCK_MONOTONIC)
-        for n_pages in _RING_PAGES:
+        for n_pages in _STACK_PAGES * has_stacks + _RING_PAGES:
             self.size = n_pages * PAGE
             attr.wakeup_watermark = 1 if is_prompt else self.size // 4
             self.fd = perf_event_open(attr, 0, cpu)
@@ -9352,7 +9353,8 @@ class HardwarePart:
         try:
             if self._is_sampled:
                 for cpu in online_cpus():
-                    self._rings[cpu] = Ring(cpu, self._wants_values)
+                    self._rings[cpu] = Ring(cpu, self._wants_values,
+                                            self._stack_size > 1024)
             for _ in range(_OPEN_ATTEMPTS):
                 tids = _all_threads(tgid)
                 self._open(tids)
@@ -9541,9 +9543,24 @@ class HardwarePart:
             taken, self._kept = self._kept[:n], self._kept[n:]
         since = int((time.time() - time.clock_gettime(
             time.CLOCK_MONOTONIC)) * 1e9)
+        has_stacks = any(tally.spec.stack_size
+                         for tally in self.tallies.values())
+        names = probe._target._reader.names if taken and has_stacks else None
         return [Event(hit.time + since, hit.tid, hit.cpu, hit.pid, site,
                       "hit" if site.offset or is_watch(site) else "entry",
-                      values, (), probe) for hit, site, values in taken]
+                      values, self._frames(hit, names) if names else (),
+                      probe) for hit, site, values in taken]
+
+    def _frames(self, hit, names):
+        """The stack of a hit, from the copy of it in the sample."""
+        if not hit.regs:
+            return ()
+        known = ubp_x86.register_inputs(hit.regs, ubp_x86.STACK_REGISTERS)
+        registers = {number: known[name] for name, number in zip(
+            ubp_x86.STACK_REGISTERS, _STACK_REGISTERS)}
+        return names.symbols.frames(names.unwinder.walk(
+            ubp_x86.program_counter(hit.regs), registers,
+            registers[RSP], hit.stack))
 
     # -- taking out ---------------------------------------------------------
 
@@ -10714,6 +10731,10 @@ class Target:
             if is_return and not all(site.is_return for site in sites):
                 raise ProbeError("probe", _where_text(where), "entries and "
                                  "exits in one probe", "use two probes")
+            if isinstance(action, Stack) and "hw" in strategies:
+                raise ProbeError("count stacks of", _where_text(where),
+                                 "not by hw", "Trace(stack=True): trace "
+                                 "--stack --strategy hw")
             spec, entry = make_specs(self._chosen(action), when, is_return)
             _check_watched(spec, sites, where)
             if len(sites) > max_sites:
@@ -11263,8 +11284,8 @@ def _plan_hardware(site, spec, entry):
     """The SitePlan of a debug register."""
     if spec.is_exit or entry is not None:
         why = "a debug register watches one instruction, not all exits"
-    elif spec.stack_size or spec.action == "stack":
-        why = "stacks of samples are not built yet"
+    elif spec.action == "stack":
+        why = "stacks are walked in the target; trace them with --stack"
     else:
         return SitePlan(site, "hw", None, 0, "", "", (), spec)
     return SitePlan(site, "", None, 0, "hw", why, ())

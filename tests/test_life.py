@@ -173,6 +173,28 @@ class Hardware(unittest.TestCase):
             self.assertEqual(sorted(known), known)
             process.quit()
 
+    def test_the_stack_of_who_wrote(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            target.probe("mem:counter", ubp.Trace("new", stack=True),
+                         "new == 70", "hw")
+            target.probe("exe:step", ubp.Trace("arg0", stack=True),
+                         "arg0 == 7", "hw")
+            process.ask("w")
+            process.ask("t")
+            events = list(target.events(0.5))
+            self.assertEqual([70] + [7] * 4,
+                             [event.values[0] for event in events])
+            names = [[frame.function for frame in event.stack]
+                     for event in events]
+            self.assertEqual("main", names[0][0])
+            for each in names[1:]:
+                self.assertEqual("step", each[0])
+                self.assertIn("in_thread", each)
+            with self.assertRaises(ubp.ProbeError):
+                target.probe("exe:step", ubp.Stack(), strategy="hw")
+            process.quit()
+
     def test_old_and_new_need_a_watch(self):
         with live.Target("life") as process, \
                 ubp.attach(process.pid) as target:
