@@ -10731,12 +10731,8 @@ class Target:
             if is_return and not all(site.is_return for site in sites):
                 raise ProbeError("probe", _where_text(where), "entries and "
                                  "exits in one probe", "use two probes")
-            if isinstance(action, Stack) and "hw" in strategies:
-                raise ProbeError("count stacks of", _where_text(where),
-                                 "not by hw", "Trace(stack=True): trace "
-                                 "--stack --strategy hw")
             spec, entry = make_specs(self._chosen(action), when, is_return)
-            _check_watched(spec, sites, where)
+            _check_hardware(action, spec, sites, strategies, where)
             if len(sites) > max_sites:
                 raise ProbeError(
                     "probe", str(where), "it matches %d functions, more "
@@ -11255,8 +11251,11 @@ def _plan_site(planner, site, strategies, spec=_PLAIN_COUNT, index=0,
     return refused
 
 
-def _check_watched(spec, sites, where):
-    """Refuse old and new where no memory is watched."""
+def _check_hardware(action, spec, sites, strategies, where):
+    """Refuse stacks by debug registers, and old and new without a watch."""
+    if isinstance(action, Stack) and "hw" in strategies:
+        raise ProbeError("count stacks of", _where_text(where), "not by hw",
+                         "Trace(stack=True): trace --stack --strategy hw")
     used = frozenset().union(*(each.names for each in (spec.when,)
                                + spec.keys + spec.values if each))
     if used & set(ubp_x86.WATCH_NAMES) and not all(map(is_watch, sites)):

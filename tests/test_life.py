@@ -422,7 +422,6 @@ class Int3(unittest.TestCase):
     exe:odd_jump+9   | -
     exe:odd_rip      | 1
     exe:odd_indirect+11 | 1
-    exe:odd_loop+11  | -
     exe:odd_ret+4    | 4
     """
 
