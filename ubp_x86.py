@@ -2413,6 +2413,8 @@ def _lea_of(analysis, vaddr, reg):
                 if insn.opcode != 0x8d or insn.rip_relative is None:
                     return None
                 found.add(insn.rip_relative)
+            elif insn.flow == NEXT and _effects_row(insn.form) is None:
+                return None             # who knows what it writes
             elif (insn.flow not in _KNOWN_WAYS
                   and not _CALLEE_SAVED >> reg & 1):
                 return None
