@@ -15176,13 +15176,18 @@ class Session:
         title = "ubp %s %s of %s" % (
             self.options.verb, " ".join(self.options.probes),
             ", ".join(watched.name for watched in self.watched))
+        losses = [watched.loss() for watched in self.watched]
+        hits = sum(loss.hits for loss in losses)
+        dropped = sum(loss.dropped for loss in losses)
+        if dropped:                    # a picture tells what it lacks, too
+            title += "; %d of %s recorded" % (hits - dropped,
+                                              plural(hits, "hit"))
         if self.is_trace:
             self.out.replace(stacks_document(self.suffix, self.sink.stacks,
                                              title, "hits"))
         else:
-            self.out.replace(self.view.document(
-                self.suffix, results,
-                [watched.loss() for watched in self.watched], title))
+            self.out.replace(self.view.document(self.suffix, results, losses,
+                                                title))
 
     def _print_hits(self, is_last=False):
         """Print what was traced since the last look."""
