@@ -6017,13 +6017,16 @@ class Arena:
 
     def load(self, cpu, offset, size):
         """Bytes of a block of one processor; the target may write them."""
-        if self._kept is not None:
+        kept, memory = self._kept, self.memory
+        if kept is not None:
+            return kept[cpu][offset:offset + size]
+        at = self.shard_at(cpu) + offset
+        if memory is None:
+            return read_memory(self.tracer.vm_tid(), self.base + at, size)
+        try:
+            return memory[at:at + size]
+        except ValueError:          # closed meanwhile, by another thread
             return self._kept[cpu][offset:offset + size]
-        offset += self.shard_at(cpu)
-        memory = self.memory
-        if memory is not None:
-            return memory[offset:offset + size]
-        return read_memory(self.tracer.vm_tid(), self.base + offset, size)
 
     def load_private(self, vaddr, size):
         """Bytes of the private pages; as kept, when they are gone."""
@@ -6064,9 +6067,14 @@ class Arena:
             self.ring_owner = None
         if self.memory is not None:
             self.keep()
-            memory, self.memory = self.memory, None
             self._kept = self._kept_last
-            memory.close()
+            memory, self.memory = self.memory, None
+            while True:
+                try:
+                    memory.close()
+                    break
+                except BufferError:     # a reader wakes who waits just now
+                    time.sleep(0.0005)
         else:
             self._kept = self._kept_last
 
@@ -7347,8 +7355,9 @@ class TraceRing:
                 self.arena.store_word(
                     self.cpu, self._at + ubp_x86.RING_CONSUMED,
                     self._consumed(reserved))
-            if self.arena.ring_owner is not None and found:
-                self.arena.ring_owner.wake()
+            owner = self.arena.ring_owner
+            if owner is not None and found:
+                owner.wake()
         except OSError:
             pass                    # of anonymous memory that is gone
         return found
@@ -7445,11 +7454,14 @@ class RingOwner:
 
     def wake(self):
         """There is room again: let those who wait try."""
-        with memoryview(self.arena.memory) as view:
-            at = self.arena.shard_at(0) + self.offset
-            word, = struct.unpack_from("<I", view, at)
-        if word & FUTEX_WAITERS and self._tid:
-            word = ctypes.c_uint32.from_buffer(self.arena.memory, at)
+        memory, at = self.arena.memory, self.arena.shard_at(0) + self.offset
+        if memory is None or self.is_closed:
+            return
+        try:
+            word = ctypes.c_uint32.from_buffer(memory, at)
+        except ValueError:          # closed meanwhile, by another thread
+            return
+        if word.value & FUTEX_WAITERS and self._tid:
             word.value = self._tid
             self._wake(word)
 

@@ -20,6 +20,7 @@ enum { CHILD = 1009, MOST = 64 };
 static long n_calls = 20011;
 static const char *const texts[] = {"alpha", "beta", "gamma", "delta", ""};
 static int n_threads, with_signals, with_migration;
+static long n_cpus;
 static pthread_t threads[MOST];
 static pthread_barrier_t begin, end;
 static atomic_long n_handled;
@@ -103,7 +104,7 @@ static atomic_int storming;
 
 static void *storm(void *unused)
 {
-    long n = 0, n_cpus = sysconf(_SC_NPROCESSORS_ONLN);
+    long n = 0;
     while (!quitting) {
         if (!storming) {
             nap_us(500);
@@ -181,6 +182,7 @@ int main(int argc, char **argv)
             wrong("PR_SET_TSC: %s", strerror(errno));
         n_calls = atol(argv[i]) ? atol(argv[i]) : n_calls;
     }
+    n_cpus = sysconf(_SC_NPROCESSORS_ONLN);
     struct sigaction action = {.sa_handler = handler,
                                .sa_flags = SA_RESTART};
     sigaction(SIGUSR1, &action, NULL);
