@@ -23,7 +23,6 @@ Architecture Programmer's Manual, volume 3 (24594, "APM"). Vocabulary:
     copy     a displaced instruction relocated, in a trampoline
 """
 import array
-import ast
 import bisect
 import collections
 import re
@@ -903,6 +902,7 @@ MAP_NUMBERS = {"1b": 0x00, "0f": 0x01, "38": 0x02, "3a": 0x03,
                "v1": 0x11, "v2": 0x12, "v3": 0x13, "v5": 0x15, "v7": 0x17,
                "e1": 0x21, "e2": 0x22, "e3": 0x23, "e5": 0x25, "e6": 0x26,
                "x8": 0x38, "x9": 0x39, "xa": 0x3a, "3d": 0x0f}
+MAP_NAMES = {number: name for name, number in MAP_NUMBERS.items()}
 MANDATORY = {"np": 0, "66": 1, "f3": 2, "f2": 3}       # VEX.pp, SDM 2.3.6.1
 
 
@@ -935,56 +935,84 @@ def opcode_page(text):
     return tuple(cells)
 
 
-def _parse_prefixed(text, pages):
+class _ByMap(dict):
+    """{map number: its part of a table}, each parsed when first asked for.
+
+    Most programs need two maps of the eighteen, and every command waits for
+    what is parsed. Two threads may parse a part at once: both get the same.
+    """
+
+    def __init__(self, parse):
+        super().__init__()
+        self.parse = parse
+
+    def __missing__(self, number):
+        part = self[number] = self.parse(MAP_NAMES[number])
+        return part
+
+
+def _rows(text, name):
+    """(256 * its number, its rows) of the map of that name, in a table."""
+    return MAP_NUMBERS[name] << 8, [
+        row[1:] for row in _lines(text) if row[0] == name]
+
+
+_PAGES = _ByMap(lambda name: opcode_page(PAGES[name]))
+
+
+def _parse_prefixed(name):
     """{opcode: cells for no prefix, 66, f3, f2} for opcodes with a row."""
-    table = {}
-    for page, opcodes, *cells in _lines(text):
-        number, cell_of = MAP_NUMBERS[page] << 8, pages[MAP_NUMBERS[page]]
+    table, cell_of = {}, _PAGES[MAP_NUMBERS[name]]
+    number, rows = _rows(PREFIXED, name)
+    for opcodes, *cells in rows:
         if len(cells) != 4:
-            raise ValueError("prefix row %s %s" % (page, opcodes))
+            raise ValueError("prefix row %s %s" % (name, opcodes))
         every = opcodes == "*"
         for byte in range(256) if every else _numbers(opcodes):
             if cell_of[byte] == "--" and not every:
-                raise ValueError("%s %02x is undefined" % (page, byte))
+                raise ValueError("%s %02x is undefined" % (name, byte))
             if cell_of[byte] == "--" or (every and number | byte in table):
                 continue
             if number | byte in table:
-                raise ValueError("%s %02x has two rows" % (page, byte))
+                raise ValueError("%s %02x has two rows" % (name, byte))
             table[number | byte] = tuple(cell_of[byte] if cell == "=" else
                                          cell for cell in cells)
     return table
 
 
-def _parse_groups(text, pages):
+def _parse_groups(name):
     """{opcode, or (opcode, pp): cells by modrm.reg}."""
-    table = {}
-    for page, opcode, *cells in _lines(text):
+    table, cell_of = {}, _PAGES[MAP_NUMBERS[name]]
+    number, rows = _rows(GROUPS, name)
+    for opcode, *cells in rows:
         opcode, _, prefix = opcode.partition(":")
         for byte in _numbers(opcode):
-            number = MAP_NUMBERS[page] << 8 | byte
-            if len(cells) != 8 or pages[number >> 8][byte] == "--":
-                raise ValueError("group %s %s" % (page, opcode))
-            table[(number, MANDATORY[prefix]) if prefix else number] = cells
+            if len(cells) != 8 or cell_of[byte] == "--":
+                raise ValueError("group %s %s" % (name, opcode))
+            table[(number | byte, MANDATORY[prefix]) if prefix else
+                  number | byte] = cells
     return table
 
 
-def _parse_register_forms(text):
+def _parse_register_forms(name):
     """{(opcode, pp, reg): which rm are defined where mod = 3}."""
     table = {}
-    for page, opcode, reg, *cells in _lines(text):
+    number, rows = _rows(REGISTER_FORMS, name)
+    for opcode, reg, *cells in rows:
         byte, _, prefix = opcode.partition(":")
         if len(cells) < 8 or set(cells[:8]) - {".", "--"}:
-            raise ValueError("register forms %s %s %s" % (page, opcode, reg))
+            raise ValueError("register forms %s %s %s" % (name, opcode, reg))
         for pp in [MANDATORY[prefix]] if prefix else range(4):
-            table[MAP_NUMBERS[page] << 8 | int(byte, 16), pp,
-                  int(reg[1:])] = tuple(cell == "." for cell in cells[:8])
+            table[number | int(byte, 16), pp, int(reg[1:])] = tuple(
+                cell == "." for cell in cells[:8])
     return table
 
 
-def _parse_limits(text, pages):
+def _parse_limits(name):
     """{(opcode, pp): (W or None, the L allowed, is vvvv unused)}."""
-    table = {}
-    for page, limits, opcodes in _lines(text):
+    table, cell_of = {}, _PAGES[MAP_NUMBERS[name]]
+    number, rows = _rows(LIMITS, name)
+    for limits, opcodes in rows:
         fields = limits.split(",")
         w = {"W0": 0, "W1": 8}.get(fields[0])
         lengths = [int(digit) for field in fields if field[0] == "L"
@@ -993,25 +1021,25 @@ def _parse_limits(text, pages):
         for item in opcodes.split(","):
             numbers, _, prefix = item.partition(":")
             for byte in _numbers(numbers):
-                if pages[MAP_NUMBERS[page]][byte] == "--":
-                    raise ValueError("limits %s %02x" % (page, byte))
+                if cell_of[byte] == "--":
+                    raise ValueError("limits %s %02x" % (name, byte))
                 for pp in [MANDATORY[prefix]] if prefix else range(4):
-                    table[MAP_NUMBERS[page] << 8 | byte, pp] = value
+                    table[number | byte, pp] = value
     return table
 
 
-def _parse_lockable(text):
+def _parse_lockable(name):
     """The set of (opcode, reg) that a lock prefix may precede."""
-    return {(MAP_NUMBERS[page] << 8 | byte, reg)
-            for page, opcodes, regs in _lines(text)
+    number, rows = _rows(LOCKABLE, name)
+    return {(number | byte, reg) for opcodes, regs in rows
             for byte in _numbers(opcodes) for reg in _numbers(regs[1:])}
 
 
-def _parse_flows(text):
+def _parse_flows(name):
     """{opcode, (opcode, "/", reg) or (opcode, "=", modrm, pp): flow}."""
     table = {}
-    for page, opcodes, flow, *_ in _lines(text):
-        number = MAP_NUMBERS[page] << 8
+    number, rows = _rows(FLOWS, name)
+    for opcodes, flow, *_ in rows:
         for item in opcodes.split(","):
             if "/" in item:
                 byte, reg = item.split("/")
@@ -1026,35 +1054,33 @@ def _parse_flows(text):
     return table
 
 
-def _parse_effects(text):
+def _parse_effects(name):
     """{opcode, (opcode, "/", reg) or (opcode, pp): its four words}."""
     table = {}
-    for page, opcodes, *words in _lines(text):
-        number = MAP_NUMBERS[page] << 8
+    number, rows = _rows(EFFECTS, name)
+    for opcodes, *words in rows:
+        row = tuple(words[:4])
         for item in opcodes.split(","):
             bytes_, _, regs = item.partition("/")
             bytes_, _, prefix = bytes_.partition(":")
             for byte in _numbers(bytes_):
                 if regs:
-                    keys = [(number | byte, "/", reg)
-                            for reg in _numbers(regs)]
+                    table.update(((number | byte, "/", reg), row)
+                                 for reg in _numbers(regs))
                 elif prefix:
-                    keys = [(number | byte, MANDATORY[prefix])]
+                    table[number | byte, MANDATORY[prefix]] = row
                 else:
-                    keys = [number | byte]
-                table.update((key, tuple(words[:4])) for key in keys)
+                    table[number | byte] = row
     return table
 
 
-_PAGES = {MAP_NUMBERS[name]: opcode_page(text)
-          for name, text in PAGES.items()}
-_PREFIXED = _parse_prefixed(PREFIXED, _PAGES)
-_GROUPS = _parse_groups(GROUPS, _PAGES)
-_REGISTER_FORMS = _parse_register_forms(REGISTER_FORMS)
-_LIMITS = _parse_limits(LIMITS, _PAGES)
-_LOCKABLE = _parse_lockable(LOCKABLE)
-_FLOWS = _parse_flows(FLOWS)
-_EFFECTS = _parse_effects(EFFECTS)
+_PREFIXED = _ByMap(_parse_prefixed)
+_GROUPS = _ByMap(_parse_groups)
+_REGISTER_FORMS = _ByMap(_parse_register_forms)
+_LIMITS = _ByMap(_parse_limits)
+_LOCKABLE = _ByMap(_parse_lockable)
+_FLOWS = _ByMap(_parse_flows)
+_EFFECTS = _ByMap(_parse_effects)
 _IN_32_BIT = {byte: cell for opcodes, cell in _lines(IN_32_BIT)
               for byte in _numbers(opcodes)}
 
@@ -1197,7 +1223,7 @@ def _read_opcode(code, bits):
     elif cell.islower() and _is_vector_prefix(cell, code[start + 1], bits):
         vector = _read_vector_prefix(code, start, cell)
         if (rex or prefixes & (O16 | LOCK | REPZ | REPNZ) or vector is None
-                or vector[0] not in _PAGES):
+                or vector[0] not in MAP_NAMES):
             return None
         number, size, pp, rex, vvvv, length, static = vector
         if bits == 32:
@@ -1212,21 +1238,23 @@ def _read_opcode(code, bits):
 
 def _cell_of(opcode, pp, modrm, bits):
     """What follows an opcode, asked of every table. `--`: undefined."""
-    cell = _PAGES[opcode >> 8][opcode & 0xff]
-    if opcode < 0x100:
+    number = opcode >> 8
+    cell = _PAGES[number][opcode & 0xff]
+    if not number:
         if bits == 32:
             cell = _IN_32_BIT.get(opcode, cell)
         if cell == "xop":
             cell = "E"
-    row = _PREFIXED.get(opcode)
+    row = _PREFIXED[number].get(opcode)
     cell = row[pp] if row else cell
     if cell[0] not in "EMUSR" or modrm < 0:
         return cell
     reg = modrm >> 3 & 7
-    group = _GROUPS.get((opcode, pp)) or _GROUPS.get(opcode)
+    groups = _GROUPS[number]
+    group = groups.get((opcode, pp)) or groups.get(opcode)
     cell = group[reg] if group else cell
     if modrm >= 0xc0:
-        forms = _REGISTER_FORMS.get((opcode, pp, reg))
+        forms = _REGISTER_FORMS[number].get((opcode, pp, reg))
         if cell[0] in "MS" or forms and not forms[modrm & 7]:
             return "--"
     elif cell[0] == "U" or cell[0] == "S" and modrm & 7 != 4:
@@ -1249,9 +1277,10 @@ def _value_size(kind, opcode, prefixes, rex, bits):
 
 
 def _flow_of(opcode, modrm, pp):
-    return (_FLOWS.get(opcode)
-            or modrm >= 0 and (_FLOWS.get((opcode, "/", modrm >> 3 & 7))
-                               or _FLOWS.get((opcode, "=", modrm, pp)))
+    flows = _FLOWS[opcode >> 8]
+    return (flows.get(opcode)
+            or modrm >= 0 and (flows.get((opcode, "/", modrm >> 3 & 7))
+                               or flows.get((opcode, "=", modrm, pp)))
             or NEXT)
 
 
@@ -1311,7 +1340,7 @@ def _read_form(code, vaddr, bits):
 def _disagreement(head, modrm, flow, bits):
     """Why these prefixes cannot stand before this opcode, or None."""
     if head.prefixes & LOCK and (modrm >= 0xc0 or (
-            head.number, modrm >> 3 & 7) not in _LOCKABLE):
+            head.number, modrm >> 3 & 7) not in _LOCKABLE[head.number >> 8]):
         return "lock prefix not allowed here"
     if bits != 64:
         return None
@@ -1321,8 +1350,8 @@ def _disagreement(head, modrm, flow, bits):
         return ("66 before a near branch: Intel ignores it, AMD truncates "
                 "rip to 16 bits")
     if head.number >= 0x1000:
-        w, lengths, is_vvvv_unused = _LIMITS.get((head.number, head.pp),
-                                                 (None, (0, 1, 2), False))
+        w, lengths, is_vvvv_unused = _LIMITS[head.number >> 8].get(
+            (head.number, head.pp), (None, (0, 1, 2), False))
         if w not in (None, head.rex & 8):
             return "W must be %d" % (w >> 3)
         if is_vvvv_unused and head.vvvv:
@@ -1445,9 +1474,10 @@ def _effects_row(form):
     opcode, pp = form.opcode, form.pp
     if opcode == 0x90 and form.rex & 1:
         opcode = 0x91                         # REX.B 90 is xchg r8, rax
-    row = _EFFECTS.get((opcode, pp)) or _EFFECTS.get(opcode)
+    rows = _EFFECTS[opcode >> 8]
+    row = rows.get((opcode, pp)) or rows.get(opcode)
     if form.modrm >= 0:
-        row = _EFFECTS.get((opcode, "/", form.modrm >> 3 & 7)) or row
+        row = rows.get((opcode, "/", form.modrm >> 3 & 7)) or row
     return row
 
 
@@ -3894,6 +3924,7 @@ class _Parser:
 
     def syntax(self):
         """The ast of the text. Raises ExpressionError."""
+        import ast          # a tenth of the start, and only expressions pay
         self.check()
         try:
             return ast.parse("(" + self.text + "\n)", mode="eval").body

@@ -291,6 +291,18 @@ class Tables(unittest.TestCase):
             self.assertEqual(len(cells), 256)
             self.assertLessEqual(set(cells), known, name)
 
+    def test_every_row_belongs_to_a_map_and_is_checked(self):
+        for text in (x86.PREFIXED, x86.GROUPS, x86.REGISTER_FORMS, x86.LIMITS,
+                     x86.LOCKABLE, x86.FLOWS, x86.EFFECTS):
+            for name in {row[0] for row in x86._lines(text)}:
+                self.assertIn(name, x86.PAGES)
+        for name in x86.PAGES:          # raises ValueError at a bad row
+            for parse in (x86._parse_prefixed, x86._parse_groups,
+                          x86._parse_register_forms, x86._parse_limits,
+                          x86._parse_lockable, x86._parse_flows,
+                          x86._parse_effects):
+                parse(name)
+
     def test_the_trie_only_remembers(self):
         codes = list(encodings(1, seed=7))[::5]
         warm = [error_of(code) or x86.decode(code, 0x1000) for code in codes]
