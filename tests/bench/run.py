@@ -36,6 +36,7 @@ from common import (BUILT, ROOT, Child, Leaf, Result, Skip, Yardstick,
 
 import actions
 import loads
+import reading
 import servers
 import transparency
 import ubp
@@ -333,6 +334,7 @@ ROWS.update([
     ("elf-libc", row_elf_libc), ("elf-500k", row_elf_500k),
     ("plan-libc", row_plan_libc), ("plan-python", row_plan_python),
     ("plan-servers", row_plan_servers)])
+ROWS.update(reading.ROWS)
 ROWS.update(loads.ROWS)
 WORDS = {True: "met", False: "MISSED", None: ""}
 
