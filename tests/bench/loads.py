@@ -96,7 +96,7 @@ class PgbenchLoad:
     def _between(self, began, end):
         n = (bisect.bisect(self.times, end)
              - bisect.bisect(self.times, began))
-        if n < 100:
+        if n < 20:
             raise Skip("pgbench made %d transactions" % n)
         return n
 
