@@ -142,10 +142,10 @@ def probed(pid, where, action):
 
 @contextlib.contextmanager
 def uprobed(path, offset, has_return):
-    with uprobe.Uprobe(path, offset):
-        with (uprobe.Uprobe(path, offset, True) if has_return
-              else contextlib.ExitStack()):
-            yield
+    with contextlib.ExitStack() as stack:
+        for is_return in (False, True) if has_return else (False,):
+            stack.enter_context(uprobe.Uprobe(path, offset, is_return))
+        yield
 
 
 def hottest(load):
