@@ -13391,6 +13391,14 @@ class Parser(argparse.ArgumentParser):
         raise Misuse(message, "%s --help" % self.prog)
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help in 78 columns: to ask the terminal, argparse imports shutil and
+    its compressors, at the first option that a parser is told."""
+
+    def __init__(self, prog, **settings):
+        super().__init__(prog, width=78, **settings)
+
+
 class HelpAction(argparse.Action):
     """--help, told to main() by an exception so that one place prints."""
 
@@ -13611,7 +13619,7 @@ def verb_parser(verb):
                     allow_abbrev=False, add_help=False,
                     epilog=examples and "examples:" + examples.replace(
                         "\n", "\n  ").rstrip(),
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=HelpFormatter)
     parser.color = False               # Python 3.14 would colour --help
     parser.add_argument("-h", "--help", nargs=0, action=HelpAction,
                         help="show this help")

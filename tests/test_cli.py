@@ -214,6 +214,7 @@ status malloc                             | takes no probe
             status, out, err = in_process([verb, "--help"])
             self.assertEqual((status, err), (0, ""))
             self.assertIn("usage: ubp " + verb, out)
+            self.assertLess(max(map(len, out.splitlines())), 80)
         self.assertEqual(in_process(["--version"]),
                          (0, "ubp %s\n" % ubp.__version__, ""))
 
