@@ -5345,10 +5345,19 @@ class _Body(_Values):
         self.code.alu(OR, RAX, RDX)
 
     def scale(self):
-        """rax = rax * mult >> 32: ticks to ns; rdx is lost."""
-        self.code.set_wide(RDX, self.place.tsc[0])
-        self.code.op(b"\xf7", 4, RDX)                   # mul
-        self.code.op(b"\x0f\xac", RDX, RAX, 8, b"\x20")     # shrd $32
+        """rax = rax * mult >> 32: ticks to ns; rdx is lost.
+
+        Ticks shorter than a ns: it is the upper half of the product with
+        mult << 32, and a shrd is spared. Both forms have one size.
+        """
+        mult, code = self.place.tsc[0], self.code
+        is_half = mult < 1 << 32
+        code.set_wide(RDX, mult << 32 if is_half else mult)
+        code.op(b"\xf7", 4, RDX)                        # mul
+        if is_half:
+            code.put(b"\x48\x89\xd0\x66\x90")           # mov rax,rdx; nop
+        else:
+            code.op(b"\x0f\xac", RDX, RAX, 8, b"\x20")     # shrd $32
 
     def add(self, base, disp, value):
         """Add a value, in a register, to the payload at [base + disp]."""
