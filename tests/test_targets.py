@@ -1168,6 +1168,29 @@ class Needs(Case):
             target.close(PATIENCE)
 
     @needs_root
+    def test_seccomp_without_the_call_that_follows_pointers(self):
+        """Refused beforehand; what follows no pointer is served."""
+        with live.Target("filtered", "readv") as process:
+            process.ask("r")
+            before = Whole(process.pid)
+            with ubp.attach(process.pid) as target:
+                for action in (ubp.Hist("u64[arg0]"), ubp.Trace("str(arg0)"),
+                               ubp.Count(by="buf(arg0, 8)")):
+                    with self.assertRaises(ubp.ProbeError) as caught:
+                        target.probe("exe:hot", action, timeout=PATIENCE)
+                    self.assertIn("seccomp filter forbids",
+                                  str(caught.exception))
+                probe = target.probe("exe:hot", ubp.Hist("arg0"),
+                                     timeout=PATIENCE)
+                self.assertEqual(0, process.ask("r")["wrong"])
+                self.assertEqual((10007, 10006), (probe.read().count,
+                                                  probe.read().max))
+                target.close(PATIENCE)
+            before.check(self)
+            self.assertEqual(0, process.ask("r")["wrong"])
+            process.quit()
+
+    @needs_root
     def test_seccomp_a_filter_that_comes_later(self):
         """The text is put back; what cannot be unmapped is told."""
         with live.Target("filtered", "late") as process:

@@ -5,6 +5,7 @@
  *                                               (MemoryDenyWriteExecute=)
  *   munmap    munmap kills                      exec     mmap of x kills
  *   late      from command l on, munmap kills
+ *   readv     process_vm_readv kills
  *
  * Commands: r calls hot, reports; s computes for a second while Syscall User
  * Dispatch blocks all calls, as Wine does, and reports: a call in that time
@@ -35,6 +36,7 @@ static volatile char selector;      /* of Syscall User Dispatch: 1 block */
 static struct sock_filter
     no_memfd[] = {NUMBER, IF(SYS_memfd_create, 1), REFUSE, ALLOW},
     no_munmap[] = {NUMBER, IF(SYS_munmap, 1), KILL, ALLOW},
+    no_readv[] = {NUMBER, IF(SYS_process_vm_readv, 1), KILL, ALLOW},
     no_exec[] = {NUMBER, IF(SYS_mmap, 4), LOAD(ARGUMENT(2)), IF_BITS(4),
                  KILL, ALLOW},
     no_wx[] = {NUMBER, IF(SYS_mmap, 5), LOAD(ARGUMENT(2)), IF_BITS(6),
@@ -94,6 +96,8 @@ int main(int argc, char **argv)
         FILTER(no_munmap);
     else if (!strcmp(mode, "exec"))
         FILTER(no_exec);
+    else if (!strcmp(mode, "readv"))
+        FILTER(no_readv);
     say("ready");
     while ((c = command()) != 'q') {
         if (c == 'l')
