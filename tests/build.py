@@ -44,6 +44,8 @@ def build(name, flags=(), suffix=".c", output_suffix=""):
         raise unittest.SkipTest("no C compiler; apt-get install gcc libc-dev")
     if done.returncode:
         text = done.stdout.decode("utf-8", "replace")
+        if "cc1plus" in text or "-lstdc++" in text:
+            raise unittest.SkipTest("no C++ compiler; apt-get install g++")
         if "-static" in flags or "-static-pie" in flags:
             raise unittest.SkipTest("cannot link statically: %s" % text)
         raise RuntimeError("cc %s: %s" % (source, text))

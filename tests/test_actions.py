@@ -11,6 +11,7 @@ import threading
 import time
 import unittest
 
+import build
 import live
 
 ubp = live.core()
@@ -328,6 +329,13 @@ class _Calls(Truth):
 
 
 # function | entries, exits, of them by longjmp: as actions.c has them
+STRANGE_FRAMES = """
+thrower  | 100 | 50
+through  | 100 | 50
+yielder  | 100 | 100
+on_alt   | 100 | 100
+raiser   | 100 | 100
+"""
 FRAMES = """
 deep     | 550 | 550
 jumper   | 100 | 50
@@ -359,6 +367,36 @@ class Frames(unittest.TestCase):
             for probe in probes[::2]:
                 probe.remove(PATIENCE)
             self.assertEqual(550, probes[0].read().count)
+
+    def test_frames_that_are_left_or_resumed_in_unusual_ways(self):
+        """C++ exceptions, ucontext coroutines, handlers on their own stack."""
+        path = build.build("frames", ("-Wl,--no-as-needed", "-lstdc++"),
+                           ".cc")
+        with live.Target("frames", path=path) as process:
+            before = live.Snapshot(process.pid)
+            with ubp.attach(process.pid) as target:
+                rows = [[word.strip() for word in line.split("|")]
+                        for line in STRANGE_FRAMES.strip().splitlines()]
+                times = [target.probe("exe:" + row[0], ubp.Latency())
+                         for row in rows]
+                results = target.probe("exe:yielder%return",
+                                       ubp.Count(by="ret - 2 * arg0"))
+                sides = target.probe("exe:yielder", ubp.Latency(by="arg0&1"))
+                self.assertEqual({"thrown": 50, "wrong": 0},
+                                 process.ask("r"))
+                for probe, (name, entries, exits) in zip(times, rows):
+                    with self.subTest(name):
+                        reading = probe.reading()
+                        self.assertEqual(int(entries), reading.entries)
+                        self.assertEqual(int(exits), reading.recorded)
+                        self.assertEqual(0, reading.dropped
+                                         + reading.unmatched)
+                self.assertEqual({0: 100}, results.read())
+                self.assertEqual({0: 50, 1: 50}, {
+                    key: n.count for key, n in sides.read().items()})
+                target.close(PATIENCE)
+            live.Snapshot(process.pid).compare(self, before)
+            process.quit()
 
     def test_exits_tell_results_and_the_arguments_of_the_entry(self):
         with attached("2", "5003", "signals") as (process, target):
