@@ -5773,9 +5773,21 @@ def place_arena(maps, low, high, size):
 
     Below the code, nearest first, so that brk and mmap are not in its way;
     else above, as far from brk as reach allows. Never right below [stack].
+    Bodies of one trampoline have data in several arenas: as far as there
+    is room, these lie within reach of each other, too.
     """
-    reach_low, reach_high = ubp_x86.reach(low, high)
     floor = max(65536, int(read_proc("/proc/sys/vm/mmap_min_addr") or 0))
+    reach_low, reach_high = ubp_x86.reach(low, high)
+    near = max(floor, reach_low, high - (1 << 30))
+    together = near, min(reach_high, ubp_x86.reach(near, near)[1])
+    return (_place_within(maps, low, high, size, floor, together)
+            or _place_within(maps, low, high, size, floor,
+                             (reach_low, reach_high)))
+
+
+def _place_within(maps, low, high, size, floor, limits):
+    """place_arena, in [limits[0], limits[1])."""
+    reach_low, reach_high = limits
     below, above = [], []
     previous, brk = floor, 0
     for mapping in list(maps) + [Mapping(_TASK_SIZE - PAGE, _TASK_SIZE, "",
@@ -8714,12 +8726,11 @@ class Installer:
         -> (Arena, those of plans that it has room for); it is made if
         there is none.
         """
-        windows = [part.window.site for plan in plans
-                   for part in plan.all_parts]
-        low, high = min(windows), max(windows) + PAGE
+        low, high = self._span(plans)
         for arena in self.arenas:
             n = len(plans)
-            while n and not arena.has_room(low, high, need_of(plans[:n])):
+            while n and not arena.has_room(*self._span(plans[:n]),
+                                           need_of(plans[:n])):
                 n //= 2
             if n:
                 return arena, plans[:n]
@@ -8730,6 +8741,18 @@ class Installer:
             self.note("its memory is private: calls in processes that it "
                       "forks from now on are not counted")
         return arena, plans
+
+    def _span(self, plans):
+        """[low, high) of what code of plans refers to: their windows, and
+        the data of bodies that share these."""
+        windows = {part.window.site for plan in plans
+                   for part in plan.all_parts}
+        shared = {body.arena.range for vaddr in windows
+                  if vaddr in self.patches
+                  for body in self.patches[vaddr].bodies}
+        return (min(windows.union(low for low, _ in shared)),
+                max({vaddr + PAGE for vaddr in windows}.union(
+                    high for _, high in shared)))
 
     def _write(self, probe, arena, plans):
         """Data, trampolines and records of plans. -> [(Patch, Change)]"""
@@ -8892,15 +8915,22 @@ class Installer:
             arena.commit()
         jumps = [change for patch, change in steps
                  if not patch.window.is_trap]
-        refused = arm(self.tracer, self.arenas, jumps,
-                      max(0.1, limit - time.monotonic())) if jumps else ()
+        try:
+            refused = arm(self.tracer, self.arenas, jumps, max(
+                0.1, limit - time.monotonic())) if jumps else ()
+        except BaseException:
+            for patch, bodies in before.items():
+                patch.bodies = bodies       # the old trampoline is in force
+            raise
         for patch, change in steps:
             if change in refused:
                 self.note("%s was changed by another tool" % site_name(
                     patch.site))
-            for body in before[patch]:
-                if body.probe in gone:
-                    body.arena.mark_gone(body.record)
+            # An entry and an exit of one window share its record.
+            for arena, record in {body.record.trampoline: (
+                    body.arena, body.record) for body in before[patch]
+                    if body.probe in gone}.values():
+                arena.mark_gone(record)
 
     def _unused(self, done):
         """The arenas that no probe and no code needs, without patches."""

@@ -10,6 +10,7 @@ import random
 import threading
 import time
 import unittest
+import unittest.mock
 
 import build
 import live
@@ -515,6 +516,59 @@ class Together(unittest.TestCase):
                 time.sleep(0.01)
             process.send("x")
             process.answer(PATIENCE)
+
+    def test_entry_and_exit_in_one_window_are_taken_out_as_one(self):
+        """tiny is five bytes: one window has its entry and its exit."""
+        with live.Target("busy", "1") as process:
+            with ubp.attach(process.pid) as target:
+                times = target.probe("exe:tiny", ubp.Latency())
+                calls = target.probe("exe:tiny", ubp.Count())
+                process.send("g")
+                live.settled(lambda: times.hits)
+                times.remove(PATIENCE)
+                n = calls.read()
+                self.assertTrue(live.settled(lambda: calls.read() > n))
+            self.assertEqual([], live.changed_text(process.pid))
+            process.quit()
+
+    def test_a_removal_that_came_too_late_can_be_repeated(self):
+        with attached("1", "1009") as (process, target):
+            hist = target.probe("exe:work", ubp.Hist("arg0"))
+            calls = target.probe("exe:work", ubp.Count())
+            late = ubp.UbpTimeout("stop", "it", "it does not stop")
+            with unittest.mock.patch("ubp.arm", side_effect=late):
+                with self.assertRaises(ubp.UbpTimeout):
+                    hist.remove()
+            process.ask("g")
+            self.assertEqual((1009, 1009), (hist.hits, calls.hits))
+            hist.remove(PATIENCE)
+            process.ask("g")
+            self.assertEqual((1009, 2018), (hist.hits, calls.hits))
+
+    def test_data_of_one_site_lie_in_reach_of_each_other(self):
+        """Where brk begins right behind a program at a low address, little
+        fits below it, and the rest goes 2 GiB above."""
+        with live.Target("actions", "1", "1009", flags=("-no-pie",),
+                         prefix=("setarch", "-R")) as process:
+            before = live.Snapshot(process.pid)
+            with ubp.attach(process.pid) as target:
+                probes = [target.probe("exe:work", action, timeout=PATIENCE)
+                          for action in (
+                              ubp.Count(), ubp.Trace("arg0", ring=1 << 20),
+                              ubp.Trace("str(arg2)", ring=1 << 24),
+                              ubp.Latency(), ubp.Count(by="arg1"),
+                              ubp.Stack(unwind="fp"))]
+                lowest = min(m.start for m in live.arenas(process.pid))
+                highest = max(m.end for m in live.arenas(process.pid))
+                self.assertLess(lowest, 0x400000)
+                self.assertGreater(highest, 0x40000000)
+                process.ask("g")
+                for probe in probes:
+                    self.assertEqual(1009, probe.hits)
+                for probe in probes:
+                    probe.remove(PATIENCE)
+            live.Snapshot(process.pid).compare(self, before)
+            process.quit()
 
     def test_status_tells_the_hits_of_each_and_clean_takes_all_out(self):
         with live.Target("actions", "2", "1009") as process:
