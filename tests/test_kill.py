@@ -41,7 +41,17 @@ for owner, name, letter in (("Tracer", "_interrupt_all", b"S"),
                             ("Tracer", "_release", b"R")):
     watch(getattr(ubp, owner, None), name, letter)
 
-def live(pid, sites, seed):
+ACTIONS = {
+    "count": lambda: [ubp.Count()],
+    "latency": lambda: [ubp.Latency(), ubp.Count()],
+    "trace": lambda: [ubp.Trace("arg0, tid", ring=1 << 14),
+                      ubp.Trace("arg0", overflow="block", ring=1 << 14)],
+    "text": lambda: [ubp.Count(by="str(arg0, 16)"), ubp.Hist("u64[arg0]")],
+    "hist": lambda: [ubp.Hist("arg0"), ubp.Count(by="arg0 & 7"),
+                     ubp.Count(sum="arg0")],
+    "stack": lambda: [ubp.Stack(), ubp.Stack(unwind="fp", depth=8)]}
+
+def live(pid, kind, sites, seed):
     turn = seed
     while True:
         turn += 1
@@ -49,12 +59,15 @@ def live(pid, sites, seed):
             phase[0:1] = b"a"
             target = ubp.attach(pid)
             phase[0:1] = b"p"
-            probe = target.probe(sites, ubp.Count())
+            probes = [target.probe(sites, action)
+                      for action in ACTIONS[kind]()]
             phase[0:1] = b"w"
-            probe.read()
+            for probe in probes:
+                probe.read()
             phase[0:1] = b"r"
             if turn % 3:
-                probe.remove()
+                for probe in probes[turn % len(probes):]:
+                    probe.remove()
                 phase[0:1] = b"d"
             if turn % 2:
                 target.close()
@@ -71,8 +84,8 @@ for line in sys.stdin:
     phase[0:200] = b"s".ljust(200, b"\\0")
     child = os.fork()
     if child == 0:
-        live(int(pid), line.split()[4:], int(seed))
-    limit = time.monotonic() + 0.4
+        live(int(pid), line.split()[4], line.split()[5:], int(seed))
+    limit = time.monotonic() + 4        # a busy machine takes its time
     while phase[0:1] == b"s":           # until it has begun
         time.sleep(0.0002)
     while wanted != "-" and phase[0:1] != wanted.encode() \
@@ -98,10 +111,12 @@ WINDOWS = "exe:win_slow exe:win_ones exe:win_pause exe:win_call exe:win_data"
 class Case:
     """A target, the server that worries it, and what was seen."""
 
-    def __init__(self, sites, name, *arguments):
-        self.sites = sites
+    def __init__(self, sites, name, *arguments, action="count"):
+        self.sites = action + " " + sites
         self.target = live.Target(name, *arguments, seconds=115)
         self.label = " ".join((name,) + tuple(map(str, arguments)))
+        if action != "count":
+            self.label += ", " + action
         self.server = live.python(SERVER, seconds=115)
         self.phases, self.errors, self.problem = {}, {}, None
 
@@ -146,14 +161,14 @@ class Kill(unittest.TestCase):
     def setUp(self):
         self.ubp = live.core()
 
-    def worry(self, *cases):
-        """Worry all targets at once; then clean and compare."""
+    def worry(self, *cases, n=None):
+        """Worry all targets at once; then look, clean and compare."""
+        n = n or KILLS // 3 // len(cases) + 1
         befores = [live.Snapshot(case.target.pid) for case in cases]
         for case in cases:
             if case.label.startswith("busy"):
                 case.target.send("g")
-        threads = [threading.Thread(target=case.worry,
-                                    args=(KILLS // 3 // len(cases) + 1,))
+        threads = [threading.Thread(target=case.worry, args=(n,))
                    for case in cases]
         for thread in threads:
             thread.start()
@@ -165,6 +180,7 @@ class Kill(unittest.TestCase):
             with self.subTest(case.label):
                 if case.problem:
                     raise case.problem
+                self.ubp.status(case.target.pid)
                 self.ubp.clean(case.target.pid, all=True)
                 if case.label.startswith(("busy", "windows")):
                     case.target.ask("p")
@@ -186,6 +202,18 @@ class Kill(unittest.TestCase):
                     case.target.quit()
         finally:
             for case in cases:
+                case.end()
+
+    def test_whatever_a_probe_computes_the_target_never_notices(self):
+        """Several bodies at a site, data that grows, hits that wait."""
+        for action in ("latency", "trace", "text", "hist", "stack"):
+            case = Case(HOTS, "busy", 1, action=action)
+            try:
+                self.worry(case, n=KILLS // 50 + 1)
+                case.target.send("g")
+                time.sleep(0.05)
+                case.target.quit()
+            finally:
                 case.end()
 
     def test_memory_below_small_stacks_is_never_written(self):
