@@ -6197,7 +6197,8 @@ def _inject_arena(tracer, base, layout, shards, kind):
     fd = -1
     with Injection(tracer, b"ubp\0") as injection:
         if _may_have_memfd(injection, base, layout, kind):
-            fd = _map_memfd(injection, base, layout)
+            fd = _map_memfd(injection, base, layout, pack_header(
+                tracer, base, layout, shards, 0, 0, 0, False))
         if fd < 0 and fd != -errno.EEXIST and kind != "memfd":
             fd = _map_twice(injection, base, layout, MAP_PRIVATE
                             | MAP_ANONYMOUS, -1) or _ANONYMOUS
@@ -6264,11 +6265,12 @@ def _may_have_memfd(injection, base, layout, kind):
     return is_memfd
 
 
-def _map_memfd(injection, base, layout):
+def _map_memfd(injection, base, layout, header):
     """memfd_create, mmap code, mmap data, close. -> our fd, or -errno
 
     All in one stop, so no thread of the target sees the descriptor, or
-    gets another number for its own.
+    gets another number for its own. The header is there before the private
+    pages, which have no name: only it tells what they are, if we die.
     """
     size = layout.size
     remote = injection.call(SYS_memfd_create, injection.text_vaddr,
@@ -6285,6 +6287,8 @@ def _map_memfd(injection, base, layout):
     elif libc.ftruncate(own, ctypes.c_long(size)) != 0:
         fd = -ctypes.get_errno()
     else:
+        libc.pwrite(own, header, ctypes.c_size_t(len(header)),
+                    ctypes.c_long(0))
         fd = _map_twice(injection, base, layout, MAP_SHARED, remote) or own
     if own < 0 or _file_id(b"/proc/self/fd/%d" % own) == _file_id(
             path.encode()):

@@ -216,6 +216,22 @@ class Kill(unittest.TestCase):
             finally:
                 case.end()
 
+    def test_an_arena_that_was_just_mapped_is_taken_out_whole(self):
+        """Its private pages have no name: the header must tell of them."""
+        with live.Target("busy", 1) as target:
+            before = live.Snapshot(target.pid)
+            tracer = live.python("""
+ubp._adopt = lambda *ignored: os.kill(os.getpid(), signal.SIGKILL)
+ubp.attach(int(sys.argv[1])).probe("exe:hot", ubp.Latency())
+""", target.pid)
+            self.assertEqual(-signal.SIGKILL, tracer.wait())
+            tracer.kill()
+            self.assertEqual(3, len(live.maps(target.pid))
+                             - len(before.maps))
+            self.ubp.clean(target.pid)
+            live.Snapshot(target.pid).compare(self, before)
+            target.quit()
+
     def test_memory_below_small_stacks_is_never_written(self):
         """Hazard 9: coroutine stacks of 2 KiB side by side, and alternate
         signal stacks that have just room for their handler."""
