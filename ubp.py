@@ -8743,7 +8743,8 @@ class Installer:
         self.arenas.append(arena)
         if arena.memory is None:
             self.note("its memory is private: calls in processes that it "
-                      "forks from now on are not counted")
+                      "forks from now on are not counted, nor, if it ends, "
+                      "those since it was last read")
         return arena, plans
 
     def _span(self, plans):
