@@ -306,6 +306,32 @@ class Lines(unittest.TestCase):
                     sink.feed(watched.hit(each)) for each in events))
                 self.assertEqual(len(lines.makers), 1)
 
+    def test_columns_say_what_hits_say(self):
+        for is_exit in False, True:
+            watched, event = self.watched(is_exit)
+            events = [event(n, values)
+                      for n, values in enumerate(self.VALUES[:2] * 6)]
+            one, probe = events[0].site, events[0].probe
+            sites = {3: one, 5: one._replace(vaddr=0x2000)}
+            indexes = [3, 5, 5] * 4
+            events = [each._replace(site=sites[index])
+                      for each, index in zip(events, indexes)]
+            form = collections.namedtuple("Form", "sites kinds probe")(
+                sites, dict.fromkeys(sites, events[0].kind), probe)
+            times, tids, cpus, pids, _, _, values, _, _ = zip(*events)
+            columns = ubp.Columns(times, tids, cpus, pids, indexes,
+                                  list(zip(*values)))
+            for sink, is_json, has_pid in (
+                    (ubp.HitLines(), False, False),
+                    (ubp.HitLines((), True), False, True),
+                    (ubp.HitJson(), True, False)):
+                lines = ubp.EventLines(sink, [watched], is_json, has_pid)
+                made = lines.of_columns(form, columns)
+                self.assertEqual([time_ns for time_ns, _ in made],
+                                 list(times))
+                self.assertEqual(lines.text(made[:5] + events[5:]), "".join(
+                    sink.feed(watched.hit(each)) for each in events))
+
 
 # ---- the one-liners, on real servers ---------------------------------------
 
