@@ -14854,6 +14854,8 @@ class EventLines:
             values = [column if convert is None else map(convert, column)
                       for convert, column in zip(converters, values)]
         templates = {index: made[0] for index, made in makers.items()}
+        if None in templates.values():
+            return form._events(columns)
         rows = zip(*self._head(times, tids, cpus, pids) + tuple(values))
         return list(zip(times, [templates[index] % row for index, row
                                 in zip(indexes, rows)]))
@@ -14880,7 +14882,7 @@ class EventLines:
         time_ns, tid, cpu, pid, site, _, values, stack, probe = event
         template, converters, watched, *_ = self.makers.get(
             (id(probe), id(site))) or self._maker(event)
-        if stack or None in values:
+        if template is None or stack or None in values:
             return self.sink.feed(watched.hit(event))
         if converters:
             values = tuple([value if convert is None else convert(value)
@@ -14902,8 +14904,9 @@ class EventLines:
         converters = [watched.naming.converter(expression, self.is_json)
                       for expression in armed.values]
         names = [expression.text.strip() for expression in armed.values]
-        if self.is_json:
-            template = self._json_template(hit, names)
+        if self.is_json:        # an object has each name once
+            template = (self._json_template(hit, names)
+                        if len(set(names)) == len(names) else None)
         else:
             words = [escape(name).replace("%", "%%") + "=%s"
                      for name in names]

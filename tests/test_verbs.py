@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import unittest
+import unittest.mock
 import xml.etree.ElementTree as ElementTree
 
 import live
@@ -305,6 +306,20 @@ class Lines(unittest.TestCase):
                 self.assertEqual(text, "".join(
                     sink.feed(watched.hit(each)) for each in events))
                 self.assertEqual(len(lines.makers), 1)
+
+    def test_json_has_an_expression_given_twice_once(self):
+        watched, event = self.watched(False)
+        armed, = watched.armed
+        watched.armed[0] = armed._replace(values=armed.values[:1] * 2)
+        events = [event(n, (n, n)) for n in range(2)]
+        sink, form = ubp.HitJson(), unittest.mock.Mock()
+        lines = ubp.EventLines(sink, [watched], True, False)
+        self.assertEqual(lines.text(events), "".join(
+            sink.feed(watched.hit(each)) for each in events))
+        form.sites, form.kinds = {0: events[0].site}, {0: "entry"}
+        form.probe, form._events.return_value = events[0].probe, events
+        self.assertEqual(lines.of_columns(form, ubp.Columns(
+            *[[0, 1]] * 4, indexes=[0, 0], values=[[0, 1]] * 2)), events)
 
     def test_columns_say_what_hits_say(self):
         for is_exit in False, True:
