@@ -262,7 +262,9 @@ class Snapshot:
     def __init__(self, pid):
         self.pid = pid
         self.maps = maps(pid)
-        self.fds = descriptors(pid)
+        # Less what busy opens for a moment while it runs.
+        self.fds = {n: name for n, name in descriptors(pid).items()
+                    if not name.endswith("/schedstat")}
         self.text = changed_text(pid)
         self.tracers = tracers(pid)
         self.masks = {tid: self._mask(tid) for tid in threads(pid)}
