@@ -787,7 +787,7 @@ def walk_of(pid, size=STACK, code=None):
     code = code or ubp.CodeMap(pid, ubp.modules(pid))
     walk = ubp.Unwinder(pid, code).walk(
         ubp_x86.program_counter(regs), ubp_x86.dwarf_registers(regs), rsp,
-        stack)
+        stack, 1000)
     return walk, ubp.Symbols(pid, code).frames(walk)
 
 
