@@ -20,12 +20,15 @@ TOP = os.path.dirname(HERE)
 VERSIONS = ["3.%d" % minor for minor in range(6, 15)]
 # What takes minutes says nothing more under a second version; of these,
 # LIVE is what depends most on the interpreter.
-LONG = ("actions bodies cli exact expressions hazards kill life safety "
-        "servers stacks targets verbs").split()
+LONG = ("actions bodies cli embed exact expressions hazards kill life "
+        "safety servers stacks targets verbs").split()
 SHORT = ("not racle and not mutations and not Libraries and not Deadlines "
          "and not busy_python and not 500_000")
 LIVE = ["tests/test_cli.py::" + name
         for name in ("Pure", "Misuse", "Counts", "Leaving", "Commands")] + [
+    "tests/test_embed.py::Hosts::" + name for name in (
+        "test_the_host_is_left_as_it_was", "test_any_thread_may_use_a_target",
+        "test_an_asyncio_host_with_children_of_its_own")] + [
     "tests/test_actions.py::Exact", "tests/test_expressions.py::Meaning",
     "tests/test_bodies.py::Histograms",
     "tests/test_life.py::Hardware", "tests/test_stacks.py::Hostile",
