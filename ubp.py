@@ -6050,11 +6050,15 @@ class Arena:
         at = vaddr - self.private
         return self._kept_private[at:at + size]
 
-    def keep(self):
-        """Copy all blocks, to be read when the memory is gone."""
+    def keep_private(self):
+        """Copy the private pages, to be read when they are gone."""
         if self.private:
             self._kept_private = self.load_private(
                 self.private, self._private_used)
+
+    def keep(self):
+        """Copy all blocks, to be read when the memory is gone."""
+        self.keep_private()
         try:
             kept = [self.load(cpu, 0, self._used)
                     for cpu in range(self.shards.mask + 1)]
@@ -9042,10 +9046,15 @@ def needs_private(spec):
 
 
 def _keep(arenas):
-    """Look a last time at memory that is about to go."""
+    """Look a last time at memory that is about to go.
+
+    The target is stopped: what is shared with us stays ours to read later.
+    """
     for arena in arenas:
-        if arena.memory is None or arena.private:
+        if arena.memory is None:
             arena.keep()
+        else:
+            arena.keep_private()
 
 
 # ---- 9  Breakpoints -------------------------------------------------------
