@@ -86,6 +86,8 @@ static void batch(long key)
         call(n, key, texts[n % 5]);
 }
 
+static atomic_int storming, is_calm = 1, is_settling;
+
 static void *runner(void *argument)
 {
     long key = (long)argument;
@@ -93,23 +95,24 @@ static void *runner(void *argument)
         pthread_barrier_wait(&begin);
         if (quitting)
             return NULL;
-        do
-            batch(key);
-        while (is_busy);
+        if (!is_settling)
+            do
+                batch(key);
+            while (is_busy);
         pthread_barrier_wait(&end);
     }
 }
-
-static atomic_int storming;
 
 static void *storm(void *unused)
 {
     long n = 0;
     while (!quitting) {
         if (!storming) {
+            is_calm = 1;
             nap_us(500);
             continue;
         }
+        is_calm = 0;
         pthread_t thread = threads[n % n_threads];
         if (with_migration) {
             cpu_set_t set;
@@ -131,7 +134,13 @@ static void run_all(void)
     pthread_barrier_wait(&begin);
     pthread_barrier_wait(&end);
     storming = 0;
-    nap_us(20000);                  /* signals under way are handled */
+    nap_us(1000);
+    while (!is_calm)
+        nap_us(1000);
+    is_settling = 1;                /* who comes out of a barrier has */
+    pthread_barrier_wait(&begin);   /* handled what was sent to it */
+    pthread_barrier_wait(&end);
+    is_settling = 0;
 }
 
 static void fork_child(void)
