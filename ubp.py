@@ -70,7 +70,6 @@ import bisect                                                   # noqa: E402
 import collections                                              # noqa: E402
 import ctypes                                                   # noqa: E402
 import errno                                                    # noqa: E402
-import fnmatch                                                  # noqa: E402
 import functools                                                # noqa: E402
 import itertools                                                # noqa: E402
 import json                                                     # noqa: E402
@@ -85,7 +84,7 @@ import struct                                                   # noqa: E402
 import threading                                                # noqa: E402
 import time                                                     # noqa: E402
 import warnings                                                 # noqa: E402
-from typing import NamedTuple, Optional, Tuple                  # noqa: E402
+from typing import NamedTuple, Optional                         # noqa: E402
 
 import ubp_x86                                                  # noqa: E402
 from ubp_x86 import (DecodeError, RefusalError, RelocationError,  # noqa: E402

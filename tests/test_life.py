@@ -5,9 +5,7 @@ primes; what may not change is read from /proc.
 """
 import os
 import signal
-import subprocess
 import sys
-import threading
 import time
 import unittest
 

@@ -24,6 +24,7 @@ import contextlib
 import json
 import os
 import platform
+import select
 import shutil
 import statistics
 import subprocess
@@ -31,8 +32,8 @@ import sys
 import tempfile
 import time
 
-from common import (BUILT, ROOT, Child, Leaf, Result, Skip, Yardstick,
-                    compiled, is_met, many_symbols, timed)
+from common import (ANSWER_SECONDS, BUILT, ROOT, Child, Leaf, Result, Skip,
+                    Yardstick, compiled, is_met, many_symbols, timed)
 
 import actions
 import loads
