@@ -261,8 +261,10 @@ class Injection(unittest.TestCase):
             with live.Target("busy", 2) as process:
                 with open(group + "/cgroup.procs", "w") as f:
                     f.write(str(process.pid))
+                # Below what each processor holds ready, 256 KiB, the
+                # kernel kills it at an open() of its own.
                 with open(group + "/memory.limit_in_bytes", "w") as f:
-                    f.write("256K")
+                    f.write("%dK" % (256 * (os.cpu_count() + 1)))
                 process.send("g")
                 with ubp.attach(process.pid) as target:
                     probe = target.probe("exe:hot", ubp.Count())
