@@ -432,7 +432,7 @@ class OneLiners(unittest.TestCase):
         server = self.python()
         out, err = self.probe(
             server.pid, "count", "libc:str*", "--interval", "0.2",
-            work=lambda: server.call("float('1.5')", 60000))
+            work=lambda: server.call("float('1.5')", 400000))
         self.assertRegex(out, r"\d\d:\d\d:\d\d, 0\.\d s\n +calls +calls/s ")
 
     def test_latency_of_a_mutex_lock(self):
