@@ -158,6 +158,7 @@ PTRACE_SYSCALL    = 24
 PTRACE_SETOPTIONS = 0x4200
 PTRACE_GETEVENTMSG = 0x4201
 PTRACE_GETSIGINFO = 0x4202
+PTRACE_SETSIGINFO = 0x4203
 PTRACE_GETREGSET  = 0x4204
 PTRACE_SETREGSET  = 0x4205
 PTRACE_SEIZE      = 0x4206
@@ -9761,12 +9762,27 @@ _TERMINATE = ("terminate",)     # what a SIGTERM asks of a guardian
 _LAST_RESORT_S = 3600           # for putting the text back when orphaned
 
 
+_SYNCHRONOUS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL,
+                signal.SIGTRAP}     # what an instruction itself raises
+_SI_ADDR = 16                   # siginfo_t.si_addr, <asm-generic/siginfo.h>
+
+
+class TrapSite:
+    """An int3 that the guardian answers for: at a site, or in the copy of
+    what only the tracer can do, insn then."""
+    __slots__ = ("goal", "size", "insn", "n_hits", "n_before", "since")
+
+    def __init__(self, goal, size, insn=None):
+        self.goal, self.size, self.insn = goal, size, insn
+        self.n_hits = self.n_before = 0     # in all; at the start of
+        self.since = time.monotonic()       # this second, which is that
+
+
 class Keeper(Tracer):
     """A Tracer whose threads stay traced and run on between its pauses.
 
-    sites   {vaddr: [trampoline, hits, size of its instruction, hits at the
-            start of this second, that start]}, shared by a target and the
-            processes that it forks
+    sites   {vaddr: TrapSite}, shared by a target and the processes that it
+            forks
     """
 
     options = (PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEFORK
@@ -9800,22 +9816,57 @@ class Keeper(Tracer):
         was_reset = bool(self.action) and not self._is_caught(tid)
         was_blocked = (tid in self.blocked or was_reset
                        or mask & _FULL_MASK == _FULL_MASK)
-        if not is_own and not was_blocked and site[2] == 1:
+        if not is_own and not was_blocked and site.size == 1:
             return None         # it is at site + 1, and a SIGTRAP was sent
         if was_blocked:
             self._mask.raw = (mask | _TRAP_BIT).to_bytes(8, "little")
             ptrace(PTRACE_SETSIGMASK, tid, 8, ctypes.addressof(self._mask))
-        ptrace(PTRACE_POKEUSER, tid, ubp_x86.PROGRAM_COUNTER_OFFSET, site[0])
-        site[1] += 1
-        self.guard.n_hits += 1
-        if site[1] - site[3] > self.guard.max_rate:
-            self.guard.note_rate(regs, site)
+        if site.insn is not None:
+            self._emulate(tid, regs, site)
+        else:
+            ptrace(PTRACE_POKEUSER, tid, ubp_x86.PROGRAM_COUNTER_OFFSET,
+                   site.goal)
+            site.n_hits += 1
+            self.guard.n_hits += 1
+            if site.n_hits - site.n_before > self.guard.max_rate:
+                self.guard.note_rate(regs, site)
         if was_reset:
             self._mend(tid, b"" if is_own else self._info.raw)
             return 0
         # Of signals of one number that wait only the first is kept: this
         # one was blocked, and is queued again.
         return 0 if is_own else signal.SIGTRAP
+
+    def _emulate(self, tid, regs, site):
+        """Do what an instruction does that no copy of it could. Where it
+        would fault, it runs, behind its int3, to do that itself."""
+        try:
+            regs, vaddr, data = ubp_x86.emulate(
+                site.insn, regs, lambda *what: read_memory(tid, *what))
+            write_memory(tid, vaddr, data)
+            self.set_regs(tid, regs)
+        except OSError:
+            ptrace(PTRACE_POKEUSER, tid, ubp_x86.PROGRAM_COUNTER_OFFSET,
+                   site.goal)
+
+    def _bring_home(self, tid, signo):
+        """A copy has raised a signal that tells where: at the original.
+
+        The program's handler may look at it, and go on from there.
+        """
+        if signo not in _SYNCHRONOUS:
+            return
+        regs = self.get_regs(tid)
+        home = self.guard.home_of(regs)
+        ptrace(PTRACE_GETSIGINFO, tid, 0, ctypes.addressof(self._info))
+        if home is None or struct.unpack_from("<i", self._info, 8)[0] <= 0:
+            return                  # it was sent: kill(2)
+        where, = struct.unpack_from("<Q", self._info, _SI_ADDR)
+        if where == ubp_x86.program_counter(regs):
+            struct.pack_into("<Q", self._info, _SI_ADDR,
+                             ubp_x86.program_counter(home))
+            ptrace(PTRACE_SETSIGINFO, tid, 0, ctypes.addressof(self._info))
+        self.set_regs(tid, home)
 
     def _is_caught(self, tid):
         """Has the process a handler of SIGTRAP? proc(5)"""
@@ -9911,6 +9962,7 @@ class Keeper(Tracer):
             try:
                 answer = self.trap(tid) if signo == signal.SIGTRAP else None
                 if answer is None:
+                    self._bring_home(tid, signo)
                     self._repaired(thread)
                     answer = signo
             except OSError:
@@ -9962,11 +10014,15 @@ class Keeper(Tracer):
         try:
             if not event and signo == signal.SIGTRAP:
                 answer = self.trap(tid)
+                if answer is None:
+                    self._bring_home(tid, signo)
             elif not event and signo == SYSCALL_EVENT_SIGNAL:
                 self._look_at_mask(tid)
                 answer = 0
             elif event == PTRACE_EVENT_STOP:
                 answer = 0 if self._has_trapped(tid) else None
+            elif not event:
+                self._bring_home(tid, signo)
             elif event:
                 self.note_event(thread, event)
                 if tid not in self.threads:
@@ -10074,6 +10130,7 @@ class Guard:
         self.n_hits = self._n_pinned = self._cpu = 0
         self.requests, self.is_over = queue.Queue(), False
         self.max_rate, self.too_hot, self.cooled = float("inf"), [], []
+        self._copies, self._copy_starts = [], []    # (vaddr, size, Insn)
         self._status = ctypes.c_int()
 
     def main(self):
@@ -10174,8 +10231,8 @@ class Guard:
     def note_rate(self, regs, site):
         """A site had more hits than a second may have: since when?"""
         now, vaddr = time.monotonic(), ubp_x86.program_counter(regs) - 1
-        if now - site[4] >= 1:
-            site[3], site[4] = site[1], now
+        if now - site.since >= 1:
+            site.n_before, site.since = site.n_hits, now
         elif vaddr not in self.too_hot:
             self.too_hot.append(vaddr)
 
@@ -10223,15 +10280,10 @@ class Guard:
             for base, nonce, inode, records in arenas]
         changes = [Change(record, ()) for arena in self.arenas
                    for record in arena.records]
-        self.sites.clear()
-        self.sites.update((record.site, [record.trampoline, 0,
-                                         record.window_size, 0,
-                                         time.monotonic()])
-                          for arena in self.arenas
-                          for record in arena.records)
         keeper = Keeper(self.tgid, self)
         self.keepers = [keeper]
         try:
+            self._learn_sites(keeper)
             keeper.learn_action(timeout)
             refused = arm(keeper, [], changes, timeout)
         except BaseException:
@@ -10239,8 +10291,38 @@ class Guard:
             self.keepers = []
             raise
         for change in refused:
-            self.sites.pop(change.record.site)
+            self.sites.pop(change.record.site, None)
         return [change.record.site for change in refused], keeper.pause_us
+
+    def _learn_sites(self, keeper):
+        """What to do at each site, and where each copy belongs."""
+        self.sites.clear()
+        copies = []
+        for record in [r for arena in self.arenas for r in arena.records]:
+            (_, old, _), copy = record.patches[-1], record.copies[0]
+            try:
+                insn = ubp_x86.decode(old + keeper.read(
+                    record.site + len(old), record.window_size - len(old)),
+                    record.site)
+            except (OSError, DecodeError):
+                continue            # it is gone; that is found, too
+            at = record.trampoline + copy.moved
+            self.sites[record.site] = TrapSite(record.trampoline, insn.size)
+            if ubp_x86.needs_emulation(insn):
+                self.sites[at] = TrapSite(at + 1, insn.size, insn)
+            copies.append((at, copy.moved_size, insn))
+        self._copies = sorted(copies, key=operator.itemgetter(0))
+        self._copy_starts = [at for at, _, _ in self._copies]
+
+    def home_of(self, regs):
+        """The regset of a thread that a copy has stopped, at the original;
+        None if it is in no copy."""
+        place = bisect.bisect_right(self._copy_starts,
+                                    ubp_x86.program_counter(regs)) - 1
+        if place < 0:
+            return None
+        at, size, insn = self._copies[place]
+        return ubp_x86.home_of(insn, at, size, regs)
 
     def do_rest(self, timeout):
         """Put all text back, and let go. -> (stopped, us; processes)"""

@@ -1717,6 +1717,48 @@ def relocate(insn, new_vaddr):
     if insn.form.bits != 64:
         raise RelocationError("32-bit code", insn.vaddr, "32-bit code")
     return RELOCATIONS[insn.flow](insn, new_vaddr)
+
+
+# Far returns and jumps: what they read tells where they go, not where they
+# are. (opcode, modrm.reg, or None for any.)
+_FAR_MOVES = {(0xca, None), (0xcb, None), (0xcf, None), (0xff, 5)}
+# They fault in user mode: sysret, sysexit, rsm.
+_FAR_FAULTS = {0x107, 0x135, 0x1aa}
+
+
+def relocate_trapped(insn, new_vaddr):
+    """As relocate(), for a copy that runs in a thread with a tracer.
+
+    What reports its own address by a signal is moved as it is: the tracer
+    sees the signal first, and brings it home (home_of). A call that reads
+    what its own push moves becomes an int3 that the tracer emulates, before
+    the call itself: see emulate(). Raises RelocationError.
+    """
+    form = insn.form
+    if insn.flow in (TRAP, HALT) or form.opcode in _FAR_FAULTS:
+        return insn.code
+    if insn.flow == FAR and not _FAR_MOVES.isdisjoint((
+            (form.opcode, None), (form.opcode, form.modrm >> 3 & 7))):
+        return _move_same(insn, new_vaddr)
+    if needs_emulation(insn):
+        return BREAKPOINT + insn.code
+    return relocate(insn, new_vaddr)
+
+
+def needs_emulation(insn):
+    """Can the tracer alone do what this instruction does?"""
+    if insn.flow != CALL_IND or {0x64, 0x65} & set(_prefix_bytes(insn)):
+        return False
+    try:
+        _move_call_ind(insn, insn.vaddr)
+    except RelocationError as error:
+        return error.rule == "call rsp"
+    return False
+
+
+BREAKPOINT = b"\xcc"            # CC: int3
+
+
 # ---- 5  Windows -----------------------------------------------------------
 #
 # A jump takes five bytes, an instruction may have one. So a patch overwrites
@@ -2869,6 +2911,9 @@ def plan_window(function, site, branches, read=None, is_executable=None,
                            is_loop=site in analysis.targets)
 
 
+_INT_0X80 = b"\xcd\x80"          # the system call of 32-bit programs
+
+
 def plan_trap(site, function, branches, forbidden=(), seccomp=False,
               taken=None):
     """Return the Window for an int3 at site: any one instruction.
@@ -2882,7 +2927,7 @@ def plan_trap(site, function, branches, forbidden=(), seccomp=False,
     limits = _Limits(branches, branches.read, branches.is_executable,
                      tuple(forbidden), seccomp, False, taken or ByteRanges())
     insn = decode(branches.read(site, 15) or b"", site)
-    relocate(insn, site)                # raises for what stays
+    relocate_trapped(insn, site)        # raises for what stays
     if branches.has_rseq:
         if function is None:
             raise RefusalError("rseq section", "its module has rseq sections,"
@@ -2894,7 +2939,7 @@ def plan_trap(site, function, branches, forbidden=(), seccomp=False,
             raise RefusalError(reason, "%s at 0x%x is looked at by its "
                                "address" % (reason, low), site)
     _refuse_data(site, function, limits)
-    if insn.flow == SYSCALL and seccomp:
+    if seccomp and (insn.flow == SYSCALL or insn.code == _INT_0X80):
         raise RefusalError("syscall", "a seccomp filter may look at where "
                            "the syscall at 0x%x is" % site, site)
     if limits.taken.overlap(site, site + insn.size):
@@ -6279,8 +6324,9 @@ def count_trampoline(window, vaddr, index, shards):
 def _with_copies(window, vaddr, code):
     """A Trampoline of a body, the displaced instructions, the way back."""
     copies = []
+    move = relocate_trapped if window.is_trap else relocate
     for insn in window.insns:
-        moved = relocate(insn, vaddr + len(code))
+        moved = move(insn, vaddr + len(code))
         copies.append(Copy(insn.vaddr - window.site, insn.size, len(code),
                            len(moved), insn.size * (insn.flow == SYSCALL)))
         code += moved
@@ -6338,13 +6384,14 @@ def trampoline(window, vaddr, parts):
     What is rare lies behind the jump back. What a body reads, those before
     it leave alone even where it is dead. Raises as body() does.
     """
+    move = relocate_trapped if window.is_trap else relocate
     template, labels, back = _template(window, parts, [
-        len(relocate(insn, vaddr)) for insn in window.insns])
+        len(move(insn, vaddr)) for insn in window.insns])
     text = bytearray(template.at(vaddr, [place for _, place in parts]))
     offsets, made = template.labels, []
     for insn, (start, copy) in zip(window.insns, labels):
         start, at = offsets[start], offsets[copy]
-        moved = relocate(insn, vaddr + at)
+        moved = move(insn, vaddr + at)
         text[at:at + len(moved)] = moved
         if insn.flow == SYSCALL:        # its way back is counted from itself
             start = at
@@ -6405,9 +6452,6 @@ def window_patches(window, trampoline_vaddr):
         return ((window.site, jmp_rel32(window.site, trampoline_vaddr)),)
     return ((window.slot, jmp_rel32(window.slot, trampoline_vaddr)),
             (window.site, jmp_rel8(window.site, window.slot)))
-
-
-BREAKPOINT = b"\xcc"            # CC: int3
 
 
 def is_jump(code):
@@ -6600,19 +6644,15 @@ def stack_inputs(regs, names):
             or name.startswith("arg") and int(name[3:]) > 5}
 
 
-def stored_value(insn, regs):
-    """What a mov to memory wrote. -> (vaddr, bytes), or None for others
+def _general(regs):
+    """The 16 general registers of a regset, in their numbers' order."""
+    values = _REGS.unpack(regs)
+    return [values[_NAMED[name]] for name in REGISTERS]
 
-    regs   behind it: a mov changes none. Source: SDM 2B, MOV; 2A 2.1.5.
-    """
-    form, kind = insn.form, insn.form.opcode
-    if (kind not in (0x88, 0x89, 0xc6, 0xc7) or form.modrm < 0
-            or form.modrm >> 6 == 3 or form.prefixes & ~O16
-            or kind > 0x89 and form.modrm >> 3 & 7):
-        return None
-    size = (1 if not kind & 1 else 8 if form.rex & 8 else
-            2 if form.prefixes & O16 else 4)
-    general = [_REGS.unpack(regs)[_NAMED[name]] for name in REGISTERS]
+
+def operand_vaddr(insn, regs):
+    """Where the memory operand of a modrm is, by a regset. SDM 2A 2.1.5"""
+    form, general = insn.form, _general(regs)
     at = form.disp_offset
     vaddr = int.from_bytes(insn.code[at:at + form.disp_size], "little",
                            signed=True)
@@ -6626,6 +6666,22 @@ def stored_value(insn, regs):
         vaddr += general[index] << (form.sib >> 6) if index != 4 else 0
     else:
         vaddr += general[low | form.rex << 3 & 8]
+    return vaddr & (0xffffffff if form.prefixes & A32 else _U64_MAX)
+
+
+def stored_value(insn, regs):
+    """What a mov to memory wrote. -> (vaddr, bytes), or None for others
+
+    regs   behind it: a mov changes none. Source: SDM 2B, MOV; 2A 2.1.5.
+    """
+    form, kind = insn.form, insn.form.opcode
+    if (kind not in (0x88, 0x89, 0xc6, 0xc7) or form.modrm < 0
+            or form.modrm >> 6 == 3 or form.prefixes & ~O16
+            or kind > 0x89 and form.modrm >> 3 & 7):
+        return None
+    size = (1 if not kind & 1 else 8 if form.rex & 8 else
+            2 if form.prefixes & O16 else 4)
+    general, vaddr = _general(regs), operand_vaddr(insn, regs)
     number = form.modrm >> 3 & 7 | form.rex << 1 & 8
     if kind > 0x89:
         at = form.imm_offset
@@ -6637,8 +6693,44 @@ def stored_value(insn, regs):
         value = general[number - 4] >> 8        # ah, ch, dh, bh
     else:
         value = general[number]
-    return vaddr & _U64_MAX, (value & (1 << 8 * size) - 1).to_bytes(
-        size, "little")
+    return vaddr, (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+
+
+# -- What the tracer does for a thread that an int3 has stopped.
+
+def emulate(insn, regs, read):
+    """Do what a call does whose operand its own push would move.
+
+    read(vaddr, size) -> bytes of the thread's memory; raises OSError
+    -> (regset behind it, vaddr of the return address, its bytes): the
+    operand is read first, then the push is made. Source: SDM 2A, CALL.
+    """
+    form, values = insn.form, _REGS.unpack(regs)
+    if form.modrm >> 6 == 3:
+        target = _general(regs)[form.modrm & 7 | form.rex << 3 & 8]
+    else:
+        target = int.from_bytes(read(operand_vaddr(insn, regs), 8), "little")
+    top = values[_RSP] - 8 & _U64_MAX
+    return (_replaced(regs, {_RSP: top, _PC: target}), top,
+            _U64.pack(insn.vaddr + insn.size & _U64_MAX))
+
+
+def home_of(insn, copy_vaddr, copy_size, regs):
+    """Where a thread is that was stopped by a fault or trap in a copy.
+
+    insn   the original;  copy_vaddr, copy_size   of what it was moved to
+    -> the regset as it would be if the original had run, or None if it is
+    somewhere else. The push of a moved call is undone.
+    """
+    at, changes = program_counter(regs) - copy_vaddr, {}
+    if insn.flow == TRAP and at == len(insn.code):      # behind its int3
+        return _replaced(regs, {_PC: insn.vaddr + at})
+    if not 0 <= at < copy_size:
+        return None
+    if insn.flow in (CALL, CALL_IND) and at and not needs_emulation(insn):
+        changes[_RSP] = stack_pointer(regs) + 8
+    changes[_PC] = insn.vaddr
+    return _replaced(regs, changes)
 
 
 def _replaced(regs, changes):

@@ -4,7 +4,9 @@ A target says itself how often it did what was counted (targets/life.c), in
 primes; what may not change is read from /proc.
 """
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 import unittest
@@ -477,6 +479,69 @@ class Int3(unittest.TestCase):
                 self.assertGreater(min(probe.counts().values()), 0)
             self.unchanged(process)
             process.quit()
+
+    # Here the body itself has no stack to work on.
+    NO_STACK = {("f_below_bad", 5), ("f_call_no_stack", 3)}
+
+    def sites_of(self, path, prefix):
+        """["exe:NAME+OFFSET"] of every instruction of some functions, as
+        objdump and nm tell."""
+        text = subprocess.check_output(["nm", "-S", path]).decode()
+        sizes = {words[3]: int(words[1], 16) for words in map(
+            str.split, text.splitlines()) if len(words) == 4}
+        text = subprocess.check_output(
+            ["objdump", "-d", "--no-show-raw-insn", path]).decode()
+        sites, name, base = [], "", 0
+        for line in text.splitlines():
+            head = re.match(r"([0-9a-f]+) <(\w+)>:", line)
+            insn = re.match(r"\s+([0-9a-f]+):\t", line)
+            if head:
+                base, name = int(head.group(1), 16), head.group(2)
+            elif insn and name.startswith(prefix):
+                at = int(insn.group(1), 16) - base
+                if at < sizes[name] and (name, at) not in self.NO_STACK:
+                    sites.append("exe:%s+%d" % (name, at))
+        return sites
+
+    def told(self, process):
+        process.send("r")
+        lines = [process.line()]
+        while lines[-1] != "end":
+            lines.append(process.line())
+        return lines
+
+    def test_faults_and_traps_are_told_as_where_they_belong(self):
+        with live.Target("faults") as process:
+            unprobed = self.told(process)
+            with ubp.attach(process.pid) as target:
+                probe = target.probe(self.sites_of(
+                    process.path, ("f_", "g_")), ubp.Count(), strategy="int3")
+                self.assertEqual([], probe.refused)
+                self.assertGreater(len(probe.sites), 70)
+                self.assertEqual(unprobed, self.told(process))
+                for site, n in probe.counts().items():
+                    # What faults is the last instruction that is reached.
+                    if site.offset == 0:
+                        self.assertGreater(n, 0, site.function.name)
+                self.assertEqual(unprobed, self.told(process))
+            self.unchanged(process)
+            self.assertEqual(unprobed, self.told(process))
+            process.quit()
+
+    def test_every_instruction_of_a_library_can_run_elsewhere(self):
+        """All of the C library's mathematics, by objdump's boundaries."""
+        import ubp_x86
+        path = next(m.path for m in live.maps(os.getpid())
+                    if "/libm.so" in m.path or "/libm-" in m.path)
+        text = subprocess.check_output(["objdump", "-d", "-w",
+                                        "--insn-width=16", path]).decode()
+        n = 0
+        for at, code in re.findall(r"^ +([0-9a-f]+):\t([0-9a-f ]+)\t",
+                                   text, re.M)[::5]:
+            insn = ubp_x86.decode(bytes.fromhex(code), int(at, 16))
+            ubp_x86.relocate_trapped(insn, insn.vaddr + (1 << 30))
+            n += 1
+        self.assertGreater(n, 10000)
 
     def test_computes_what_a_jump_computes(self):
         for make in (lambda: ubp.Count(sum="arg0"),
