@@ -5377,6 +5377,16 @@ def tracer_of(tid):
     return int(read_status(tracer).get("Tgid", tracer)) if tracer else 0
 
 
+_GUARD_CODE = ("import sys; sys.path.insert(0, sys.argv[1]); import ubp; "
+               "ubp.guard(int(sys.argv[2]), int(sys.argv[3]))")
+
+
+def is_guardian(pid):
+    """Is this the guardian of a ubp's int3s? See Guardian."""
+    words = read_proc("/proc/%d/cmdline" % pid).split(b"\0")
+    return pid > 0 and _GUARD_CODE.encode() in words
+
+
 def is_traced_by_us(tid):
     """Is a thread traced by this very thread? ptrace has no other owner."""
     return read_status(tid).get("TracerPid") == str(syscall(SYS_gettid))
@@ -5389,7 +5399,11 @@ def _refusal_to_attach(pid, request, error):
     scope = read_proc("/proc/sys/kernel/yama/ptrace_scope").strip()
     uids = status.get("Uid", "").split()
     mine = int(read_status("self").get("CapEff", "0"), 16)
-    if tracer:
+    if tracer and is_guardian(tracer):
+        why = "traced by pid %d, the guardian of a ubp's int3s" % tracer
+        hint = "ubp clean -p %d takes them out if they were left; --all in " \
+            "any case" % pid
+    elif tracer:
         why = "traced by pid %d (%s)" % (tracer, comm(tracer))
         hint = "detach %s from %d, or choose another process" % (
             comm(tracer), pid)
@@ -10131,6 +10145,7 @@ class Guard:
         self.requests, self.is_over = queue.Queue(), False
         self.max_rate, self.too_hot, self.cooled = float("inf"), [], []
         self._copies, self._copy_starts = [], []    # (vaddr, size, Insn)
+        self.is_left = False        # on purpose: the front end has gone
         self._status = ctypes.c_int()
 
     def main(self):
@@ -10146,10 +10161,13 @@ class Guard:
         while not self.is_over:
             if self.keepers:
                 self._take_stop()
+            elif self.is_left:
+                break               # all have ended, or are other programs
             while self.too_hot:
                 self._cool(self.too_hot.pop())
             try:
-                request, taken = self.requests.get(not self.keepers)
+                request, taken = self.requests.get(
+                    not self.keepers and not self.is_left)
             except queue.Empty:
                 continue
             if taken is not None:
@@ -10167,6 +10185,8 @@ class Guard:
                 signal.pthread_kill(main_thread, signal.SIGURG)
 
     def _answer(self, request):
+        if not request and self.is_left:
+            return
         if not request or request == _TERMINATE:
             self._abandoned()
             if not request:
@@ -10341,6 +10361,11 @@ class Guard:
         self.sites.clear()
         return pause_us, n
 
+    def do_stay(self):
+        """Go on without the front end, until the targets end or a SIGTERM.
+        """
+        self.is_left = True
+
     def do_cooled(self):
         """The sites that were taken out since this was last asked."""
         cooled, self.cooled = self.cooled, []
@@ -10415,10 +10440,6 @@ def guard(fd, tgid):
     Guard(Channel(sock), tgid).main()
 
 
-_GUARD_CODE = ("import sys; sys.path.insert(0, sys.argv[1]); import ubp; "
-               "ubp.guard(int(sys.argv[2]), int(sys.argv[3]))")
-
-
 class GuardianGone(ProbeError):
     """The guardian of a target does not answer any more."""
 
@@ -10471,6 +10492,13 @@ class Guardian:
         error.hint = answer[3]
         raise error
 
+    def stay(self):
+        """Leave it alone with its int3s: it ends with the target, or by a
+        SIGTERM, of clean()."""
+        self.call("stay")
+        self.channel.sock.close()
+        _left_guardians.append(self.process)    # our child, while we live
+
     def has_ended(self):
         """Was it killed?"""
         return self.process.poll() is not None
@@ -10487,6 +10515,35 @@ class Guardian:
                 self.process.wait(5)
             except Exception as error:      # stopped, or reaped by the host
                 log.debug("the guardian: %s", error)
+
+
+_left_guardians = []
+
+
+def guardian_of(pid):
+    """The pid of the guardian that traces a process, or 0."""
+    tracer = next(filter(None, map(tracer_of, [pid] + thread_ids(pid))), 0)
+    return tracer if is_guardian(tracer) else 0
+
+
+def end_guardian(pid, guardian, timeout):
+    """Have a guardian put the text back, and wait until it has let go.
+
+    Raises AttachError, UbpTimeout.
+    """
+    try:
+        os.kill(guardian, signal.SIGTERM)
+    except ProcessLookupError:
+        pass
+    except OSError as error:
+        raise AttachError("end", "the guardian of pid %d, pid %d"
+                          % (pid, guardian), error.strerror, "sudo")
+    limit = time.monotonic() + timeout
+    while guardian_of(pid) == guardian:
+        if time.monotonic() > limit:
+            raise UbpTimeout("end", "the guardian of pid %d, pid %d"
+                             % (pid, guardian), "it does not let go")
+        time.sleep(0.002)
 
 
 _GUARD_ERRORS = {each.__name__: each for each in (
@@ -11336,18 +11393,24 @@ class Target:
     def detach(self):
         """Leave the probes in place and let go. May be repeated.
 
-        read() goes on reading; status() and clean() find them too.
+        read() goes on reading; status() and clean() find them too. Where
+        there are int3s their guardian stays and traces the target, until
+        that ends or clean() comes: a kill -9 of it makes the next hit kill
+        the target. Raises ProbeError if a debug register is used.
         """
         self._check_process("detach from")
-        if self._guardian or any(probe._parts for probe in self._probes):
+        if any(probe._parts for probe in self._probes):
             raise ProbeError("detach from", "pid %d (%s)" % (
-                self.pid, self.comm), "breakpoints end with the process that "
-                "set them", "remove() those probes first")
+                self.pid, self.comm), "debug registers end with the process "
+                "that set them", "remove() those probes first")
         with self._lock:
             if not self._is_closed:
-                self._is_closed = True
                 for arena in self._installer.arenas:
                     arena.mark_left()
+                guardian, self._guardian = self._guardian, None
+                if guardian is not None:
+                    guardian.stay()
+                self._is_closed = True
                 self.run()
                 self._let_go()
 
@@ -11849,6 +11912,7 @@ class ArenaStatus(NamedTuple):
     children: tuple         # other pids that share it
     sites: list
     n_bad: int              # journal records that failed validation
+    guardian: int = 0       # the pid of who answers for its int3s
 
 
 def status(pid=None):
@@ -11882,8 +11946,16 @@ def status(pid=None):
             _owner_is_alive(header), bool(header.flags & FLAG_LEFT),
             header.time_ns, tuple(p for p in pids if p != view.pid),
             _site_status(view, [other for other in views
-                                if other.pid == view.pid]), view.n_bad))
+                                if other.pid == view.pid]), view.n_bad,
+            guardian_of(view.pid) if _traps_in(view) else 0))
     return found
+
+
+def _traps_in(view):
+    """The records of an arena whose int3 is in force now."""
+    return [record for record in view.records
+            if record.patches[-1][2] == ubp_x86.BREAKPOINT
+            and _state(view.pid, record, [record]) == "armed"]
 
 
 def _owner_is_alive(header):
@@ -12003,14 +12075,32 @@ def clean(pid, all=False, timeout=5, suspend_seccomp=False):
     -> Removal. Children that inherited an arena are restored too. May
     be repeated. Raises AttachError, UbpTimeout.
     """
+    traps = _end_left_guardian(pid, all, timeout)
     check_target(pid)
     tracer = Tracer(pid)
     tracer.may_suspend = suspend_seccomp
     worker = Worker(tracer)
     try:
-        return worker.call(lambda: _clean(tracer, all, timeout), timeout)
+        total = worker.call(lambda: _clean(tracer, all, timeout), timeout)
     finally:
         worker.stop()
+    pages = {record.site & -PAGE for record in traps}
+    return total + Removal(len(traps), len(pages), _n_equal(tracer, pages),
+                           0, (pid,) if traps else (), ())
+
+
+def _end_left_guardian(pid, take_all, timeout):
+    """Have int3s taken out that were left, or are orphaned. -> [Record]"""
+    guardian = guardian_of(pid)
+    views = [view for view in find_arenas(pid) if view.header is not None
+             ] if guardian else []
+    if not views or not take_all and any(
+            _owner_is_alive(view.header)
+            and not view.header.flags & FLAG_LEFT for view in views):
+        return []
+    traps = [record for view in views for record in _traps_in(view)]
+    end_guardian(pid, guardian, timeout)
+    return traps
 
 
 def _clean(tracer, take_all, timeout):
@@ -14356,7 +14446,7 @@ def verb_status(options, signals):
     for arena in arenas:
         out.write(status_json(arena) if options.json else status_text(arena))
     if options.json:
-        hits = sum(site.calls for arena in arenas for site in arena.sites)
+        hits = sum(site.calls or 0 for arena in arenas for site in arena.sites)
         pids = [arena.pid for arena in arenas]
         out.write(json_line("end", pids[0] if len(pids) == 1 else None,
                             reason="status", hits=hits, recorded=hits,
@@ -14383,6 +14473,10 @@ def status_text(arena):
         lines.append("  also in %s forked since: %s" % (
             "a child" if len(arena.children) == 1 else "children",
             ", ".join("%d" % pid for pid in arena.children)))
+    if arena.guardian:
+        lines.append("  its int3s are kept by pid %d: if that is killed by "
+                     "kill -9, the next hit kills pid %d"
+                     % (arena.guardian, arena.pid))
     if arena.n_bad:
         lines.append("  %s of its journal cannot be read"
                      % plural(arena.n_bad, "record"))
@@ -14403,7 +14497,8 @@ def status_json(arena):
                   address="0x%x" % site.vaddr, calls=site.calls,
                   total=site.calls, state=site.state,
                   owner_pid=arena.owner_pid,
-                  owner_alive=bool(arena.owner_alive), left=bool(arena.left))
+                  owner_alive=bool(arena.owner_alive), left=bool(arena.left),
+                  guardian_pid=arena.guardian)
         for site in arena.sites)
 
 
@@ -15145,9 +15240,10 @@ class Session:
             say(note)
         watched.n_notes = len(target.notes)
         if target._guardian is not None:
-            say("the int3s are kept by pid %d: killed together with ubp by "
-                "kill -9, the next hit kills %s"
-                % (target._guardian.process.pid, name))
+            say("the int3s are kept by pid %d: killed %sby kill -9, the next "
+                "hit kills %s" % (
+                    target._guardian.process.pid,
+                    "" if options.leave else "together with ubp ", name))
         if not options.command:
             self._hint_children(target.pid)
 

@@ -902,6 +902,100 @@ class Guardian(unittest.TestCase):
             self.assertEqual([], live.changed_text(process.pid))
             process.quit()
 
+    def leave(self, process, *probes):
+        """ubp count --leave … -> the pid of the guardian that stays"""
+        done = subprocess.run(
+            [sys.executable, TOP + "/ubp.py", "count", "-p", str(process.pid),
+             "--strategy", "jump,int3", "--leave"] + list(probes),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        text = done.stderr.decode()
+        self.assertEqual(0, done.returncode, text)
+        guardian = int(re.search(r"kept by pid (\d+)", text).group(1))
+        self.assertEqual({guardian}, set(live.tracers(process.pid).values()))
+        return guardian
+
+    def status_and_clean(self, verb, process, *options):
+        done = subprocess.run(
+            [sys.executable, TOP + "/ubp.py", verb, "-p", str(process.pid)]
+            + list(options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            timeout=60)
+        return done.returncode, done.stdout.decode()
+
+    def test_left_on_purpose_the_guardian_stays_until_clean(self):
+        with live.Target("traps", seconds=90) as process:
+            guardian = self.leave(process, "exe:step", "exe:odd_tight+11")
+            n = sum(process.ask(c)["n"] for c in "cmfbi")
+            for arena in ubp.status(process.pid):
+                self.assertEqual((guardian, True), (arena.guardian,
+                                                    arena.left))
+                self.assertEqual([n, n], [site.calls for site
+                                          in arena.sites])
+            code, text = self.status_and_clean("status", process)
+            self.assertIn("kept by pid %d" % guardian, text)
+            code, text = self.status_and_clean("status", process, "--json")
+            self.assertIn('"guardian_pid": %d' % guardian,
+                          text.replace('":', '": ').replace('":  ', '": '))
+            with self.assertRaises(ubp.AttachError) as caught:
+                ubp.attach(process.pid)
+            self.assertIn("guardian", str(caught.exception))
+            self.assertIn("clean", caught.exception.hint)
+            code, text = self.status_and_clean("clean", process)
+            self.assertEqual(0, code, text)
+            self.assertIn("removed 2 sites", text)
+            self.assertFalse(os.path.exists("/proc/%d/exe" % guardian))
+            self.assertEqual([], live.changed_text(process.pid))
+            self.assertEqual([], live.arenas(process.pid))
+            self.assertEqual({}, live.tracers(process.pid))
+            process.ask("c")
+            process.quit()
+
+    def test_left_by_a_host_that_lives_it_reads_on(self):
+        with live.Target("traps") as process:
+            target = ubp.attach(process.pid)
+            probe = target.probe("exe:step", ubp.Hist("arg0"),
+                                 strategy="int3")
+            target.detach()
+            target.detach()
+            n = process.ask("c")["n"]
+            self.assertEqual(n, probe.read().count)
+            target.close()
+            self.assertEqual(n + process.ask("m")["n"], probe.hits)
+            removal = ubp.clean(process.pid)
+            self.assertEqual((1, 1, 1), removal[:3])
+            self.assertEqual([], live.changed_text(process.pid))
+            self.assertEqual({}, live.tracers(process.pid))
+            process.quit()
+
+    def test_a_guardian_that_was_left_ends_with_its_targets(self):
+        for command in "qx":
+            with self.subTest(command), \
+                    live.Target("children", "exec") as process:
+                guardian = self.leave(process, "exe:hot", "libc:write",
+                                      "--strategy", "int3")
+                process.ask("c")
+                process.send(command)
+                process.line()
+                self.assertTrue(live.settled(
+                    lambda: not os.path.exists("/proc/%d/exe" % guardian),
+                    10), "the guardian stays")
+                if command == "x":
+                    self.assertEqual({}, live.tracers(process.pid))
+                    process.quit()
+
+    def test_terminated_alone_it_takes_its_int3s_out(self):
+        with live.Target("busy", 2) as process:
+            guardian = self.leave(process, "exe:shorty", "--strategy", "int3")
+            process.send("g")
+            time.sleep(0.05)
+            os.kill(guardian, signal.SIGTERM)
+            self.assertTrue(live.settled(
+                lambda: not live.tracers(process.pid), 10))
+            self.assertEqual([], live.changed_text(process.pid))
+            process.ask("p")
+            ubp.clean(process.pid)
+            self.assertEqual([], live.arenas(process.pid))
+            process.quit()
+
     def test_target_that_ends_or_execs_is_no_error(self):
         for command in "qx":
             with self.subTest(command), \
