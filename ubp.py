@@ -4131,6 +4131,24 @@ class Tracer:
         except ProcessLookupError:
             return read_memory(self.vm_tid(), vaddr, size)
 
+    def read_text(self, vaddr, size):
+        """Memory of the target, even if it forbade itself to read it: a
+        page that is PROT_NONE for a while keeps our bytes. Raises OSError.
+        """
+        try:
+            return self.read(vaddr, size)
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+        fd = os.open("/proc/%d/mem" % self.vm_tid(), os.O_RDONLY)
+        try:
+            data = os.pread(fd, size, vaddr)
+        finally:
+            os.close(fd)
+        if len(data) != size:
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        return data
+
     def vm_tid(self):
         """A tid whose memory can be reached: the leader may be a zombie."""
         self._vm_tid = next((tid for tid, thread in self.threads.items()
@@ -6459,7 +6477,7 @@ class Patches:
         for page, group in _by_page(changes).items():
             low = min(vaddr for vaddr, _, _ in group)
             high = max(vaddr + len(new) for vaddr, _, new in group)
-            old = tracer.read(low, high - low)
+            old = tracer.read_text(low, high - low)
             new = bytearray(old)
             for vaddr, before, after in group:
                 if old[vaddr - low:vaddr - low + len(before)] != before:
@@ -6471,7 +6489,7 @@ class Patches:
     def verify(self):
         """Is the text still what was read? Raises Again."""
         for vaddr, old, _ in self.writes:
-            if self.tracer.read(vaddr, len(old)) != old:
+            if self.tracer.read_text(vaddr, len(old)) != old:
                 raise Again("text at 0x%x changes" % vaddr)
 
     def write(self):
@@ -6694,6 +6712,7 @@ class Restored(NamedTuple):
     pages: tuple            # vaddrs of the pages written
     foreign: tuple          # records whose text is neither old nor new
     unmapped: bool
+    was_gone: bool          # the program had unmapped the arenas itself
 
 
 def _modules_or_none(tracer):
@@ -6709,6 +6728,7 @@ class _Restoring:
     def __init__(self, tracer, records):
         self.tracer, self.records = tracer, records
         self.patches, self.is_done, self.modules = None, False, None
+        self.maps = []
         self.n_sites, self.foreign = 0, []
         self.restored = []          # records of sites with their old bytes
 
@@ -6724,6 +6744,7 @@ class _Restoring:
         sites = collections.OrderedDict()
         if self.modules is None:
             self.modules = _modules_or_none(self.tracer)
+        self.maps = read_maps(self.tracer.vm_tid())
         for record in self.records:
             sites.setdefault(record.site, []).append(record)
         for records in sites.values():
@@ -6749,8 +6770,9 @@ class _Restoring:
         for vaddr, old, new in reversed(record.patches):
             text = _text_at(self.tracer, vaddr, len(new))
             if text == new:
-                if not self._is_of_file(vaddr, old):
-                    return None     # the journal was forged
+                if not (self._is_of_file(vaddr, old)
+                        and self._is_still_text(record, vaddr, new)):
+                    return None     # forged, or other memory by now
                 undo.append((vaddr, new, old))
             elif (text is not None and text[1:] == new[1:] != old[1:]
                     and text[:1] in (old[:1], ubp_x86.BREAKPOINT)
@@ -6765,9 +6787,31 @@ class _Restoring:
                 return None
         return undo
 
+    def _mapping(self, vaddr):
+        return next((m for m in self.maps if m.start <= vaddr < m.end), None)
+
     def _is_mapped(self, vaddr):
-        return any(m.start <= vaddr < m.end and "r" in m.perms
-                   for m in read_maps(self.tracer.vm_tid()))
+        return self._mapping(vaddr) is not None
+
+    def _is_still_text(self, record, vaddr, new):
+        """Is a byte that looks like our int3 still in the text it was put
+        in? A jump to our arena is no accident, but memory that was mapped
+        where a library had been may hold any byte.
+        """
+        mapping = self._mapping(vaddr)
+        if mapping is None or len(new) > 2:
+            return mapping is not None
+        if mapping.inode or mapping.path == VDSO:
+            path = mapping.path
+            if path.endswith(DELETED):
+                path = path[:-len(DELETED)]
+            return os.path.basename(_printable(path)) == record.module
+        # Text that was copied to other pages, huge ones: with what follows?
+        behind = _text_at(self.tracer, vaddr + len(new), 8)
+        return behind is not None and any(
+            module.low <= vaddr < module.high and module.has_file
+            and module.read_file(vaddr + len(new), 8) == behind
+            for module in self.modules)
 
     def _is_of_file(self, vaddr, old):
         """Are these the bytes of the file? They were when it was armed.
@@ -6792,6 +6836,13 @@ class _Restoring:
             if not vaddr:
                 break
         return False
+
+    def finds_own(self):
+        """Does text lead to our arenas, or has it just been put back? Not
+        in another program, after exec."""
+        if self.patches is None:
+            self.survey()
+        return self.n_sites > 0
 
     def close(self):
         """Give the files' descriptors back."""
@@ -6828,7 +6879,7 @@ def restore(tracer, arenas, timeout, last_look=lambda: None):
     def action():
         there = [arena for arena in arenas
                  if _is_mapped_still(tracer, arena)]
-        if not there:
+        if not there and not steps.finds_own():
             check_arena(tracer, arenas[0].base, arenas[0].nonce)
         ranges = [each for arena in there for each in arena.ranges]
         steps.write()
@@ -6854,13 +6905,15 @@ def restore(tracer, arenas, timeout, last_look=lambda: None):
         steps.close()
     pages = tuple(sorted({vaddr & -PAGE for vaddr, _, _
                           in steps.patches.writes}))
-    return Restored(steps.n_sites, pages, tuple(steps.foreign), unmapped)
+    was_gone = not any(_is_mapped_still(tracer, arena) for arena in arenas)
+    return Restored(steps.n_sites, pages, tuple(steps.foreign), unmapped,
+                    was_gone and not unmapped)
 
 
 def _text_at(tracer, vaddr, size):
     """Bytes of the target, or None where nothing is mapped any more."""
     try:
-        return tracer.read(vaddr, size)
+        return tracer.read_text(vaddr, size)
     except OSError:
         return None
 
@@ -10654,6 +10707,8 @@ class LibraryWatcher:
             if self._link_map.has_changed() or (
                     n % _LOOK_WHOLE == 0 and self._target._has_stale()):
                 self._locked(self._target._look_for_libraries)
+            elif n % _LOOK_WHOLE == 0:
+                self._locked(self._target._look_at_text)
 
     def _locked(self, function, *args):
         """Call it, unless we are to end: who stops us holds the lock."""
@@ -10825,6 +10880,7 @@ class Target:
         self._is_closed, self._guardian = False, None
         self._watcher = None        # of libraries that come and go
         self._gone_modules, self._insns = [], {}
+        self._n_looked = 0          # sites whose text was looked at again
         self._is_kept = False       # launched, at its entry point, by SIGSTOP
         self._max_rate = float("inf")       # of hits by int3 or hw
         self._rates = {}            # {(HardwarePart, Site): hits before}
@@ -11053,6 +11109,28 @@ class Target:
                 text = _text_at(self._tracer, vaddr, len(new))
                 return text == old != new
         return False
+
+    def _look_at_text(self, most=64):
+        """Note what the program, or another tool, has done to our text or
+        memory. Some sites each time: it is to cost next to nothing.
+        """
+        if self._guardian is not None and not self._guardian.is_armed:
+            return
+        patches = list(self._installer.patches.values())
+        first = self._n_looked % max(1, len(patches))
+        self._n_looked += most
+        for patch in patches[first:first + most]:
+            if patch.records:
+                vaddr, old, new = patch.records[-1][1].patches[-1]
+                text = _text_at(self._tracer, vaddr, len(new))
+                if text not in (None, old, new):
+                    self._note("the code of %s was changed by the program or "
+                               "by another tool: its hits may not be counted "
+                               "any more" % site_name(patch.site))
+        for arena in self._installer.arenas:
+            if not _is_mapped_still(self._tracer, arena):
+                self._note("it has unmapped ubp's memory at 0x%x: a hit of "
+                           "what led there ends it" % arena.base)
 
     def _forget(self, module):
         """A library is gone, with the windows in it: nothing is written."""
@@ -11619,6 +11697,9 @@ def _restore_one(tracer, arenas, limit, last_look):
              "its trampoline are left as they are" % (
                  record.module, record.function, tracer.tgid)
              for record in done.foreign]
+    if done.was_gone:
+        notes.append("pid %d has unmapped ubp's memory itself: what it "
+                     "counted since is lost" % tracer.tgid)
     n_arenas = sum(bool(a.ranges) for a in arenas) if done.unmapped else 0
     return Removal(done.n_restored, len(done.pages),
                    _n_equal(tracer, done.pages), n_arenas,

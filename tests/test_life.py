@@ -1062,6 +1062,68 @@ class Libraries(unittest.TestCase):
             process.quit()
 
 
+class Changes(unittest.TestCase):
+    """A target that changes its own text, or ubp's memory, meanwhile."""
+
+    # told while probed | and when they are out | a note then | text that stays
+    WHAT = """
+    a  | c   | unmapped                | 0
+    n  | xc  | -                       | 0
+    w  | xc  | -                       | 0
+    wx | c   | -                       | 0
+    o  | c   | changed by another tool | 4
+    g  | hc  | changed by another tool | 0
+    """
+
+    def test_what_changed_is_told_and_nothing_stale_is_written(self):
+        for line in self.WHAT.strip().splitlines():
+            told, then, note, n_stays = [w.strip() for w in line.split("|")]
+            for strategy in ("jump", "int3"):
+                with self.subTest(told, strategy=strategy):
+                    self.check(strategy, told, then, note, int(n_stays))
+
+    def check(self, strategy, told, then, note, n_stays):
+        library = live.build_library("shared_lib")
+        with live.Target("unmaps", library) as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe(
+                    ["exe:victim", "exe:bystander", "shared_hot"],
+                    ubp.Count(), strategy=strategy)
+                process.ask("c")
+                self.assertEqual(3 * 101, probe.read())
+                for command in told:
+                    process.ask(command)
+                target.close()
+                notes = " ".join(target.removal.notes)
+                if note == "-":
+                    self.assertEqual("", notes)
+                self.assertIn(note if note != "-" else "", notes)
+            for command in then:
+                self.assertEqual({"kept": 0, "wrong": 0},
+                                 process.ask(command))
+            self.assertEqual(n_stays, len(live.changed_text(process.pid)))
+            self.assertEqual({}, live.tracers(process.pid))
+            if note != "changed by another tool":
+                self.assertEqual([], live.arenas(process.pid))
+            process.quit()
+
+    def test_it_is_told_while_the_probes_are_in(self):
+        library = live.build_library("shared_lib")
+        for command, note in (("o", "the code of victim was changed"),
+                              ("a", "unmapped ubp's memory")):
+            with self.subTest(command), \
+                    live.Target("unmaps", library) as process, \
+                    ubp.attach(process.pid) as target:
+                target.probe("exe:victim", ubp.Count())
+                process.ask(command)
+                self.assertTrue(live.settled(
+                    lambda: note in " ".join(target.notes), 10),
+                    target.notes)
+                target.close()
+                process.ask("c")
+                process.quit()
+
+
 @unittest.skipUnless(live.IS_ROOT, "suspending a filter takes root: sudo")
 class Seccomp(unittest.TestCase):
     """Targets whose filter forbids what arming would inject."""
