@@ -72,7 +72,6 @@ import ctypes                                                   # noqa: E402
 import errno                                                    # noqa: E402
 import functools                                                # noqa: E402
 import itertools                                                # noqa: E402
-import json                                                     # noqa: E402
 import mmap                                                     # noqa: E402
 import operator                                                 # noqa: E402
 import queue                                                    # noqa: E402
@@ -512,10 +511,18 @@ _MAPS_LINE = re.compile(
 def read_proc(path):
     """The bytes of a /proc file, or b"" where it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return b""
+    try:                # open() would ask five times what kind of file it is
+        parts = [os.read(fd, 1 << 16)]
+        while parts[-1]:
+            parts.append(os.read(fd, 1 << 16))
+        return b"".join(parts)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
 
 
 def read_maps(tid):
@@ -1972,13 +1979,11 @@ def short_name(name):
 
 # Words of demangled text that the mangled name abbreviates, so that it need
 # not contain them.
-_ABBREVIATED = re.compile(
-    "operator|std|basic_string|basic_[io]+stream|basic_iostream|allocator|"
-    "char_traits|anonymous|namespace|lambda|unnamed|type|const|volatile|"
-    "new|delete|clone|" + "|".join(sorted(
-        word for text in list(BUILTIN_TYPES.values())
-        + list(ABBREVIATIONS.values())
-        for word in re.findall(r"\w+", text))))
+_ABBREVIATED = frozenset(re.findall(
+    r"\w+", "operator std basic_string basic_istream basic_ostream "
+    "basic_iostream allocator char_traits anonymous namespace lambda unnamed "
+    "type const volatile new delete clone " + " ".join(
+        list(BUILTIN_TYPES.values()) + list(ABBREVIATIONS.values()))))
 
 
 def is_pattern(text):
@@ -2015,7 +2020,7 @@ def demangled_match(text, columns):
     if text.startswith("_Z"):
         return None
     words = [word for word in re.findall(r"[A-Za-z_]\w*", text)
-             if not _ABBREVIATED.fullmatch(word)]
+             if word not in _ABBREVIATED]
     mark = b"_Z"
     if words:
         word = max(words, key=len).encode("utf-8", "surrogateescape")
@@ -2042,8 +2047,7 @@ def name_matcher(pattern):
     """
     regex, wants_cold = _glob(pattern), ".cold" in pattern
     words = [word for word in re.findall(r"\w+", pattern)
-             if not any(word in text for text in
-                        _ABBREVIATED.pattern.split("|"))]
+             if not any(word in text for text in _ABBREVIATED)]
     mark = max(words, key=len, default="").encode("utf-8", "surrogateescape")
 
     def is_match(name):
@@ -11725,11 +11729,16 @@ def _n_equal(tracer, pages):
 
 def processes_with(inode):
     """The pids of processes that map a memfd of ubp. -> [pid]"""
-    needle = b" %d " % inode
-    return [pid for pid in (_process_ids() if inode else ())
-            if needle in read_proc("/proc/%d/maps" % memory_tid(pid))
-            and any(m.inode == inode and m.path == _MEMFD_PATH
-                    and "x" in m.perms for m in read_maps(memory_tid(pid)))]
+    needle, found = b" %d " % inode, []
+    for pid in _process_ids() if inode else ():
+        # All processes are asked: most have no need of memory_tid().
+        text = (read_proc("/proc/%d/maps" % pid)
+                or read_proc("/proc/%d/maps" % memory_tid(pid)))
+        if needle in text and any(
+                m.inode == inode and m.path == _MEMFD_PATH
+                and "x" in m.perms for m in read_maps(memory_tid(pid))):
+            found.append(pid)
+    return found
 
 
 # -- launching --------------------------------------------------------------
@@ -12338,6 +12347,12 @@ def json_text(value):
 def json_value(value):
     """Return a part of a key, or a traced value, for JSON."""
     return json_text(value) if isinstance(value, str) else value
+
+
+def to_json(value):
+    """Return a value as JSON text."""
+    import json                 # not for every start of ubp
+    return json.dumps(value)
 
 
 class Where(NamedTuple):
@@ -14206,7 +14221,7 @@ def json_line(kind, pid, where=None, **fields):
         if where.address is not None:
             record["address"] = "0x%x" % where.address
     record.update(fields)
-    return json.dumps(record) + "\n"
+    return to_json(record) + "\n"
 
 
 class Live:
@@ -14616,15 +14631,20 @@ def verb_clean(options, signals):
 def children_of(pid):
     """Return the pids of a process's running children of the same program.
 
-    pgrep -P and -x look at the same: the parent's pid, and the name.
+    pgrep -P and -x look at the same: the parent's pid, and the name. Each
+    thread's file "children" needs CONFIG_PROC_CHILDREN, proc(5).
     """
     name, found = comm(pid), []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            fields = read_stat(int(entry))
-            if (len(fields) > 1 and fields[1] == "%d" % pid
-                    and fields[0] not in "ZX" and comm(int(entry)) == name):
-                found.append(int(entry))
+    if os.path.exists("/proc/%d/task/%d/children" % (pid, pid)):
+        entries = [int(word) for tid in thread_ids(pid) for word in
+                   read_proc("/proc/%d/task/%d/children" % (pid, tid)).split()]
+    else:
+        entries = _process_ids()
+    for entry in sorted(entries):
+        fields = read_stat(entry)
+        if (len(fields) > 1 and fields[1] == "%d" % pid
+                and fields[0] not in "ZX" and comm(entry) == name):
+            found.append(entry)
     return found
 
 
@@ -14881,7 +14901,7 @@ class Naming:
 
         def convert(value):
             value = self.value(value, expression)
-            return (json.dumps(json_value(value)) if is_json
+            return (to_json(json_value(value)) if is_json
                     else value_text(name, value)[len(escape(name)) + 1:])
         return convert
 
@@ -15072,7 +15092,7 @@ class HitChrome(HitLines):
         """Return the objects of one Hit."""
         text = ""
         for event in self.trace.feed(hit):
-            text += self.separator + json.dumps(event)
+            text += self.separator + to_json(event)
             self.separator = ",\n"
         return text
 
@@ -15916,6 +15936,7 @@ def _told_apart(rows):
 
 def read_records(source, file, merged):
     """Yield (time_ns, source, object) of each line of a binary file."""
+    import json                 # not for every start of ubp
     while True:
         line = file.readline(MAX_LINE)
         if not line:
