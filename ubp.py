@@ -1419,6 +1419,11 @@ class Functions:
 
     def size(self, start, aliases=None):
         """Bytes of the function at start: by symbol, FDE, or next mark."""
+        if "_extents" in self.__dict__ and not aliases:
+            starts, ends, _ = self._extents
+            at = bisect.bisect_left(starts, start)
+            if at < len(starts) and starts[at] == start:
+                return ends[at] - start
         code = _range_at(self.ranges, start)
         if not code:
             return 0
@@ -2408,8 +2413,10 @@ class Module:
         start = table.start_of(vaddr - self.bias)
         if start is None:
             return False
-        return any(fde.lsda for fde in table.unwind.within(
-            start, start + table.size(start)))
+        for fde in table.unwind.within(start, start + table.size(start)):
+            if fde.lsda:
+                return True
+        return False
 
     def entries_in(self, low, high):
         """Sorted vaddrs in [low, high) that control may come to from afar:
@@ -7823,15 +7830,19 @@ def assemble(window, vaddr, parts):
     return ubp_x86.trampoline(window, vaddr, parts)
 
 
-def _dummy_place(vaddr, offers=None):
+_ALL_OFFERS = ubp_x86.Place(_DUMMY_SHARDS, 0, tid_offset=_TID_OFFSETS[0],
+                            tsc=(1 << 32, 0))
+
+
+def _dummy_place(vaddr, offers=None, **others):
     """A Place like any near vaddr: what is made for it has its size.
 
     offers   a Place with what the target offers; None: everything
+    others   more of its fields
     """
-    offers = offers or ubp_x86.Place(
-        _DUMMY_SHARDS, 0, tid_offset=_TID_OFFSETS[0], tsc=(1 << 32, 0))
-    return offers._replace(shards=_DUMMY_SHARDS._replace(base=vaddr),
-                           private=vaddr, frames=vaddr, tracer=vaddr)
+    return (offers or _ALL_OFFERS)._replace(
+        shards=_DUMMY_SHARDS._replace(base=vaddr), private=vaddr,
+        frames=vaddr, tracer=vaddr, **others)
 
 
 _FAULT_SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE)
@@ -7909,8 +7920,8 @@ class Planner:
         patch = self.patches.get(window.site)
         parts = [body.part for body in patch.bodies] if patch else []
         can_stack = not self._is_go(module)     # goroutines have little
-        place = _dummy_place(vaddr, self.offers)._replace(
-            at=at, dead=dead, is_taken=is_taken, can_stack=can_stack)
+        place = _dummy_place(vaddr, self.offers, at=at, dead=dead,
+                             is_taken=is_taken, can_stack=can_stack)
         size = len(assemble(window, vaddr, parts + [(spec, place)]).code)
         old = (tuple(patch.old.items()) if patch
                else self._text_before(site, window))
@@ -8152,20 +8163,20 @@ class Planner:
         """The bytes to be patched. RefusalError if they differ from the
         file's: another tool, or another ubp, has been there."""
         module = site.module
+        text, old = self._text_of(module), []
         for low, high in window.ranges:
-            memory = self.read(low, high - low)
-            if (module.has_file
-                    and module.read_file(low, high - low) != memory):
+            n_patched = 2 if window.slot and low == window.site else 5
+            memory = self.read(low, max(high - low, n_patched))
+            old.append((low, memory[:n_patched]))
+            memory = memory[:high - low]
+            if module.has_file and _cut(text, low, high - low) != memory:
                 raise RefusalError(
                     "changed text", "the text at 0x%x differs from its file: "
                     "%s" % (low, _who_changed(self.pid, memory)), low)
             if _is_under_uprobe(module, low, high, self._uprobes):
                 raise RefusalError("uprobe", "a kernel uprobe is set there",
                                    low)
-        vaddrs = (window.slot, window.site) if window.slot else (window.site,)
-        return tuple((vaddr, self.read(vaddr, 5 if vaddr != window.site
-                                       or not window.slot else 2))
-                     for vaddr in vaddrs)
+        return tuple(reversed(old))     # a slot's jump is written first
 
 
 def _cut(text, vaddr, size):

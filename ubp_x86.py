@@ -25,6 +25,8 @@ Architecture Programmer's Manual, volume 3 (24594, "APM"). Vocabulary:
 import array
 import bisect
 import collections
+import itertools
+import operator
 import re
 import struct
 from typing import NamedTuple, Optional, Tuple
@@ -1100,6 +1102,8 @@ _PREFIX_BITS = {0x66: O16, 0x67: A32, 0xf0: LOCK, 0xf3: REPZ, 0xf2: REPNZ,
                 0x2e: CS, 0x26: SEGMENT, 0x36: SEGMENT, 0x3e: SEGMENT,
                 0x64: SEGMENT, 0x65: SEGMENT}
 _TARGET, _RIP = 1, 2                          # Form.aim
+_INT32 = struct.Struct("<i").unpack_from
+_UINT32 = struct.Struct("<I").unpack_from
 _MAX_FORMS = 1 << 16                          # or hostile code fills memory
 
 # What follows modrm under 32- or 64-bit addressing, SDM table 2-2: whether a
@@ -1132,6 +1136,7 @@ class Form(NamedTuple):
     imm_offset: int
     imm_size: int        # 0: none
     bits: int            # 64 or 32
+    is_marked: bool      # it has an aim, or is an indirect jump
 
 
 class Insn(NamedTuple):
@@ -1334,7 +1339,8 @@ def _read_form(code, vaddr, bits):
     return Form(imm_offset + size, flow, aim, aim_offset, aim_size, opcode,
                 start, prefixes, pp, rex, vvvv, modrm, sib,
                 disp_offset if disp_size else 0, disp_size,
-                imm_offset if size else 0, size, bits), head_size
+                imm_offset if size else 0, size, bits,
+                aim > 0 or flow == JMP_IND), head_size
 
 
 def _disagreement(head, modrm, flow, bits):
@@ -1415,14 +1421,16 @@ def sweep(code, vaddr, bits=64):
 
 def aim(form, code, pos, vaddr):
     """(target, rip_relative) of the form that stands at code[pos], vaddr."""
-    if not form.aim:
+    size, _, kind, offset, width = form[:5]
+    if not kind:
         return None, None
-    start = pos + form.aim_offset
-    value = vaddr + form.size + int.from_bytes(
-        code[start:start + form.aim_size], "little", signed=True)
-    narrow = form.bits == 32 or form.aim == _RIP and form.prefixes & A32
+    start = pos + offset
+    value = vaddr + size + (
+        _INT32(code, start)[0] if width == 4 else int.from_bytes(
+            code[start:start + width], "little", signed=True))
+    narrow = form.bits == 32 or kind == _RIP and form.prefixes & A32
     value &= 0xffffffff if narrow else 0xffffffffffffffff
-    return (value, None) if form.aim == _TARGET else (None, value)
+    return (value, None) if kind == _TARGET else (None, value)
 
 
 def decode(code, vaddr, bits=64):
@@ -1863,7 +1871,6 @@ class ByteRanges:
 _REL32 = ((rb"\xe8", 1), (rb"\xe9", 1), (rb"\x0f[\x80-\x8f]", 2),
           (rb"\xc7\xf8", 2))
 _REL8 = re.compile(rb"[\xeb\x70-\x7f\xe0-\xe3]")
-_INT32 = struct.Struct("<i").unpack_from
 _BLOCK = 0x10000
 _N_STREAMS = 6      # passes that cost less than the sorted table
 
@@ -1902,8 +1909,10 @@ class BranchScan:
 
     def is_executable(self, vaddr):
         """Tell whether vaddr is in one of the segments."""
-        return any(base <= vaddr < base + len(code)
-                   for base, code in self.segments)
+        for base, code in self.segments:
+            if base <= vaddr < base + len(code):
+                return True
+        return False
 
     def into(self, low, high):
         """Return [(source, target)] of all that may branch to [low, high)."""
@@ -2092,6 +2101,7 @@ def _has_rseq(code):
 
 _ENDS = frozenset((RET, JMP, JMP_IND))       # control does not go on
 _LEADS = frozenset((JCC, LOOP, JMP, CALL, XBEGIN, JMP_IND))
+_IS_MARKED = operator.itemgetter(Form._fields.index("is_marked"))
 
 
 class Analysis:
@@ -2114,34 +2124,36 @@ class Analysis:
     def __init__(self, function, forms):
         low, end = function.vaddr, function.vaddr + function.size
         self.function, self.end = function, end
-        self.starts = array.array("Q", [low + pos for pos, _ in forms])
         self.forms = [form for _, form in forms]
+        self.starts = array.array("Q", [low + pos for pos, _ in forms])
         self.padding_end = low + _PADDING.match(
             function.code, function.size).end()
-        named = [(form.opcode == 0x8d, _named(form, function.code, pos, low))
-                 for pos, form in forms if form.aim == _RIP]
-        self.data = sorted({vaddr for is_lea, vaddr in named if not is_lea
-                            and low <= vaddr < self.padding_end})
+        self.data, taken, leads = set(), set(), []
+        for pos, form in itertools.compress(forms, map(_IS_MARKED,
+                                                       self.forms)):
+            target, named = aim(form, function.code, pos, low + pos)
+            if form.flow in _LEADS:
+                leads.append((low + pos, form, target))
+            if named is not None and low <= named < self.padding_end:
+                (taken if form.opcode == 0x8d else self.data).add(named)
+        self.data = sorted(self.data)
         self.entries = sorted(
-            vaddr for vaddr in set(function.entries).union(
+            vaddr for vaddr in taken.union(function.entries).union(
                 vaddr for vaddr in function.words
-                if not self._is_nothing(vaddr)).union(
-                vaddr for is_lea, vaddr in named if is_lea)
+                if not self._is_nothing(vaddr))
             if low < vaddr < self.padding_end)
-        leads = [(low + pos, form) + aim(form, function.code, pos, low + pos)
-                 for pos, form in forms if form.flow in _LEADS]
-        self.indirect = [vaddr for vaddr, form, _, _ in leads
+        self.indirect = [vaddr for vaddr, form, _ in leads
                          if form.flow == JMP_IND]
-        self.strays = self.follow(
-            [target for _, form, target, _ in leads
-             if form.flow != JMP_IND] + self.entries)
-        leads += [(insn.vaddr, insn.form, insn.target, None)
+        self.strays = self.follow({
+            target for _, _, target in leads if target is not None}.union(
+                self.entries))
+        leads += [(insn.vaddr, insn.form, insn.target)
                   for insn in self.strays if insn.flow in _LEADS]
         self.targets = frozenset(
-            target for _, form, target, _ in leads
+            target for _, form, target in leads
             if form.flow not in (CALL, JMP_IND) and low <= target < end)
         self.sources = array.array("Q", sorted(
-            vaddr + form.opcode_offset for vaddr, form, _, _ in leads
+            vaddr + form.opcode_offset for vaddr, form, _ in leads
             if form.flow != JMP_IND))
         self.last_flow = forms[-1][1].flow if forms else NEXT
         self.jumps = self.family = self.rseq = None     # when asked for
@@ -2168,19 +2180,22 @@ class Analysis:
         """Return the Insn at a place in starts."""
         form, vaddr = self.forms[place], self.starts[place]
         code, at = self.function.code, vaddr - self.function.vaddr
-        return Insn(vaddr, form.size, code[at:at + form.size], form.flow,
-                    *aim(form, code, at, vaddr), form)
+        size, flow, kind = form[:3]
+        target, rip_relative = aim(form, code, at, vaddr) if kind else (None,
+                                                                       None)
+        return tuple.__new__(Insn, (vaddr, size, code[at:at + size], flow,
+                                    target, rip_relative, form))
 
     def names(self):
         """Return the vaddrs that instructions of the function name, as a
         rip-relative operand or a 32-bit constant."""
-        found = set()
-        for place, form in enumerate(self.forms):
-            if form.disp_size == 4 or form.imm_size == 4:
-                insn = self.insn(place)
-                found.update((insn.rip_relative,
-                              _value(insn, form.disp_offset, form.disp_size),
-                              _value(insn, form.imm_offset, form.imm_size)))
+        code, low, found = self.function.code, self.function.vaddr, set()
+        for form, vaddr in zip(self.forms, self.starts):
+            if form.disp_size == 4:
+                found.add(_UINT32(code, vaddr - low + form.disp_offset)[0])
+                found.add(aim(form, code, vaddr - low, vaddr)[1])
+            if form.imm_size == 4:
+                found.add(_UINT32(code, vaddr - low + form.imm_offset)[0])
         return found - {None}
 
     def ways_to(self, vaddr):
@@ -2233,7 +2248,8 @@ class Analysis:
         RefusalError where bytes on the way do not decode.
         """
         low, strays, seen = self.function.vaddr, [], set()
-        pending = [vaddr for vaddr in targets if self.is_middle(vaddr)]
+        pending = sorted({vaddr for vaddr in targets if low < vaddr
+                          < self.end}.difference(self.starts))
         while pending:
             vaddr = pending.pop()
             while self.is_middle(vaddr) and vaddr not in seen:
@@ -2248,14 +2264,6 @@ class Analysis:
                 if insn.target is not None and self.is_middle(insn.target):
                     pending.append(insn.target)
         return strays
-
-
-
-def _named(form, code, pos, vaddr):
-    """Return the vaddr that the rip-relative operand at code[pos] names."""
-    start = pos + form.disp_offset
-    return vaddr + pos + form.size + int.from_bytes(
-        code[start:start + 4], "little", signed=True)
 
 
 def analyse(function):
@@ -2277,13 +2285,6 @@ def _unknown(function, error):
         "the function at 0x%x does not decode: %s at 0x%x" % (
             function.vaddr, function.code[at:at + 8].hex() or "end",
             error.vaddr), error.vaddr)
-
-
-def _value(insn, offset, size):
-    """Return the 4-byte constant at offset in insn, None if it has none."""
-    if size != 4:
-        return None
-    return int.from_bytes(insn.code[offset:offset + 4], "little")
 
 
 def _shown(insn):
@@ -2539,8 +2540,8 @@ def _run_of_code(vaddr, entry_size, count, read, is_executable):
     """Return the targets of the words at vaddr, up to count of them, as
     far as they are vaddrs of code: 8-byte words, or 4 relative to vaddr."""
     found = []
-    while len(found) < count:
-        n_more = min(count - len(found), 64)
+    while len(found) < count:           # most words lead nowhere: look at
+        n_more = min(count - len(found), 64 if found else 1)    # one first
         here = vaddr + len(found) * entry_size
         data = read(here, n_more * entry_size)
         while not data and n_more > 1:      # up to the end of what is there
@@ -2699,32 +2700,42 @@ def _indirect_exit(analysis, vaddr, family, branches):
 _FLAGS_AT = 16                  # flags share a mask with the registers
 _ALL = ALL_FLAGS << _FLAGS_AT | ALL_GPRS
 _N_LIVENESS = 128               # instructions looked at per site
-_masks = {}                     # code -> (reads, kills), one mask each
-_known_effects = {}             # code -> Effects
+_masks = {}                     # Form -> (reads, kills), one mask each
+_known_effects = {}             # Form -> Effects
+
+
+def _depends_on_count(form):
+    """Tell whether what a Form does to the flags hangs on its immediate."""
+    row = _effects_row(form)
+    return row is not None and row[3] == "all?"
 
 
 def _effects_of(insn):
-    """Return effects(insn). They depend on its bytes alone, and functions
-    begin alike, so they are kept."""
-    known = _known_effects.get(insn.code)
+    """Return effects(insn). They depend on its Form alone, but for a shift
+    by a constant, and code has few Forms, so they are kept."""
+    known = _known_effects.get(insn.form)
     if known is None:
-        if len(_known_effects) > 50000:
-            _known_effects.clear()
-        known = _known_effects[insn.code] = effects(insn)
+        known = effects(insn)
+        if not _depends_on_count(insn.form):
+            if len(_known_effects) > 50000:
+                _known_effects.clear()
+            _known_effects[insn.form] = known
     return known
 
 
 def _reads_and_kills(insn):
-    known = _masks.get(insn.code)
+    """Return what insn reads and what it overwrites, as two masks."""
+    known = _masks.get(insn.form)
     if known is None:
-        if len(_masks) > 50000:
-            _masks.clear()
         reads, writes, flags_read, flags_written = _effects_of(insn)
         known = (reads | flags_read << _FLAGS_AT,
                  writes | flags_written << _FLAGS_AT)
         if insn.flow not in (NEXT, JCC, JMP):
             known = _ALL, 0
-        _masks[insn.code] = known
+        if not _depends_on_count(insn.form):
+            if len(_masks) > 50000:
+                _masks.clear()
+            _masks[insn.form] = known
     return known
 
 
@@ -2736,33 +2747,32 @@ def liveness(analysis, site):
     function, too far) everything is live there. rsp is never dead.
     """
     live, n_left, seen = 1 << _SP, _N_LIVENESS, {}
-    forms, function = analysis.forms, analysis.function
-    code, low = function.code, function.vaddr
-    pending = [(site, _ALL)]
+    forms, n_forms, known = analysis.forms, len(analysis.forms), _masks
+    pending = [(analysis.place(site), _ALL)]
     while pending:
-        vaddr, open_ = pending.pop()
-        place = analysis.place(vaddr)
+        place, open_ = pending.pop()
         while True:
-            open_ &= ~live & ~seen.get(place, 0)
+            before = seen.get(place, 0)
+            open_ &= ~(live | before)
             if not open_:
                 break
             n_left -= 1
-            if n_left < 0 or not 0 <= place < len(forms):
+            if n_left < 0 or not 0 <= place < n_forms:
                 live |= open_
                 break
-            seen[place] = seen.get(place, 0) | open_
-            form, at = forms[place], vaddr - low
-            reads, kills = (_masks.get(code[at:at + form.size])
+            seen[place] = before | open_
+            form = forms[place]
+            reads, kills = (known.get(form)
                             or _reads_and_kills(analysis.insn(place)))
             live |= open_ & reads
             open_ &= ~kills
-            vaddr, place = vaddr + form.size, place + 1
-            if form.flow != NEXT:
-                target = aim(form, code, at, low + at)[0]
-                if form.flow == JCC:
-                    pending.append((target, open_))
-                elif form.flow == JMP:
-                    vaddr, place = target, analysis.place(target)
+            if form.is_marked and form.flow in (JCC, JMP):
+                target = analysis.place(analysis.insn(place).target)
+                if form.flow == JMP:
+                    place = target
+                    continue
+                pending.append((target, open_))
+            place += 1
     dead = _ALL & ~live
     return dead & ALL_GPRS, dead >> _FLAGS_AT == ALL_FLAGS
 
@@ -2897,8 +2907,9 @@ def plan_window(function, site, branches, read=None, is_executable=None,
     _refuse_unreachable(analysis, site, limits)
     if insn.code == ENDBR64:
         site = _behind_endbr64(analysis, site, branches)
-    limits = limits._replace(
-        forbidden=limits.forbidden + _rseq_ranges(analysis, limits))
+    critical = _rseq_ranges(analysis, limits)
+    if critical:
+        limits = limits._replace(forbidden=limits.forbidden + critical)
     try:
         window = _window(analysis, site, JUMP_SIZE, limits)
         if len(window.insns) > 1 and window.insns[-1].flow in (CALL,
@@ -2907,8 +2918,8 @@ def plan_window(function, site, branches, read=None, is_executable=None,
     except RefusalError as refusal:
         window = _ladder(analysis, site, limits, refusal)
     dead_regs, flags_dead = liveness(analysis, site)
-    return window._replace(dead_regs=dead_regs, flags_dead=flags_dead,
-                           is_loop=site in analysis.targets)
+    return Window(window.site, window.size, window.insns, window.slot,
+                  dead_regs, flags_dead, site in analysis.targets)
 
 
 _INT_0X80 = b"\xcd\x80"          # the system call of 32-bit programs
