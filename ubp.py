@@ -4048,6 +4048,7 @@ _STACK_LIMIT = 16 << 20     # bytes of one stack searched for signal frames
 _SMALL_STACK_LIMIT = 256 << 10      # of one whose bounds are unknown
 _CLD_KILLED = 2             # <asm-generic/siginfo.h>; os has it since 3.9
 _ALL_SIGNALS = b"\xff" * 8
+STEP_ASIDE = signal.SIGWINCH    # to a guardian; who does not know ignores it
 _FRAME_MARK = b"ubp: frame end\r\n"     # 16 bytes, above each signal frame
 
 
@@ -4101,6 +4102,7 @@ class Tracer:
 
     options = PTRACE_O_TRACESYSGOOD     # of PTRACE_SEIZE
     may_suspend = False     # seccomp filters, for what they would forbid
+    may_ask = False         # another ubp's guardian to step aside
 
     def __init__(self, tgid):
         self.tgid = self._vm_tid = tgid
@@ -4121,6 +4123,7 @@ class Tracer:
         self.held = False           # launched, and kept at its entry point
         self._tasks = {}            # tgid -> HeldFiles of task and stat
         self._memory = None
+        self._asked = 0.0           # when a guardian was asked to step aside
         self._status = ctypes.c_int()
         self._regs = ctypes.create_string_buffer(ubp_x86.REGS_SIZE)
         self._iov = Iovec(ctypes.addressof(self._regs), ubp_x86.REGS_SIZE)
@@ -4359,11 +4362,24 @@ class Tracer:
             # In the midst of an exec, or of the death of another tracer,
             # this passes; or this process still finishes a transfer of it.
             again = Again("thread %d cannot be traced now" % tid)
-            if tracer_of(tid) != os.getpid():
+            tracer = tracer_of(tid)
+            if self.may_ask and is_guardian(tracer):
+                self._ask_aside(tracer)
+            elif tracer != os.getpid():
                 again.refusal = _refusal_to_attach(tid, "PTRACE_SEIZE", error)
             raise again
         self.threads[tid] = Thread(tid, tgid)
         return True
+
+    def _ask_aside(self, guardian):
+        """Ask a guardian to let us in for a moment: see Guard.step_aside."""
+        now = time.monotonic()
+        if now - self._asked > 0.5:
+            self._asked = now
+            try:
+                os.kill(guardian, STEP_ASIDE)
+            except OSError as error:
+                log.debug("cannot ask the guardian: %s", error)
 
     def _await_transfers(self, tids, limit):
         """Wait until no thread is in the midst of a transfer or a vfork.
@@ -6910,9 +6926,11 @@ def restore(tracer, arenas, timeout, last_look=lambda: None):
         steps.survey()
     except (Again, OSError):
         steps.patches = None        # it is surveyed again in the pause
+    tracer.may_ask = True
     try:
         unmapped = tracer.pause(action, timeout, "restore")
     finally:
+        tracer.may_ask = False
         steps.close()
     pages = tuple(sorted({vaddr & -PAGE for vaddr, _, _
                           in steps.patches.writes}))
@@ -9840,7 +9858,9 @@ _FULL_MASK = sum(1 << signo - 1 for signo in (
     signal.SIGQUIT, signal.SIGILL, signal.SIGABRT, signal.SIGSYS))
 _PIN_EACH = 64                  # hits, after which the guardian follows its
 #                                 tracee to another processor
-_TERMINATE = ("terminate",)     # what a SIGTERM asks of a guardian
+_TERMINATE, _ASIDE = ("terminate",), ("aside",)     # what a SIGTERM and a
+#                                 STEP_ASIDE ask of a guardian
+_ASIDE_S = 0.1                  # in which who asked comes
 _LAST_RESORT_S = 3600           # for putting the text back when orphaned
 
 
@@ -10214,6 +10234,7 @@ class Guard:
         self.max_rate, self.too_hot, self.cooled = float("inf"), [], []
         self._copies, self._copy_starts = [], []    # (vaddr, size, Insn)
         self.is_left = False        # on purpose: the front end has gone
+        self._armed = ()            # what do_arm was asked last
         self._status = ctypes.c_int()
 
     def main(self):
@@ -10224,6 +10245,8 @@ class Guard:
         signal.signal(signal.SIGURG, lambda *_: None)
         signal.signal(signal.SIGTERM,
                       lambda *_: self.requests.put((_TERMINATE, None)))
+        signal.signal(STEP_ASIDE,
+                      lambda *_: self.requests.put((_ASIDE, None)))
         threading.Thread(target=self._receive, daemon=True,
                          args=(threading.get_ident(),)).start()
         while not self.is_over:
@@ -10254,6 +10277,9 @@ class Guard:
 
     def _answer(self, request):
         if not request and self.is_left:
+            return
+        if request == _ASIDE:
+            self.step_aside()
             return
         if not request or request == _TERMINATE:
             self._abandoned()
@@ -10354,6 +10380,25 @@ class Guard:
             self.keepers.remove(keeper)
             keeper.close()
 
+    def step_aside(self):
+        """Let another ubp take its jumps out of the target, then go on.
+
+        What the target has forked is not armed again. If it cannot go on,
+        it ends, and the front end notices.
+        """
+        if not self.keepers:
+            return
+        try:
+            self.do_rest(5)
+            limit = time.monotonic() + 5
+            time.sleep(_ASIDE_S)
+            while tracer_of(self.tgid) and time.monotonic() < limit:
+                time.sleep(0.002)
+            self.do_arm(*self._armed)
+        except UbpError as error:
+            log.debug("pid %d: %s", self.tgid, error)
+            self.is_over = not self.keepers
+
     # -- requests -----------------------------------------------------------
 
     def do_arm(self, arenas, timeout, max_rate):
@@ -10362,7 +10407,7 @@ class Guard:
         arenas     [(base, nonce, inode, [record as a tuple])]
         max_rate   hits a second; who has more is taken out
         """
-        self.max_rate = max_rate
+        self.max_rate, self._armed = max_rate, (arenas, timeout, max_rate)
         self.arenas = [Installed(base, nonce, inode, (), tuple(
             Record(*record) for record in records))
             for base, nonce, inode, records in arenas]

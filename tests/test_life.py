@@ -5,6 +5,7 @@ primes; what may not change is read from /proc.
 """
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1059,6 +1060,170 @@ class Libraries(unittest.TestCase):
             self.assertEqual(1009, probe.read())
             target.close()
             self.assertEqual([], live.changed_text(process.pid)[:8])
+            process.quit()
+
+
+class Company(unittest.TestCase):
+    """Other tracers in the same target: composed, or refused with the
+    reason; and never a wrong result."""
+
+    OTHER = ("t = ubp.attach(%d)\n"
+             "p = t.probe(%r, ubp.Count(), strategy=%r)\n"
+             "print('armed', flush=True)\n"
+             "for line in sys.stdin:\n"
+             "    if line[0] == 'x':\n"
+             "        t.close()\n"
+             "    print('n=%%d' %% p.read(), flush=True)\n")
+    # the first, by another process | then ours | refused because of
+    TWO = """
+    jump | jump | -
+    jump | int3 | -
+    int3 | jump | guardian of a ubp's int3s
+    int3 | int3 | guardian of a ubp's int3s
+    int3 | hw   | guardian of a ubp's int3s
+    hw   | int3 | -
+    """
+
+    def test_two_of_ubp_at_once_end_in_either_order(self):
+        for line in self.TWO.strip().splitlines():
+            first, second, why = [w.strip() for w in line.split("|")]
+            for order in "first", "last":
+                with self.subTest(line, ends=order):
+                    self.two(first, second, why, order)
+
+    def two(self, first, second, why, order):
+        with live.Target("traps") as process:
+            with live.python(self.OTHER % (process.pid, "exe:step",
+                                           first)) as other:
+                line = other.line()
+                if "hw" in (first, second) and line != "armed":
+                    self.skipTest("no debug registers here")
+                if why != "-":
+                    with self.assertRaises(ubp.AttachError) as caught:
+                        ubp.attach(process.pid)
+                    self.assertIn(why, str(caught.exception))
+                    n = process.ask("c")["n"]
+                    self.assertEqual(n, other.ask("x\n")["n"])
+                else:
+                    self.both(process, other, ubp.attach(process.pid),
+                              second, order)
+            self.assertEqual([], live.changed_text(process.pid))
+            self.assertEqual([], live.arenas(process.pid))
+            self.assertEqual({}, live.tracers(process.pid))
+            process.ask("c")
+            process.quit()
+
+    def both(self, process, other, target, strategy, order):
+        probe = target.probe("exe:odd_rip", ubp.Count(), strategy=strategy)
+        n = process.ask("c")["n"]
+        self.assertEqual((n, n), (other.ask("r\n")["n"], probe.read()))
+        if order == "first":
+            self.assertEqual(n, other.ask("x\n")["n"])
+            self.assertTrue(live.settled(lambda: strategy != "int3" or set(
+                live.tracers(process.pid).values()) == {
+                    target._guardian.process.pid}))
+            time.sleep(0.5)         # it has stepped aside, and is back
+            self.assertEqual(2 * n, probe.read() + process.ask("c")["n"])
+            self.assertEqual(2 * n, probe.read())
+            target.close()
+        else:
+            target.close()
+            process.ask("c")
+            self.assertEqual(2 * n, other.ask("x\n")["n"])
+
+    def debugger(self, *command):
+        """Run a debugger to its end. -> (exit status, output)"""
+        if shutil.which(command[0]) is None:
+            self.skipTest("apt-get install " + command[0])
+        done = subprocess.run([str(word) for word in command],
+                              stdin=subprocess.DEVNULL, timeout=60,
+                              stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
+        return done.returncode, done.stdout.decode("utf-8", "replace")
+
+    GDB = ("gdb", "-q", "-batch", "-nx", "-iex", "set debuginfod enabled off",
+           "-p")
+
+    def test_a_debugger_cannot_come_beside_a_guardian(self):
+        for command, why in ((self.GDB, "ptrace"), (("strace", "-p"),
+                                                    "not permitted")):
+            with self.subTest(command[0]), live.Target("traps") as process, \
+                    ubp.attach(process.pid) as target:
+                probe = target.probe("exe:step", ubp.Count(),
+                                     strategy="int3")
+                _, text = self.debugger(*(command + (process.pid,)))
+                self.assertIn(why, text)
+                self.assertEqual(process.ask("m")["n"], probe.read())
+                target.close()
+                self.assertEqual([], live.changed_text(process.pid))
+                process.quit()
+
+    def test_a_tracer_that_was_first_is_named(self):
+        if shutil.which("strace") is None:
+            self.skipTest("apt-get install strace")
+        for strategy in "jump", "int3":
+            with self.subTest(strategy), live.Target("traps") as process:
+                with live.Process(["strace", "-q", "-o", "/dev/null", "-p",
+                                   process.pid]) as strace:
+                    self.assertTrue(live.settled(
+                        lambda: live.tracers(process.pid), 10))
+                    with self.assertRaises(ubp.AttachError) as caught:
+                        ubp.attach(process.pid)
+                    self.assertIn("traced by pid %d (strace)" % strace.pid,
+                                  str(caught.exception))
+                    os.kill(strace.pid, signal.SIGINT)
+                    strace.wait()
+                with ubp.attach(process.pid) as target:
+                    probe = target.probe("exe:step", ubp.Count(),
+                                         strategy=strategy)
+                    self.assertEqual(process.ask("c")["n"], probe.read())
+                self.assertEqual([], live.changed_text(process.pid))
+                process.quit()
+
+    def test_strace_beside_jumps_holds_their_removal_up(self):
+        if shutil.which("strace") is None:
+            self.skipTest("apt-get install strace")
+        with live.Target("traps") as process, \
+                ubp.attach(process.pid) as target:
+            probe = target.probe("exe:step", ubp.Count())
+            with live.Process(["strace", "-q", "-o", "/dev/null", "-f", "-p",
+                               process.pid]) as strace:
+                self.assertTrue(live.settled(
+                    lambda: live.tracers(process.pid), 10))
+                n = sum(process.ask(c)["n"] for c in "cmf")
+                self.assertEqual(n, probe.read())
+                with self.assertRaises(ubp.UbpError) as caught:
+                    target.close()
+                self.assertIn("strace", str(caught.exception))
+                self.assertEqual(2 * n, n + sum(
+                    process.ask(c)["n"] for c in "cmf"))
+                os.kill(strace.pid, signal.SIGINT)
+                strace.wait()
+            target.close()
+            self.assertEqual(2 * n, probe.read())
+            self.assertEqual([], live.changed_text(process.pid))
+            process.quit()
+
+    @unittest.skipUnless(live.IS_ROOT, "needs root to set a kernel uprobe")
+    def test_a_kernel_uprobe_before_or_after_an_int3(self):
+        with live.Target("busy", 1) as process:
+            offset = live.symbol(process.path, "hot")[1]
+            with live.KernelUprobe(process.pid, process.path, offset):
+                with ubp.attach(process.pid) as target:
+                    with self.assertRaises(ubp.ProbeError) as caught:
+                        target.probe("exe:hot", ubp.Count(), strategy="int3")
+                    self.assertIn("differs from its file",
+                                  str(caught.exception))
+                self.assertEqual(0, process.ask("c")["wrong"])
+            self.assertEqual([], live.changed_text(process.pid))
+            with ubp.attach(process.pid) as target:
+                target.probe("exe:tiny", ubp.Count(), strategy="int3")
+                vaddr = live.symbol(process.path, "tiny")[1]
+                with live.KernelUprobe(process.pid, process.path, vaddr):
+                    self.assertEqual(0, process.ask("c")["wrong"])
+                self.assertEqual(0, process.ask("c")["wrong"])
+            self.assertEqual(0, process.ask("c")["wrong"])
+            self.assertEqual([], live.changed_text(process.pid))
             process.quit()
 
 
