@@ -3581,8 +3581,10 @@ class Code:
     def store_site(self, mem):
         """mov mem, imm32: the index of the site, faults behind it none"""
         head, _ = with_modrm(b"\xc7", 0, mem)
-        self.parts.append(_Field(head[:-4], "block", mem.disp, b""))
-        self.parts.append(_Field(b"", "site", 0, b""))
+        if mem.is_wide:
+            self.parts.append(_Field(head[:-4], "block", mem.disp, b""))
+            head = b""
+        self.parts.append(_Field(head, "site", 0, b""))
 
     def set(self, reg, value):
         """reg = value, flags untouched."""
@@ -4291,8 +4293,42 @@ def parse_expressions(text, is_exit=False):
 # a reader that has moved `consumed` on calls futex(FUTEX_WAKE) on the word
 # of Place.tracer, which holds its tid like a robust futex: a body waits only
 # while a tid is there, and never for more than 100 ms.
+#
+# A "call" has the tracer's function look at the hit, and waits. It counts as
+# a count does; where it waits is the same for all of them in a process:
+#
+#     calls   +0   owner           the tid of a thread of the tracer, like a
+#                                  robust futex; 0: nobody answers
+#             +8   idle            1: the tracer sleeps on it; a futex
+#             +16  late            1: a hit was not answered in time, and
+#                                  the tracer has not been back since
+#             +64  asked           a bit for each slot: look at it
+#             +256 N_CALLS slots of CALL_SIZE bytes:
+#                  +0   word       its state (32 bits), a futex; see below
+#                  +4   answer     what the word will be when it is answered
+#                  +8   site index, tid (32 bits each)
+#                  +16  outcome    CALL_SKIP …; written by the tracer
+#                  +24  flags      in ah as lahf has them, overflow in al
+#                  +32  caller     what is at rsp
+#                  +40  registers  in the order of REGISTERS
+#                  +168 arguments  arg0 to arg5 at the entry, of an exit
+#
+# The word of a slot says whose it is: a kind of CALL_KINDS in bits 26 to 29
+# and a number that changes with each use below them; or, while a thread
+# waits, the owner's tid and FUTEX_WAITERS, as a robust futex has it. No tid
+# is that large. Each word is on the owner's robust list: when the owner
+# dies, in whatever way, the kernel marks them all and wakes each waiter.
+#
+#     free -> filling -> TID|WAITERS -> answered -> collecting -> free
+#      by the thread      by it   |   by the tracer    by the thread
+#                                 +-> gave up ----------------------> free
+#                                   by the thread       by the tracer
+#
+# A thread whose answer never comes, or that is killed, or leaves by a
+# longjmp from a signal handler, so never leaves a slot that another is
+# mistaken about: whoever comes back late finds another number.
 
-ACTIONS = ("count", "sum", "hist", "trace", "enter", "stack")
+ACTIONS = ("count", "sum", "hist", "trace", "enter", "stack", "call")
 POLICIES = ("drop", "overwrite", "block")
 HEAD_FAULTS, HEAD_DROPPED, HEAD_UNMATCHED = 0, 8, 16
 HEAD_ABANDONED, HEAD_CROWDED, HEAD_SKIPPED = 24, 32, 40
@@ -4314,6 +4350,17 @@ MAX_KEY_BYTES = 128
 MAX_VALUES = 16                 # of a record
 MAX_DEPTH_WALKED = 64           # frames of a stack walked in the body
 MAX_CODE = 4096                 # bytes of a body
+N_CALLS, CALL_SIZE = 256, 256   # slots, and bytes of each and of the head
+CALLS_SIZE = CALL_SIZE * (1 + N_CALLS)
+CALLS_OWNER, CALLS_IDLE, CALLS_LATE, CALLS_ASKED = 0, 8, 16, 64
+CALL_WORD, CALL_ANSWER, CALL_SITE, CALL_TID = 0, 4, 8, 12
+CALL_OUTCOME, CALL_FLAGS, CALL_CALLER = 16, 24, 32
+CALL_REGISTERS, CALL_ARGS = 40, 168
+CALL_SKIP, CALL_FAULT, CALL_DROP = 1, 2, 4      # bits of an outcome
+(CALL_FREE, CALL_FILLING, CALL_ANSWERED, CALL_COLLECTING,
+ CALL_GAVE_UP) = CALL_KINDS = tuple(kind << 26 for kind in range(1, 6))
+CALL_NUMBER = (1 << 26) - 1     # the other bits of such a word
+N_CALL_ARGS = 6
 
 
 class Spec(NamedTuple):
@@ -4337,6 +4384,8 @@ class Spec(NamedTuple):
     is_inside: bool = False     # the site is behind its prologue: rbp is
     #                             its own frame, [rsp] no return address
     kept: Tuple[str, ...] = ()              # arguments stored in a frame
+    is_timed: bool = True   # a frame's time is needed
+    timeout_ns: int = 10**9     # that a call waits at most
 
 
 class Place(NamedTuple):
@@ -4356,6 +4405,7 @@ class Place(NamedTuple):
     #                         before; 0: the first
     dead: Tuple[int, bool] = (0, False)     # registers and flags dead there
     is_taken: bool = False  # only where that instruction, a jcc, is taken
+    calls: int = 0          # vaddr of the slots of calls, however far
 
 
 class Layout(NamedTuple):
@@ -4391,11 +4441,14 @@ def entry_spec(spec):
     names = set()
     for each in (spec.when,) + spec.keys + spec.values:
         names |= each.names if each else frozenset()
+    if spec.action == "call":       # the function may ask for any
+        names |= {"arg%d" % n for n in range(N_CALL_ARGS)}
     kept = tuple(sorted((n for n in names if n.startswith("arg")),
                         key=lambda name: int(name[3:])))
     if not spec.is_exit or not (kept or "elapsed" in names):
         return None
-    return Spec("enter", n_frames=spec.n_frames, kept=kept)
+    return Spec("enter", n_frames=spec.n_frames, kept=kept,
+                is_timed="elapsed" in names)
 
 
 def frames_layout(spec):
@@ -4456,7 +4509,7 @@ def block_layout(spec):
     if spec.keys or spec.action == "stack":
         return _table_layout(spec, payload, size, is_unsigned)
     if payload == "count" and not spec.is_exit and not (
-            spec.when and can_fault(spec.when)):
+            spec.when and can_fault(spec.when)) and spec.action != "call":
         return Layout("word", 8, 0)
     return Layout(payload, _rounded(HEAD_SIZE + size), HEAD_SIZE,
                   is_unsigned=is_unsigned)
@@ -4500,7 +4553,7 @@ def _check(spec):
         raise UbpError("make", "a body for %s" % spec.action, why)
     if spec.action not in ACTIONS or spec.policy not in POLICIES:
         refuse("no such action, or no policy %r" % spec.policy)
-    n_values = {"sum": 1, "hist": 1, "count": 0, "enter": 0}
+    n_values = {"sum": 1, "hist": 1, "count": 0, "enter": 0, "call": 0}
     if len(spec.values) != n_values.get(spec.action, len(spec.values)):
         refuse("%d values" % len(spec.values))
     if len(spec.values) > MAX_VALUES:
@@ -4523,6 +4576,8 @@ _ARG_REGISTERS = (RDI, RSI, RDX, RCX, 8, 9)     # System V ABI, 3.2.3
 
 def input_registers(spec):
     """The mask of registers whose values at the site a body reads."""
+    if spec.action == "call":
+        return (1 << 16) - 1
     names = set(STACK_REGISTERS) if spec.stack_size or spec.depth else set()
     for each in (spec.when,) + spec.keys + spec.values:
         names |= each.names if each else frozenset()
@@ -4579,6 +4634,7 @@ class _Machine:
         self.stacks = set()         # stages that need the stack
         self.free = []
         self.pinned, self.held = {}, set()  # name -> operand; registers
+        self.flags_at = 0           # the depth where the flags were pushed
         self.is_flags_saved = window.flags_dead
 
     def begin(self, stage, reserved, volatile):
@@ -4686,6 +4742,7 @@ class _Machine:
             self.is_flags_saved = True
             if is_ax_used:
                 self.push(RAX)
+                self.flags_at = self.depth
         return before, pushes, flags, is_ax_used
 
     def restore(self, saved):
@@ -5267,6 +5324,7 @@ class _Body(_Values):
         self.layout = None if spec.action == "enter" else block_layout(spec)
         self.frames = spec if spec.action == "enter" else entry_spec(spec)
         self.done, missed, first = code.label(), code.label(), None
+        self.leave = code.label()       # where a call returns from
         if spec.when and not self.frames:
             self.begin(0, set(), _volatile([spec.when]))
             first = self.save(0)
@@ -5285,6 +5343,16 @@ class _Body(_Values):
         else:
             self.act()
         code.mark(self.done)
+        if spec.action == "call":
+            depth = self.depth
+            code.aside()
+            code.mark(self.leave)
+            self.restore(second)
+            if first:
+                self.restore(first)
+            code.put(b"\xc3")                           # ret
+            code.back()
+            self.depth = depth
         self.restore(second)
         code.mark(missed)
         if first:
@@ -5304,6 +5372,8 @@ class _Body(_Values):
         regs = {RAX, RDX} if spec.action == "trace" or self.frames else set()
         if spec.action == "hist" or spec.keys or spec.action == "stack":
             regs |= {RAX, RCX}
+        if spec.action == "call":
+            regs |= _SYSCALL_USES
         return regs
 
     def steady(self, tree):
@@ -5331,7 +5401,9 @@ class _Body(_Values):
             self.unless(spec.when.tree, end)
             self.count_aside(self.fault, HEAD_FAULTS, end)
             self.fault = self.code.label()
-        if spec.action == "trace":
+        if spec.action == "call":
+            self.call(frame if self.frames else None)
+        elif spec.action == "trace":
             self.trace(end)
         elif spec.keys or spec.action == "stack":
             self.keyed()
@@ -6112,10 +6184,241 @@ class _Body(_Values):
             reg = self.in_register(("name", False, name))
             code.store(Mem(frame, FRAME_ARGS + 8 * n), reg)
             self.give(reg)
-        if self.place.tsc is not None:
+        if self.place.tsc is not None and self.spec.is_timed:
             self.touch(RAX, RDX)
             self.read_tsc()
             code.store(Mem(frame, FRAME_TSC), RAX)
+
+    # -- Calls: the tracer's function looks, and the thread waits. See the
+    #    drawing. rdi to r11 are for syscalls, and for whatever is short.
+
+    def call(self, frame):
+        """Ask, wait, and go on with the registers that were answered."""
+        code, count = self.code, self.place.block + self.layout.start
+        self.touch(*[reg for reg in range(16) if reg != RSP])
+        self.grow(_CALL_LOCALS)
+        if frame is not None:
+            self.keep_arguments(frame)
+        no, out, faulty = [code.label() for _ in range(3)]
+        base, slot, answer, asked = [self.take() for _ in range(4)]
+        self.claim_call(base, slot, answer, asked, no)
+        self.fill_call(slot, answer, frame is not None)
+        self.wait_for_answer(base, slot, answer, asked, no)
+        self.collect(slot, answer, no)
+        self.give(_Owned(asked))
+        code.op(b"\xf7", 0, RSI, 4, _S32.pack(CALL_FAULT | CALL_DROP))
+        code.jump(faulty, _NE)                          # test $6, %esi
+        shard = self.shard()
+        code.lock_inc(Mem(shard, count, is_wide=True))
+        self.give(_Owned(shard))
+        code.mark(out)
+        self.grow(-_CALL_LOCALS)
+        if not (self.spec.is_exit or self.spec.is_inside):
+            code.op(b"\xf7", 0, RSI, 4, _S32.pack(CALL_SKIP))
+            code.jump(self.leave, _NE)
+        if frame is not None:
+            code.jump(self.done)
+        self.depth += _CALL_LOCALS
+        code.aside()
+        code.mark(no)
+        code.set(RSI, CALL_DROP)
+        code.mark(faulty)
+        fault = code.label()
+        code.op(b"\xf7", 0, RSI, 4, _S32.pack(CALL_FAULT))
+        code.jump(fault, _NE)
+        self.count_head(HEAD_DROPPED)
+        code.jump(out)
+        code.mark(fault)
+        self.count_head(HEAD_FAULTS)
+        code.jump(out)
+        code.back()
+        self.depth -= _CALL_LOCALS
+
+    def keep_arguments(self, frame):
+        """Take what the entry left, and free the frame: not while waiting.
+        """
+        code = self.code
+        for n in range(N_CALL_ARGS):
+            name = "arg%d" % n
+            code.mov(RAX, self.pinned[name])
+            code.store(Mem(RSP, 16 + 8 * n), RAX)
+        code.store_imm(Mem(frame, FRAME_SP), 0)
+        self.held.discard(frame)
+        self.free.append(frame)
+
+    def claim_call(self, base, slot, answer, asked, no):
+        """Find a free slot, if there is one, and somebody to answer."""
+        code, place = self.code, self.place
+        self.require(place.calls, "a handler")
+        self.require(place.private, "a handler")
+        again, other, found = [code.label() for _ in range(3)]
+        code.mov(RAX, Mem(RIP, place.private))
+        code.test(RAX)
+        code.jump(no, _E)                       # a forked child
+        code.set_wide(base, place.calls)
+        code.mov(asked, Mem(base, CALLS_OWNER), 4)
+        code.lea(RCX, Mem(asked, -1))
+        code.alu_imm(CMP, RCX, CALL_FREE)       # nobody, or dead
+        code.jump(no, _AE)
+        code.alu_imm(CMP, Mem(base, CALLS_LATE), 0, 4)
+        code.jump(no, _NE)
+        code.op(b"\x0f\xba", 5, asked, 4, b"\x1f")      # bts $31
+        code.mov(RDX, RSP)
+        code.op(b"\x69", 8, RDX, 4, _S32.pack(_GOLDEN_32))      # imul
+        code.op(b"\xc1", SHR, 8, 4, b"\x18")            # its 8 highest bits
+        code.set(9, N_CALLS)
+        code.mark(again)
+        code.mov(slot, 8)
+        code.shift(SHL, slot, 8)
+        code.lea(slot, Mem(base, CALL_SIZE, slot))
+        code.mov(RAX, Mem(slot), 4)
+        code.mov(RCX, RAX)
+        code.alu_imm(AND, RCX, ~CALL_NUMBER, 4)
+        code.alu_imm(CMP, RCX, CALL_FREE, 4)
+        code.jump(other, _NE)
+        code.lea(answer, Mem(RAX, 1))
+        code.alu_imm(AND, answer, CALL_NUMBER, 4)
+        code.mov(RCX, answer)
+        code.alu_imm(OR, RCX, CALL_FILLING, 4)
+        self.swap(slot, RCX)
+        code.jump(found, _E)
+        code.mark(other)
+        code.alu_imm(ADD, 8, 1)
+        code.alu_imm(AND, 8, N_CALLS - 1)
+        code.alu_imm(SUB, 9, 1)
+        code.jump(again, _NE)
+        code.jump(no)
+        code.mark(found)
+        code.alu_imm(OR, answer, CALL_ANSWERED, 4)
+
+    def swap(self, slot, reg):
+        """lock cmpxchg of a slot's word: if it is eax, it will be reg."""
+        self.code.op(b"\x0f\xb1", reg, Mem(slot), 4, b"", b"\xf0")
+
+    def fill_call(self, slot, answer, has_args):
+        """Tell what the function may want to know."""
+        code = self.code
+        for reg in range(16):
+            if reg == RSP:
+                code.lea(RAX, Mem(RSP, self.depth))
+            else:
+                code.mov(RAX, self.site_value(reg))
+            code.store(Mem(slot, CALL_REGISTERS + 8 * reg), RAX)
+        words = [(CALL_FLAGS, self.stack(self.flags_at)),
+                 (CALL_CALLER, Mem(RSP, self.depth))]
+        words += [(CALL_ARGS + 8 * n, Mem(RSP, 16 + 8 * n))
+                  for n in range(N_CALL_ARGS if has_args else 0)]
+        for at, word in words:
+            code.mov(RAX, word)
+            code.store(Mem(slot, at), RAX)
+        code.store(Mem(slot, CALL_ANSWER), answer, 4)
+        code.store_imm(Mem(slot, CALL_OUTCOME), 0)
+        code.store_site(Mem(slot, CALL_SITE))
+        code.set(RAX, NR_GETTID)
+        code.put(b"\x0f\x05")
+        code.store(Mem(slot, CALL_TID), RAX, 4)
+
+    def wait_for_answer(self, base, slot, answer, asked, no):
+        """Ask, wake the tracer if it sleeps, and wait. eax = the word.
+
+        The owner is looked at once more when the word is there: it may
+        have died in between, and then nobody wakes us.
+        """
+        code = self.code
+        wait, answered, awake, give_up = [code.label() for _ in range(4)]
+        code.mov(RAX, asked)
+        code.op(b"\x87", RAX, Mem(slot), 4)             # xchg: a fence
+        code.mov(RAX, Mem(base, CALLS_OWNER), 4)
+        code.op(b"\x0f\xba", 5, RAX, 4, b"\x1f")        # bts $31
+        code.alu(CMP, RAX, asked, 4)
+        code.jump(give_up, _NE)
+        code.mov(RCX, slot)
+        code.alu(SUB, RCX, base)
+        code.shift(SHR, RCX, 8)
+        code.alu_imm(SUB, RCX, 1)
+        code.op(b"\x0f\xab", RCX, Mem(base, CALLS_ASKED), 8, b"", b"\xf0")
+        code.alu_imm(CMP, Mem(base, CALLS_IDLE), 0, 4)  # lock bts, above
+        code.jump(awake, _E)
+        code.clear(RAX)
+        code.op(b"\x87", RAX, Mem(base, CALLS_IDLE), 4)
+        code.test(RAX)
+        code.jump(awake, _E)
+        self.futex(Mem(base, CALLS_IDLE), _FUTEX_WAKE, lambda: code.set(
+            RDX, 1))
+        code.mark(awake)
+        self.deadline(give_up)
+        code.mark(wait)
+        code.mov(RAX, Mem(slot), 4)
+        code.alu(CMP, RAX, asked, 4)
+        code.jump(answered, _NE)
+        code.mov(10, RSP)
+        code.clear(8)
+        code.set(9, (1 << 32) - 1)
+        self.futex(Mem(slot), _FUTEX_WAIT_BITSET, lambda: code.mov(
+            RDX, asked, 4))
+        for result in (0, -_EAGAIN, -_EINTR_ERRNO):
+            code.alu_imm(CMP, RAX, result)
+            code.jump(wait, _E)
+        code.mark(give_up)
+        code.mov(RAX, asked)
+        code.mov(RCX, answer)
+        code.alu_imm(XOR, RCX, CALL_ANSWERED ^ CALL_GAVE_UP, 4)
+        self.swap(slot, RCX)
+        code.jump(answered, _NE)
+        code.store_imm(Mem(base, CALLS_LATE), 1, 4)
+        code.jump(no)
+        code.mark(answered)
+
+    def futex(self, word, op, value):
+        """futex(word, op, …): shared by processes, so not PRIVATE."""
+        code = self.code
+        code.lea(RDI, word)
+        code.set(RSI, op)
+        value()
+        code.set(RAX, NR_FUTEX)
+        code.put(b"\x0f\x05")
+
+    def deadline(self, give_up):
+        """[rsp] = when to wait no longer, a struct timespec: a signal that
+        is handled meanwhile does not begin the time anew."""
+        code, fits = self.code, self.code.label()
+        seconds, rest = divmod(self.spec.timeout_ns, 10**9)
+        code.set(RDI, _CLOCK_MONOTONIC)
+        code.mov(RSI, RSP)
+        code.set(RAX, NR_CLOCK_GETTIME)
+        code.put(b"\x0f\x05")
+        code.test(RAX)
+        code.jump(give_up, _NE)
+        code.mov(RAX, Mem(RSP, 8))
+        code.alu_imm(ADD, RAX, rest)
+        code.alu_imm(ADD, Mem(RSP), seconds)
+        code.alu_imm(CMP, RAX, 10**9)
+        code.jump(fits, _B)
+        code.alu_imm(SUB, RAX, 10**9)
+        code.alu_imm(ADD, Mem(RSP), 1)
+        code.mark(fits)
+        code.store(Mem(RSP, 8), RAX)
+
+    def collect(self, slot, answer, no):
+        """The answer's registers to where ours were pushed; rsi = outcome.
+        """
+        code = self.code
+        code.alu(CMP, RAX, answer, 4)
+        code.jump(no, _NE)
+        code.mov(RCX, answer)
+        code.alu_imm(XOR, RCX, CALL_ANSWERED ^ CALL_COLLECTING, 4)
+        self.swap(slot, RCX)
+        code.jump(no, _NE)
+        for reg in range(16):
+            if reg != RSP:
+                code.mov(RAX, Mem(slot, CALL_REGISTERS + 8 * reg))
+                code.store(self.site_value(reg), RAX)
+        code.mov(RAX, Mem(slot, CALL_FLAGS))
+        code.store(self.stack(self.flags_at), RAX)
+        code.mov(RSI, Mem(slot, CALL_OUTCOME))
+        code.mov(RCX, answer)
+        code.alu_imm(XOR, RCX, CALL_ANSWERED ^ CALL_FREE, 4)
+        code.store(Mem(slot), RCX, 4)
 
 
 class _KeyWords(NamedTuple):
@@ -6127,7 +6430,10 @@ class _KeyWords(NamedTuple):
 _N_UNROLLED = 4                 # words of keys; more take a loop
 _N_WAITS, _WAIT_NS = 10, 10000000       # of 10 ms: 100 ms for each hit
 _FUTEX_TID_MASK, _FUTEX_OWNER_DIED = 0x3fffffff, 0x40000000  # linux/futex.h
-NR_FUTEX = 202                  # asm/unistd_64.h
+NR_FUTEX, NR_GETTID, NR_CLOCK_GETTIME = 202, 186, 228    # asm/unistd_64.h
+_FUTEX_WAKE, _FUTEX_WAIT_BITSET, _CLOCK_MONOTONIC = 1, 9, 1
+_EAGAIN, _EINTR_ERRNO = 11, 4   # asm-generic/errno-base.h
+_CALL_LOCALS = 16 + 8 * N_CALL_ARGS     # a struct timespec, arguments kept
 
 
 def table_hash(words, is_one_int):
@@ -6166,6 +6472,8 @@ def compiled(spec, place, window):
     body would be longer than MAX_CODE.
     """
     block_layout(spec)
+    if spec.action == "call":           # a function may look at all of it
+        window = window._replace(dead_regs=0, flags_dead=False)
     key = (spec, window.dead_regs, window.flags_dead)
     plan, dead = _plans.get(key, _Plan()), window.dead_regs
     for _ in range(_N_TRIES):
@@ -7113,6 +7421,12 @@ def empty_function(vaddr, entry, leave, place):
 # A function that returns the time stamp counter: rdtsc; shl $32,%rdx;
 # or %rdx,%rax; ret
 READ_TSC = b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0\xc3"
+# Functions (vaddr, value) and (vaddr, old, new), to be called themselves: the
+# word of 64 bits that was exchanged, mov %rsi,%rax; xchg %rax,(%rdi); ret;
+# the one of 32 bits that was compared, mov %esi,%eax; lock cmpxchg
+# %edx,(%rdi); ret
+EXCHANGE = b"\x48\x89\xf0\x48\x87\x07\xc3"
+COMPARE_EXCHANGE = b"\x89\xf0\xf0\x0f\xb1\x17\xc3"
 
 
 def entry_stub(entry):
