@@ -91,8 +91,8 @@ from ubp_x86 import (DecodeError, RefusalError, RelocationError,  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["attach", "launch", "status", "clean", "Target", "Probe", "Count",
-           "Hist", "Trace", "Latency", "Stack", "Histogram", "Event",
-           "UbpError", "AttachError", "TraceeGone", "SymbolError",
+           "Hist", "Trace", "Latency", "Stack", "Call", "Hit", "Histogram",
+           "Event", "UbpError", "AttachError", "TraceeGone", "SymbolError",
            "ProbeError", "UbpTimeout", "__version__"]
 
 
@@ -209,7 +209,9 @@ SYS_getdents64, SYS_kcmp, SYS_memfd_create = 217, 312, 319
 SYS_perf_event_open = 298
 SYS_prctl, SYS_process_vm_readv = 157, 310
 SYS_futex, SYS_set_robust_list = 202, 273
-FUTEX_WAKE, FUTEX_WAITERS = 1, 0x80000000       # <linux/futex.h>
+FUTEX_WAIT, FUTEX_WAKE, FUTEX_WAITERS = 0, 1, 0x80000000    # <linux/futex.h>
+FUTEX_WAIT_BITSET = 9
+SYS_clock_gettime = 228
 PR_GET_TSC, PR_TSC_ENABLE = 25, 1               # <linux/prctl.h>
 
 PERF_TYPE_SOFTWARE, PERF_TYPE_BREAKPOINT = 1, 5     # <linux/perf_event.h>
@@ -323,6 +325,7 @@ _lseek = _declare("lseek", ctypes.c_int64, _int, ctypes.c_int64, _int)
 _syscall = _declare("syscall", _long, _long, _long, _long, _long, _long,
                     _long)
 _futex = ctypes.CDLL(None).syscall      # frees the GIL: not in a pause
+_futex.argtypes, _futex.restype = [_long] * 7, _long
 
 
 def _check(result):
@@ -5544,6 +5547,7 @@ def _check_access(pid, tids):
 #                +4096   records                    max_records of 512
 #                        trampolines                to the page's end
 #     data rw-   +0      shards, one per processor  1 << shift bytes each
+#                        slots of calls, if wanted  at the end: see ubp_x86
 #     private    +0      the target's pid           8, zero in a forked child
 #          rw-p          frames                     wiped by fork, too
 #
@@ -5891,6 +5895,7 @@ class ArenaLayout(NamedTuple):
     max_records: int
     shard_shift: int
     private_size: int
+    calls_size: int = 0     # at the end of the data
 
     @property
     def total(self):
@@ -5981,6 +5986,7 @@ class Arena:
                 and self.next + need.code <= self.base + self.code_size
                 and _aligned(self._used, need.block) + need.block
                 <= 1 << self.shards.shift
+                and need.calls <= self.layout.calls_size
                 and (not need.private or self.private and _aligned(
                     self._private_used, need.private) + need.private
                     <= self.layout.private_size))
@@ -6144,12 +6150,12 @@ class Arena:
             self.keep()
             self._kept = self._kept_last
             memory, self.memory = self.memory, None
-            while True:
+            for _ in range(100):
                 try:
                     memory.close()
                     break
-                except BufferError:     # a reader wakes who waits just now
-                    time.sleep(0.0005)
+                except BufferError:     # a reader wakes who waits just now;
+                    time.sleep(0.0005)  # else it goes with its last user
         else:
             self._kept = self._kept_last
 
@@ -6171,6 +6177,7 @@ class Need(NamedTuple):
     code: int               # bytes of trampolines, and what aligns them
     block: int              # bytes in every shard
     private: int            # bytes of the private pages; 0: none are needed
+    calls: int = 0          # bytes of the slots of calls
 
     def __add__(self, other):
         return Need(*[one + two for one, two in zip(self, other)])
@@ -6203,7 +6210,8 @@ def _layout(need, n_shards, whom):
             "processors, and ubp adds %d MiB at most" % (
                 max(data, private) >> 20, n_shards, _MAX_DATA >> 20),
             "fewer sites, or a smaller ring")
-    return ArenaLayout(code + data, code, n, shift, private)
+    calls = _pages(need.calls)
+    return ArenaLayout(code + data + calls, code, n, shift, private, calls)
 
 
 def make_arena(tracer, low, high, need, timeout, kind="auto"):
@@ -7342,16 +7350,20 @@ def _realtime_ns():
     return now.tv_sec * 10**9 + now.tv_nsec
 
 
-_tsc_functions, _overheads = [], []
+_functions, _overheads = {}, []
+
+
+def _function_of(code, restype, *argtypes):
+    """Machine code as a function that keeps the GIL; mapped once."""
+    if code not in _functions:
+        vaddr = _map_code(PAGE, lambda vaddr: code)
+        _functions[code] = ctypes.PYFUNCTYPE(restype, *argtypes)(vaddr)
+    return _functions[code]
 
 
 def _tsc_reader():
     """A function that reads the time stamp counter of this processor."""
-    if not _tsc_functions:
-        vaddr = _map_code(PAGE, lambda vaddr: ubp_x86.READ_TSC)
-        _tsc_functions.append(
-            ctypes.PYFUNCTYPE(ctypes.c_uint64)(vaddr))
-    return _tsc_functions[0]
+    return _function_of(ubp_x86.READ_TSC, ctypes.c_uint64)
 
 
 def _map_code(size, make, n_code=PAGE):
@@ -7362,15 +7374,14 @@ def _map_code(size, make, n_code=PAGE):
     vaddr = _mmap(None, size, PROT_READ | PROT_WRITE,
                   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
     if vaddr in (None, MAP_FAILED):
-        raise ProbeError("take the time in", "the target",
+        raise ProbeError("map memory into", "this process",
                          os.strerror(ctypes.get_errno()))
     code = make(vaddr)
     ctypes.memmove(vaddr, code, len(code))
     if _mprotect(vaddr, n_code, PROT_READ | PROT_EXEC) != 0:
-        raise ProbeError("take the time in", "the target", "this process "
-                         "may not map code: %s" % os.strerror(
-                             ctypes.get_errno()),
-                         "a security module forbids execmem")
+        raise ProbeError("map code into", "this process", os.strerror(
+                             ctypes.get_errno()) + ": clocks and handlers "
+                         "need it", "a security module forbids execmem")
     return vaddr
 
 
@@ -7531,59 +7542,56 @@ class TraceRing:
             del self._aside[ticket]
 
 
-class RingOwner:
-    """The thread whose death the kernel tells to hits that wait for room.
+class FutexOwner:
+    """The thread whose death the kernel tells to hits that wait for us.
 
     Its tid is in a futex of the arena, which is on its robust list: when
     it ends, in whatever way, FUTEX_OWNER_DIED is set and a waiter woken.
-    The list lies in our memory, so the target cannot lengthen it. Source:
-    Documentation/locking/robust-futex-ABI.rst.
+    So it is with each word on the list that holds its tid then; the first
+    is marked before the others are. The list lies in our memory, so the
+    target cannot lengthen it. Source: robust-futex-ABI.rst of the kernel's
+    Documentation/locking; all entries have one distance to their words.
+
+    at       the offset of the first word in the arena
+    n, each  how many words there are, and how far apart
     """
 
-    def __init__(self, arena):
-        self.arena, self.offset = arena, arena.allocate(64)
-        self.vaddr = arena.base + arena.shard_at(0) + self.offset
-        self._tid, self._is_over = 0, threading.Event()
+    def __init__(self, arena, at, n=1, each=8):
+        self.arena, self.at = arena, at
+        self.vaddr = arena.base + at
+        self.tid, self._is_over = 0, threading.Event()
         ready = threading.Event()
         self._thread = threading.Thread(
-            target=self._run, args=(ready,), daemon=True,
-            name="ubp-rings-%d" % arena.tracer.tgid)
+            target=self._run, args=(ready, n, each), daemon=True,
+            name="ubp-owner-%d" % arena.tracer.tgid)
         self._thread.start()
         ready.wait()
 
-    def _run(self, ready):
-        word = ctypes.c_uint32.from_buffer(
-            self.arena.memory, self.arena.shard_at(0) + self.offset)
-        node, head = (ctypes.c_uint64 * 1)(), (ctypes.c_uint64 * 3)()
-        node[0], head[0] = ctypes.addressof(head), ctypes.addressof(node)
-        head[1] = (ctypes.addressof(word) - head[0]) & (1 << 64) - 1
+    def _run(self, ready, n, each):
+        word = ctypes.c_uint32.from_buffer(self.arena.memory, self.at)
+        nodes, head = (ctypes.c_uint64 * (n * each // 8))(), (
+            ctypes.c_uint64 * 3)()
+        first = ctypes.addressof(nodes)
+        for at in range(n):
+            nodes[at * each // 8] = first + (at + 1) * each
+        nodes[(n - 1) * each // 8] = ctypes.addressof(head)
+        head[0] = first
+        head[1] = (ctypes.addressof(word) - first) & (1 << 64) - 1
         try:
             syscall(SYS_set_robust_list, ctypes.addressof(head),
                     ctypes.sizeof(head), 0, 0, 0)
-            self._tid = word.value = syscall(SYS_gettid)
+            self.tid = word.value = syscall(SYS_gettid)
         except OSError as error:
-            log.warning("no hit waits for room: %s", error)
+            log.warning("no hit waits for us: %s", error)
         ready.set()
         self._is_over.wait()
         word.value, head[0] = 0, ctypes.addressof(head)
         self._wake(word)
 
-    def wake(self):
-        """There is room again: let those who wait try."""
-        memory, at = self.arena.memory, self.arena.shard_at(0) + self.offset
-        if memory is None or self.is_closed:
-            return
-        try:
-            word = ctypes.c_uint32.from_buffer(memory, at)
-        except ValueError:          # closed meanwhile, by another thread
-            return
-        if word.value & FUTEX_WAITERS and self._tid:
-            word.value = self._tid
-            self._wake(word)
-
     @staticmethod
     def _wake(word):
-        _futex(SYS_futex, ctypes.addressof(word), FUTEX_WAKE, 1 << 30, 0, 0)
+        _futex(SYS_futex, ctypes.addressof(word), FUTEX_WAKE, 1 << 30, 0, 0,
+               0)
 
     @property
     def is_closed(self):
@@ -7594,6 +7602,26 @@ class RingOwner:
         """Nobody waits from now on. May be repeated."""
         self._is_over.set()
         self._thread.join()
+
+
+class RingOwner(FutexOwner):
+    """The owner of the word at which hits wait for room in a ring."""
+
+    def __init__(self, arena):
+        super().__init__(arena, arena.shard_at(0) + arena.allocate(64))
+
+    def wake(self):
+        """There is room again: let those who wait try."""
+        memory = self.arena.memory
+        if memory is None or self.is_closed:
+            return
+        try:
+            word = ctypes.c_uint32.from_buffer(memory, self.at)
+        except ValueError:          # closed meanwhile, by another thread
+            return
+        if word.value & FUTEX_WAITERS and self.tid:
+            word.value = self.tid
+            self._wake(word)
 
 
 def _unwrapped(first, last, n):
@@ -7736,6 +7764,25 @@ class Stack(Action):
         self.depth, self.sum, self.unwind = depth, sum, unwind
 
 
+class Call(Action):
+    """Action: call a Python function here at each hit; the thread waits.
+
+    function  called with a Hit, which it may change; what it returns is
+              ignored. If it raises, the probe is taken out: see Probe.error
+    timeout   seconds after which a thread that waits goes on all the same
+    """
+
+    def __init__(self, function, timeout=1.0):
+        if not callable(function):
+            raise ProbeError("call", repr(function), "it is no function")
+        if not _LEAST_TIMEOUT_S <= timeout <= _MOST_TIMEOUT_S:
+            raise ProbeError("wait", "%r seconds" % (timeout,),
+                             "it is a number from %g to %d" % (
+                                 _LEAST_TIMEOUT_S, _MOST_TIMEOUT_S))
+        self.function, self.timeout = function, timeout
+
+
+_LEAST_TIMEOUT_S, _MOST_TIMEOUT_S = 0.001, 60
 _TABLE_BYTES, _RING_BYTES = 1 << 20, 256 << 10      # of one processor
 _STACK_BYTES, _STACK_RING_BYTES = 8 << 10, 12 << 20     # of stacks copied
 _ALL_SHARDS_BYTES = 64 << 20    # and of all together, unless asked for
@@ -7789,6 +7836,9 @@ def make_spec(action, when=None, is_exit=False):
     elif isinstance(action, Latency):
         spec = ubp_x86.Spec("hist", values=_one_expression(
             "u64(elapsed)", True), **rest)
+    elif isinstance(action, Call):
+        spec = ubp_x86.Spec("call", timeout_ns=int(action.timeout * 1e9),
+                            **rest)
     else:
         raise ProbeError("probe with", repr(action),
                          "that action is not built yet")
@@ -7860,7 +7910,7 @@ def _dummy_place(vaddr, offers=None, **others):
     """
     return (offers or _ALL_OFFERS)._replace(
         shards=_DUMMY_SHARDS._replace(base=vaddr), private=vaddr,
-        frames=vaddr, tracer=vaddr, **others)
+        frames=vaddr, tracer=vaddr, calls=vaddr, **others)
 
 
 _FAULT_SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE)
@@ -8636,6 +8686,7 @@ class Probe:
         self._n_faults = 0          # stacks whose value could not be had
         self._parts = []            # what holds the sites that take no jump
         self._is_removed = False
+        self.error = None           # what its Call's function raised
 
     def __repr__(self):
         return "<Probe %s: %d sites>" % (self.where, len(self.sites))
@@ -8784,6 +8835,476 @@ class Probe:
             self._target._remove([self], timeout)
 
 
+# -- handlers: functions of this process that hits wait for -------------------
+#
+# A body of a Call claims a slot of shared memory, puts its registers there,
+# wakes us by a futex, and waits at the slot's own word. No ptrace, and no
+# descriptor. One thread for each target runs the functions, one hit after
+# another. What stands in a slot is hostile like all that a target says.
+
+_CALL = struct.Struct("<4I3Q%dq" % (len(ubp_x86.REGISTERS)
+                                    + ubp_x86.N_CALL_ARGS))
+_CALL_ANSWER = struct.Struct("<2Q")     # outcome, flags
+_CALL_REGISTERS = struct.Struct("<%dq" % len(ubp_x86.REGISTERS))
+_ASKED = struct.Struct("<%dQ" % (ubp_x86.N_CALLS // 64))
+_HALF = struct.Struct("<I")
+assert _CALL.size == ubp_x86.CALL_ARGS + 8 * ubp_x86.N_CALL_ARGS
+_SYSCALLS_OF_CALLS = (              # that bodies make, as a filter sees them
+    (SYS_futex, 0, FUTEX_WAIT_BITSET, 0, 0, 0, 0xffffffff),
+    (SYS_futex, 0, FUTEX_WAKE, 1, 0, 0, 0),
+    (SYS_gettid,), (SYS_clock_gettime, time.CLOCK_MONOTONIC, 0))
+_RECLAIM_S = 10                     # an answer that nobody fetched for longer
+_LAST_HANDLER_S = 0.25              # for one that runs while it is removed
+_MOST_STACK = 32 << 10              # bytes that stack() looks at
+
+
+class Hit:
+    """One hit, as the function of a Call sees it. Its thread waits.
+
+    Numbers are signed and have 64 bits, as in expressions. Registers by name
+    (rdi, r10, …, eflags), arg0 to arg5 and ret can be set; they are what the
+    thread goes on with when the function returns. ret is the return value at
+    an exit, and what skip() returns at an entry. At an exit the arguments
+    are those at the entry, and cannot be set.
+
+    probe, site   as in an Event;   kind   "entry", "exit" or "hit" (neither)
+    tid           of the thread, as its own process sees it
+    pid           of the process;   rip   the address of the instruction
+    """
+
+    __slots__ = ("probe", "site", "kind", "tid", "rip", "_calls", "_n",
+                 "_answer", "_outcome", "_flags", "_caller", "_registers",
+                 "_args", "_is_jump", "_is_changed", "_is_answered")
+
+    def __init__(self, calls, n, values, known):
+        _, self._answer, _, self.tid, _, self._flags, self._caller = values[:7]
+        self.probe, self.site, self.kind, self.rip, self._is_jump = known
+        self._calls, self._n, self._outcome = calls, n, 0
+        self._registers = list(values[7:7 + len(ubp_x86.REGISTERS)])
+        self._args = values[7 + len(ubp_x86.REGISTERS):]
+        self._is_changed = self._is_answered = False
+
+    def __repr__(self):
+        return "<Hit of %s by thread %d>" % (site_name(self.site), self.tid)
+
+    @property
+    def pid(self):
+        """The process."""
+        return self._calls.arena.tracer.tgid
+
+    def _set(self, index, value):
+        """A register gets another value."""
+        self._must_wait()
+        if not -1 << 63 <= value < 1 << 64:
+            raise ProbeError("set a register to", repr(value),
+                             "it has more than 64 bits")
+        self._registers[index] = (value & (1 << 64) - 1 ^ 1 << 63) - (1 << 63)
+        self._is_changed = True
+
+    def _must_wait(self):
+        """Raise UbpTimeout if the thread has gone on."""
+        if not self._calls.is_waiting(self):
+            raise UbpTimeout("change", "a hit of %s" % site_name(self.site),
+                             "its thread has gone on: it waits %g s at most"
+                             % self.probe.action.timeout)
+
+    @property
+    def eflags(self):
+        """The arithmetic flags: CF, PF, AF, ZF, SF, OF, as in rflags."""
+        return ubp_x86.eflags_of(self._flags)
+
+    @eflags.setter
+    def eflags(self, value):
+        self._must_wait()
+        self._flags, self._is_changed = ubp_x86.flags_word(value), True
+
+    @property
+    def ret(self):
+        """At an exit the return value, which may be set."""
+        self._check_ret()
+        return self._registers[_RET]
+
+    @ret.setter
+    def ret(self, value):
+        self._check_ret()
+        self._set(_RET, value)
+
+    def _check_ret(self):
+        if self._is_jump:
+            raise ProbeError(
+                "tell what", "%s returns" % site_name(self.site), "its exit "
+                "at 0x%x is a jump to another function, which has not run yet"
+                % self.rip, "probe that function's %return")
+
+    def arg(self, n):
+        """The n-th integer or pointer argument, from 0."""
+        if not 0 <= n < ubp_x86.MAX_ARGS:
+            raise ProbeError("tell", "argument %r" % (n,), "it is a number "
+                             "from 0 to %d" % (ubp_x86.MAX_ARGS - 1))
+        if self.kind == "exit":
+            if n >= ubp_x86.N_CALL_ARGS:
+                raise ProbeError("tell", "argument %d" % n, "of those at the "
+                                 "entry %d are kept" % ubp_x86.N_CALL_ARGS)
+            return self._args[n]
+        if n < len(_ARG_INDEXES):
+            return self._registers[_ARG_INDEXES[n]]
+        at = self._registers[_SP] + 8 * (1 + n - len(_ARG_INDEXES))
+        return int.from_bytes(self.read(at, 8), "little", signed=True)
+
+    def _set_arg(self, n, value):
+        if self.kind == "exit":
+            raise ProbeError("set", "argument %d" % n,
+                             "the function has used it already")
+        self._set(_ARG_INDEXES[n], value)
+
+    @property
+    def caller(self):
+        """The address that the function returns to."""
+        if self.kind == "hit":
+            frames = self.stack(2)
+            return frames[1].vaddr if len(frames) > 1 else 0
+        return self._caller
+
+    def read(self, addr, n):
+        """n bytes of the process's memory. Raises TraceeGone, ProbeError."""
+        return self._memory("read", read_memory, addr, n, n)
+
+    def write(self, addr, data):
+        """Write bytes to the process's memory, where it may write itself."""
+        self._must_wait()
+        self._memory("write", write_memory, addr, data, len(data))
+
+    def _memory(self, what, function, addr, argument, n):
+        """Read or write; the leader may be a zombie, then another's tid."""
+        addr &= (1 << 64) - 1
+        try:
+            try:
+                return function(self.pid, addr, argument)
+            except ProcessLookupError:
+                return function(memory_tid(self.pid), addr, argument)
+        except OSError as error:
+            kind = TraceeGone if error.errno == errno.ESRCH else ProbeError
+            raise kind("%s %d bytes at 0x%x of" % (what, n, addr),
+                       "pid %d" % self.pid, error.strerror)
+
+    def str(self, addr, n=1024):
+        """The text at addr up to its NUL, at most n bytes of it."""
+        data, addr = b"", addr & (1 << 64) - 1
+        while len(data) < n and b"\0" not in data:
+            step = min(n - len(data), PAGE - (addr + len(data)) % PAGE)
+            try:
+                data += self.read(addr + len(data), step)
+            except ProbeError:
+                if not data:
+                    raise
+                break
+        return data.split(b"\0")[0].decode(errors="surrogateescape")
+
+    def stack(self, depth=64):
+        """The call stack, innermost first. -> (Frame, …)"""
+        names, data = self._calls.names(), b""
+        low = self._registers[_SP] & (1 << 64) - 1
+        while len(data) < _MOST_STACK:
+            at = low + len(data)
+            try:
+                data += self.read(at, PAGE - at % PAGE)
+            except ProbeError:
+                break
+        registers = {number: self._registers[index] & (1 << 64) - 1
+                     for number, index in zip(_STACK_REGISTERS,
+                                              _STACK_INDEXES)}
+        return names.symbols.frames(names.unwinder.walk(
+            self.rip, registers, low, data, depth))
+
+    def skip(self, value=None):
+        """Return from the function at once, without running any of it.
+
+        value   what it returns; None: what ret is. At its entry only
+        """
+        if self.kind != "entry":
+            raise ProbeError("skip", site_name(self.site), "it is running "
+                             "already: that is for an entry", "hit.ret = "
+                             "VALUE at %return")
+        if value is not None:
+            self._set(_RET, value)
+        self._must_wait()
+        self._outcome |= ubp_x86.CALL_SKIP
+
+
+_SP, _RET = map(ubp_x86.REGISTERS.index, (ubp_x86.SP_NAME,
+                                          ubp_x86.RET_NAME))
+_ARG_INDEXES = tuple(map(ubp_x86.REGISTERS.index, ubp_x86.ARG_NAMES))
+_STACK_INDEXES = tuple(map(ubp_x86.REGISTERS.index,
+                           ubp_x86.STACK_REGISTERS))
+
+
+def _name_registers():
+    """Give Hit a property for each register and argument."""
+    for index, name in enumerate(ubp_x86.REGISTERS):
+        setattr(Hit, name, property(
+            lambda self, index=index: self._registers[index],
+            None if index == _SP else
+            lambda self, value, index=index: self._set(index, value)))
+    for n in range(ubp_x86.MAX_ARGS):
+        setattr(Hit, "arg%d" % n, property(
+            lambda self, n=n: self.arg(n),
+            None if n >= len(_ARG_INDEXES) else
+            lambda self, value, n=n: self._set_arg(n, value)))
+
+
+_name_registers()
+
+
+class Calls:
+    """The thread that runs the functions of a target's Call probes.
+
+    arena   has the slots that hits of all arenas use
+    """
+
+    def __init__(self, arena, note):
+        if arena.memory is None:
+            raise ProbeError("call a function for", arena.tracer.name(),
+                             "its memory is not shared with ubp: it, or its "
+                             "seccomp filter, allows no memfd")
+        self.arena, self.note = arena, note
+        self._offset = arena.size - arena.layout.calls_size
+        self.vaddr = arena.base + self._offset
+        self._known = []            # by number: (Probe, Site, kind, rip, …)
+        self._lock = threading.Lock()
+        self._thread = self._owner = self._buffer = None
+        self._current = self._life = None       # its thread's; None: closed
+        self._gone = set()          # probes that are being taken out
+        self._fetched = {}          # {slot: (its answer, when it was given)}
+        self._names = None
+        number = ctypes.c_uint64, ctypes.c_uint64
+        self._exchange = _function_of(ubp_x86.EXCHANGE, number[0], *number)
+        self._compare = _function_of(
+            ubp_x86.COMPARE_EXCHANGE, ctypes.c_uint32, number[0],
+            ctypes.c_uint32, ctypes.c_uint32)
+
+    def add(self, probe, site, plan):
+        """A number for a site, which its body puts into slots."""
+        if self._life is None:
+            self._open()
+        spec = plan.spec
+        kind = ("exit" if spec.is_exit else
+                "hit" if spec.is_inside else "entry")
+        is_jump = spec.is_exit and not any(
+            insn.vaddr == plan.site.vaddr and insn.flow == ubp_x86.RET
+            for insn in plan.window.insns)
+        self._known.append((probe, site, kind, plan.site.vaddr, is_jump))
+        return len(self._known) - 1
+
+    def _open(self):
+        """Slots that nobody will give back are free; hits may wait."""
+        self._buffer = (ctypes.c_char * ubp_x86.CALLS_SIZE).from_buffer(
+            self.arena.memory, self._offset)
+        self._at = ctypes.addressof(self._buffer)
+        for n in range(ubp_x86.N_CALLS):
+            word = self._word(n)
+            if word == 0:
+                _HALF.pack_into(self._buffer, ubp_x86.CALL_SIZE * (1 + n),
+                                ubp_x86.CALL_FREE)
+            self._recycle(n, word)
+        self._life, self._fetched = object(), {}
+        self._owner = FutexOwner(self.arena, self._offset,
+                                 1 + ubp_x86.N_CALLS, ubp_x86.CALL_SIZE)
+        self._asked = self._owner.tid | FUTEX_WAITERS
+        self._thread = threading.Thread(
+            target=self._run, args=(self._life,), daemon=True,
+            name="ubp-calls-%d" % self.arena.tracer.tgid)
+        self._thread.start()
+
+    def _word(self, n):
+        return _HALF.unpack_from(self._buffer, ubp_x86.CALL_SIZE * (1 + n))[0]
+
+    def _swap(self, n, old, new):
+        """Change a slot's word if it is what it was. -> was it?"""
+        return self._compare(self._at + ubp_x86.CALL_SIZE * (1 + n), old,
+                             new) == old
+
+    # -- the thread ---------------------------------------------------------
+
+    def _run(self, life):
+        looked = time.monotonic()
+        while self._life is life:
+            if not self._take(life):
+                self._sleep(life)
+            if self._fetched and time.monotonic() - looked > 1:
+                looked = time.monotonic()
+                self._reclaim(looked - _RECLAIM_S)
+        with self._lock:
+            if self._life is None:
+                self._buffer = None
+
+    def _take(self, life):
+        """Handle what was asked. -> was there anything?"""
+        words = _ASKED.unpack_from(self._buffer, ubp_x86.CALLS_ASKED)
+        if not any(words):
+            return False
+        for index, word in enumerate(words):
+            if word:
+                word = self._exchange(
+                    self._at + ubp_x86.CALLS_ASKED + 8 * index, 0)
+            while word and self._life is life:
+                low = word & -word
+                word ^= low
+                self._handle(64 * index + low.bit_length() - 1)
+        return True
+
+    def _sleep(self, life):
+        """Until a hit wakes us."""
+        idle = self._at + ubp_x86.CALLS_IDLE
+        self._exchange(idle, 1)
+        if not any(_ASKED.unpack_from(self._buffer, ubp_x86.CALLS_ASKED)) \
+                and self._life is life:
+            span = Timespec(1, 0)   # if there are answers to look after
+            _futex(SYS_futex, idle, FUTEX_WAIT, 1,
+                   ctypes.addressof(span) if self._fetched else 0, 0, 0)
+        self._exchange(idle, 0)
+
+    def _handle(self, n):
+        """Run the function for the hit in a slot, and answer."""
+        values = _CALL.unpack_from(self._buffer, ubp_x86.CALL_SIZE * (1 + n))
+        if values[0] != self._asked:
+            self._recycle(n, values[0])
+            return
+        number = values[2]
+        known = self._known[number if number < len(self._known) else 0]
+        hit, probe = Hit(self, n, values, known), known[0]
+        if (number >= len(self._known) or probe in self._gone
+                or probe.error is not None):
+            self._reply(hit, ubp_x86.CALL_DROP)
+            return
+        self._current = hit
+        try:
+            probe.action.function(hit)
+            self._reply(hit, hit._outcome)
+        except BaseException as error:      # the function's: to be told
+            is_late = isinstance(error, TraceeGone) or isinstance(
+                error, UbpTimeout) and not self.is_waiting(hit)
+            self._reply(hit, ubp_x86.CALL_FAULT)
+            if is_late:
+                log.warning("a function was late: %s", error)
+            else:
+                self._report(probe, error)
+        finally:
+            if self._current is hit:
+                self._current = None
+
+    def _reply(self, hit, outcome):
+        """Let the thread of a hit go on."""
+        n, at = hit._n, ubp_x86.CALL_SIZE * (1 + hit._n)
+        with self._lock:
+            if hit._is_answered or self._buffer is None:
+                return
+            hit._is_answered = True
+            if hit._is_changed and outcome in (0, ubp_x86.CALL_SKIP):
+                _CALL_REGISTERS.pack_into(
+                    self._buffer, at + ubp_x86.CALL_REGISTERS,
+                    *hit._registers)
+            _CALL_ANSWER.pack_into(self._buffer, at + ubp_x86.CALL_OUTCOME,
+                                   outcome, hit._flags)
+            answer = (hit._answer & ubp_x86.CALL_NUMBER
+                      | ubp_x86.CALL_ANSWERED)
+            if self._swap(n, self._asked, answer):
+                _syscall(SYS_futex, self._at + at, FUTEX_WAKE, 1, 0, 0)
+                self._fetched[n] = answer, time.monotonic()
+            else:
+                self._recycle(n, self._word(n))
+
+    def _recycle(self, n, word):
+        """Free a slot whose thread would not wait any longer."""
+        if word & ~ubp_x86.CALL_NUMBER == ubp_x86.CALL_GAVE_UP:
+            self._swap(n, word, word & ubp_x86.CALL_NUMBER
+                       | ubp_x86.CALL_FREE)
+            _HALF.pack_into(self._buffer, ubp_x86.CALLS_LATE, 0)
+
+    def _reclaim(self, before):
+        """Free slots whose answer nobody will fetch: the thread has ended,
+        or left by a longjmp. If it comes after all, it finds another word.
+        """
+        for n, (answer, when) in list(self._fetched.items()):
+            if self._word(n) != answer:
+                del self._fetched[n]
+            elif when < before:
+                self._swap(n, answer, answer & ubp_x86.CALL_NUMBER
+                           | ubp_x86.CALL_FREE)
+                del self._fetched[n]
+
+    def _report(self, probe, error):
+        """Tell what a function raised, and take its probe out."""
+        import logging
+        import traceback
+        probe.error = error
+        text = "".join(traceback.format_exception(
+            type(error), error, error.__traceback__)).rstrip()
+        logging.getLogger("ubp")    # whoever listens: the import is there
+        log.error("the function of %r raised; the probe is taken out\n%s",
+                  probe, text)
+        self.note("the function for %s raised, and its probe was taken out\n"
+                  "%s" % (_where_text(probe.where), text))
+        try:
+            probe.remove()
+        except UbpError as failure:
+            self.note("the probe %s is still in, and does nothing: %s" % (
+                _where_text(probe.where), failure))
+
+    def names(self):
+        """The Names of the target, made when first asked for."""
+        if self._names is None:
+            self._names = Names(self.arena.tracer.tgid)
+        return self._names
+
+    # -- for others ---------------------------------------------------------
+
+    def is_waiting(self, hit):
+        """Does the thread of a hit still wait for the answer?"""
+        with self._lock:
+            return (not hit._is_answered and self._buffer is not None
+                    and self._word(hit._n) == self._asked)
+
+    def let_own_go(self):
+        """If a function of ours asks for a removal, its hit goes on first.
+        """
+        hit = self._current
+        if hit is not None and threading.current_thread() is self._thread:
+            self._reply(hit, hit._outcome)
+            self._current = None
+
+    def release(self, gone, has_others):
+        """Let every hit of some probes go on; if there are no others, none
+        waits from now on. May be repeated."""
+        self._gone |= gone
+        if self._life is None:
+            return
+        if not has_others:
+            self._owner.close()
+        limit = time.monotonic() + _LAST_HANDLER_S
+        hit = self._current
+        while (hit is not None and hit.probe in gone and hit is self._current
+               and time.monotonic() < limit):
+            time.sleep(0.001)
+        for n in range(ubp_x86.N_CALLS):
+            values = _CALL.unpack_from(self._buffer,
+                                       ubp_x86.CALL_SIZE * (1 + n))
+            known = self._known[min(values[2], len(self._known) - 1)]
+            if values[0] == self._asked and (known[0] in gone
+                                             or not has_others):
+                hit = self._current
+                if hit is None or hit._n != n:
+                    hit = Hit(self, n, values, known)
+                self._reply(hit, ubp_x86.CALL_DROP)
+        if not has_others:
+            self._life = None
+            self._exchange(self._at + ubp_x86.CALLS_IDLE, 0)
+            _syscall(SYS_futex, self._at + ubp_x86.CALLS_IDLE, FUTEX_WAKE, 1,
+                     0, 0)
+            self._thread.join(_LAST_HANDLER_S)
+
+
+# -- what is in a target -----------------------------------------------------
+
 class Installer:
     """What is in one target: arenas, patches, and which probe uses them.
 
@@ -8799,6 +9320,7 @@ class Installer:
         self.clock = None
         self.offers = ubp_x86.Place(_DUMMY_SHARDS, 0)
         self._looked = set()        # what was asked of the target already
+        self.calls = None           # Calls, when there are any
 
     def look(self, spec, limit):
         """Find out what the target offers to a spec, before it is planned.
@@ -8816,7 +9338,7 @@ class Installer:
 
         def action():
             offset = tid_source(self.tracer) if "tid" in wants else None
-            if wants & {"tsc", "memory", "futex"}:
+            if wants & {"tsc", "memory", "futex", "call"}:
                 with Injection(self.tracer, bytes(8)) as injection:
                     if "tsc" in wants:
                         check_tsc(self.tracer, injection)
@@ -8825,6 +9347,9 @@ class Installer:
                                                 1, 0, 1)
                     if "futex" in wants:
                         injection.check_filters(SYS_futex, 0, 0, 0, 0, 0, 0)
+                    for syscall_made in (_SYSCALLS_OF_CALLS
+                                         if "call" in wants else ()):
+                        injection.check_filters(*syscall_made)
             return offset
         offset = self.tracer.pause(action, max(
             0.1, limit - time.monotonic()), "look")
@@ -8839,13 +9364,22 @@ class Installer:
             steps = []
             for group in _by_reach(plans):
                 while group:
-                    arena, part = self._room_for(group, need_of, limit)
+                    arena, part = self._room_for(group, self._need_of, limit)
                     group = group[len(part):]
+                    if arena.layout.calls_size and self.calls is None:
+                        self.calls = Calls(arena, self.note)
                     steps += self._write(probe, arena, part)
             self._arm(steps, limit)
         except BaseException:
             self.take_out([probe], limit)
             raise
+
+    def _need_of(self, plans):
+        """need_of(), with slots of calls if there are none yet."""
+        need = need_of(plans)
+        if plans[0].spec.action != "call" or self.calls is not None:
+            return need
+        return need._replace(calls=ubp_x86.CALLS_SIZE)
 
     def _room_for(self, plans, need_of, limit):
         """An arena for the first of plans that are near each other.
@@ -8904,7 +9438,7 @@ class Installer:
             for part in plan.all_parts:
                 new.setdefault(part.window.site, []).append(Body(
                     probe, plan, part, arena,
-                    self._place(arena, at, part, block)))
+                    self._place(arena, at, part, block, probe, plan)))
         steps = []
         for vaddr, bodies in new.items():
             patch = self.patches.get(vaddr) or Patch(bodies[0].part_plan)
@@ -8922,14 +9456,17 @@ class Installer:
             steps.append((patch, change))
         return steps
 
-    def _place(self, arena, offset, plan, block):
+    def _place(self, arena, offset, plan, block, probe, whole):
         """Where a body's data is, and what the target offers."""
-        spec, waits = plan.spec, 0
+        spec, waits, calls, index = plan.spec, 0, 0, plan.index
         if spec.action == "trace" and spec.policy == "block":
             waits = arena.own_rings()
+        if spec.action == "call":
+            calls = self.calls.vaddr
+            index = self.calls.add(probe, whole.site, plan)
         return self.offers._replace(
-            shards=arena.shards, block=offset, site_index=plan.index,
-            private=arena.private, tracer=waits,
+            shards=arena.shards, block=offset, site_index=index,
+            private=arena.private, tracer=waits, calls=calls,
             frames=block.frames[0] if block.frames else 0, at=plan.at,
             dead=plan.dead, is_taken=plan.is_taken,
             can_stack=plan.can_stack)
@@ -8946,6 +9483,8 @@ class Installer:
             lambda vaddr: assemble(patch.window, vaddr,
                                    [body.part for body in bodies]))
         self._links.update((arena, body.arena) for body in bodies)
+        self._links.update((arena, self.calls.arena) for body in bodies
+                           if body.part[0].action == "call")
         change = Change(record, tuple(old for _, old in patch.records))
         patch.records.append((arena, record))
         patch.bodies = bodies
@@ -9005,6 +9544,9 @@ class Installer:
             if arena.ring_owner is not None and not any(
                     probe._rings for probe in staying):
                 arena.ring_owner.close()        # who waits goes on
+        if self.calls is not None:
+            self.calls.release(gone, any(isinstance(probe.action, Call)
+                                         for probe in staying))
         patches = [patch for patch in self.patches.values()
                    if any(body.probe in gone for body in patch.bodies)]
         self._recompose([patch for patch in patches
@@ -9027,6 +9569,8 @@ class Installer:
         for arena in unused:
             if not _is_mapped_still(self.tracer, arena):
                 self.arenas.remove(arena)
+                if self.calls is not None and self.calls.arena is arena:
+                    self.calls = None
                 arena.close()
         return total
 
@@ -9134,7 +9678,10 @@ def wanted_by(spec):
     if spec.action == "trace":
         wants |= {"tid", "tsc"}
         wants |= {"futex"} if spec.policy == "block" else set()
-    if names & {"nsecs", "elapsed"} or spec.action == "enter":
+    if spec.action == "call":
+        wants |= {"call"}
+    if names & {"nsecs", "elapsed"} or (spec.action == "enter"
+                                        and spec.is_timed):
         wants |= {"tsc"}
     return wants
 
@@ -9142,7 +9689,7 @@ def wanted_by(spec):
 def needs_private(spec):
     """Does a body have to know whether it runs in a forked child?"""
     return bool(names_of(spec) & {"pid", "memory"}
-                or spec.policy == "block")
+                or spec.policy == "block" or spec.action == "call")
 
 
 def _keep(arenas):
@@ -11498,6 +12045,8 @@ class Target:
     def _remove(self, probes, timeout):
         """Take out probes that are still in; [] takes out what has none."""
         self._check_process("remove a probe from")
+        if self._installer.calls is not None:
+            self._installer.calls.let_own_go()
         with self._lock:
             removal = self._with_ptrace(
                 lambda: self._take_out(probes, timeout), timeout)
@@ -11537,6 +12086,10 @@ class Target:
         the target. Raises ProbeError if a debug register is used.
         """
         self._check_process("detach from")
+        if any(isinstance(probe.action, Call) for probe in self._probes):
+            raise ProbeError("detach from", "pid %d (%s)" % (
+                self.pid, self.comm), "the function of a Call runs in this "
+                "process", "remove() those probes first")
         if any(probe._parts for probe in self._probes):
             raise ProbeError("detach from", "pid %d (%s)" % (
                 self.pid, self.comm), "debug registers end with the process "
@@ -11647,6 +12200,8 @@ def _plan_hardware(site, spec, entry):
         why = "a debug register watches one instruction, not all exits"
     elif spec.action == "stack":
         why = "stacks are walked in the target; trace them with --stack"
+    elif spec.action == "call":
+        why = "a debug register tells of a hit when the thread has gone on"
     else:
         return SitePlan(site, "hw", None, 0, "", "", (), spec)
     return SitePlan(site, "", None, 0, "hw", why, ())
@@ -12343,7 +12898,7 @@ def _close_descriptors(tracer, limit):
 # are escaped here, at the last moment, for the place they are put in.
 #
 #     row     a Row: what one probed function computed, for one key
-#     hit     a Hit: one record of a trace
+#     hit     a TraceHit: one record of a trace
 #     stack   a tuple of frames "MODULE:FUNCTION", the outermost first
 #     glyphs  the characters that pictures may be made of
 
@@ -12433,7 +12988,7 @@ class Row(NamedTuple):
     total: object       # the same since it was armed
 
 
-class Hit(NamedTuple):
+class TraceHit(NamedTuple):
     """One record of a trace, from this process or another host."""
     time_ns: int        # CLOCK_REALTIME
     where: Where
@@ -13120,18 +13675,18 @@ def clock(time_ns):
 
 
 def hit_words(hit, skip=()):
-    """Return a Hit's values, "arg0=24 str(arg1)="x""."""
+    """Return a TraceHit's values, "arg0=24 str(arg1)="x""."""
     return " ".join(value_text(name, value) for name, value in hit.values
                     if name not in skip)
 
 
 def hit_label(hit):
-    """Return "libc.so.6:fsync%return" for a Hit."""
+    """Return "libc.so.6:fsync%return" for a TraceHit."""
     return hit.where.label() + ("%return" if hit.kind == "exit" else "")
 
 
 def hit_lines(hit, host="", has_pid=False):
-    """Return the lines of one Hit: time, tid, function, values; its stack.
+    """Return the lines of a TraceHit: time, tid, function, values; its stack.
 
     host, has_pid   where several are traced: which it is from
     """
@@ -13161,10 +13716,10 @@ class CallTree:
         self.has_pid, self.is_exits_only = has_pid, is_exits_only
         self.open = {}          # {tid: [entry Hits that have no exit yet]}
         self.held = {}          # {tid: the last entry, not printed yet}
-        self.done = {}          # {tid: [[exit Hit, its calls]]}
+        self.done = {}          # {tid: [[exit TraceHit, its calls]]}
 
     def feed(self, hit):
-        """Return the lines that a Hit, in time order, makes certain."""
+        """Return the lines that a TraceHit, in time order, makes certain."""
         key = hit.where.host, hit.where.pid, hit.tid
         if self.is_exits_only:
             return self._feed_exit(key, hit)
@@ -13274,7 +13829,7 @@ class ChromeTrace:
         self.began = set()      # (process, tid, function) that were entered
 
     def feed(self, hit):
-        """Yield the objects of one Hit; hits come in order of time."""
+        """Yield the objects of one TraceHit; hits come in order of time."""
         self.base = hit.time_ns if self.base is None else self.base
         process = hit.where.host, hit.where.pid
         if process not in self.pids:
@@ -14976,7 +15531,7 @@ class Naming:
 
 
 def hit_json(hit):
-    """Return a Hit as a line of JSON."""
+    """Return a TraceHit as a line of JSON."""
     record = collections.OrderedDict([
         ("time_ns", hit.time_ns), ("tid", hit.tid), ("cpu", hit.cpu),
         ("event", hit.kind), ("values", collections.OrderedDict(
@@ -15071,7 +15626,7 @@ class Watched:
                      for part, expression in zip(parts, armed.keys))
 
     def hit(self, event):
-        """Return the library's Event as a Hit."""
+        """Return the library's Event as a TraceHit."""
         armed = next(each for each in self.armed
                      if each.probe is event.probe)
         values = tuple(
@@ -15079,7 +15634,7 @@ class Watched:
             for expression, value in zip(armed.values, event.values))
         where = place(event.pid or self.pid, event.site, False,
                       armed.is_exit)
-        return Hit(event.time_ns, where, event.tid, event.cpu,
+        return TraceHit(event.time_ns, where, event.tid, event.cpu,
                    "exit" if armed.is_exit else event.kind, values,
                    self.naming.stack(event.stack))
 
@@ -15102,7 +15657,7 @@ class HitLines:
         self.has_host, self.has_pid = len(set(hosts)) > 1, has_pid
 
     def feed(self, hit):
-        """Return the text of one Hit, as far as it is certain."""
+        """Return the text of one TraceHit, as far as it is certain."""
         return "".join(line + "\n" for line in hit_lines(
             hit, hit.where.host if self.has_host else "", self.has_pid))
 
@@ -15118,7 +15673,7 @@ class HitTree(HitLines):
         self.tree = CallTree(has_pid, is_exits_only)
 
     def feed(self, hit):
-        """Return the lines that a Hit makes certain."""
+        """Return the lines that a TraceHit makes certain."""
         return "".join(line + "\n" for line in self.tree.feed(hit))
 
     def flush(self, now_ns=None):
@@ -15145,7 +15700,7 @@ class HitChrome(HitLines):
         self.separator = "\n"
 
     def feed(self, hit):
-        """Return the objects of one Hit."""
+        """Return the objects of one TraceHit."""
         text = ""
         for event in self.trace.feed(hit):
             text += self.separator + to_json(event)
@@ -15160,7 +15715,7 @@ class HitStacks(HitLines):
         self.stacks = {}
 
     def feed(self, hit):
-        """Count one Hit."""
+        """Count one TraceHit."""
         stack = hit.stack or (hit.where.label(),)
         self.stacks[stack] = self.stacks.get(stack, 0) + 1
         return ""
@@ -15169,7 +15724,7 @@ class HitStacks(HitLines):
 class EventLines:
     """Events as lines of text or JSON, from a template for each site.
 
-    What a Hit would become, ten times as fast: a trace may have hundreds of
+    What a TraceHit becomes, ten times as fast: a trace may have hundreds of
     thousands of events a second. What has numbers only becomes lines column
     by column, the rest one by one; what no template fits goes the long way.
     """
@@ -15825,7 +16380,7 @@ class Merged:
         self.n_bad, self.n_strange = 0, 0
 
     def feed(self, source, record):
-        """Take one object in. -> a Hit, if it is one. Raises nothing."""
+        """Take one object in. -> a TraceHit, if it is one. Raises nothing."""
         try:
             if record["v"] != 1:
                 raise ValueError("of another version")
@@ -15863,14 +16418,14 @@ class Merged:
                      _text(record["function"] or "?"), None)
 
     def _hit(self, record):
-        """Return the Hit that a record is."""
+        """Return the TraceHit that a record is."""
         where = self._where(record)._replace(host=record["host"],
                                              pid=_number(record["pid"] or 0))
         values = tuple((_text(name), value if value is None
                         or isinstance(value, str) else _number(value))
                        for name, value in record["values"].items())
         stack = tuple(_text(frame) for frame in record.get("stack", ()))
-        return Hit(_number(record["time_ns"]), where,
+        return TraceHit(_number(record["time_ns"]), where,
                    _number(record["tid"]), _number(record["cpu"]),
                    _text(record["event"]), values, stack)
 

@@ -4572,6 +4572,8 @@ def _check(spec):
 
 
 _ARG_REGISTERS = (RDI, RSI, RDX, RCX, 8, 9)     # System V ABI, 3.2.3
+ARG_NAMES = tuple(REGISTERS[reg] for reg in _ARG_REGISTERS)
+RET_NAME, SP_NAME = REGISTERS[RAX], REGISTERS[RSP]
 
 
 def input_registers(spec):
@@ -6325,13 +6327,14 @@ class _Body(_Values):
         have died in between, and then nobody wakes us.
         """
         code = self.code
-        wait, answered, awake, give_up = [code.label() for _ in range(4)]
+        wait, answered, awake, give_up, gone = [
+            code.label() for _ in range(5)]
         code.mov(RAX, asked)
         code.op(b"\x87", RAX, Mem(slot), 4)             # xchg: a fence
         code.mov(RAX, Mem(base, CALLS_OWNER), 4)
         code.op(b"\x0f\xba", 5, RAX, 4, b"\x1f")        # bts $31
         code.alu(CMP, RAX, asked, 4)
-        code.jump(give_up, _NE)
+        code.jump(gone, _NE)
         code.mov(RCX, slot)
         code.alu(SUB, RCX, base)
         code.shift(SHR, RCX, 8)
@@ -6359,15 +6362,25 @@ class _Body(_Values):
         for result in (0, -_EAGAIN, -_EINTR_ERRNO):
             code.alu_imm(CMP, RAX, result)
             code.jump(wait, _E)
+        # Late is said first: whoever sees that we gave up takes it back.
         code.mark(give_up)
+        code.store_imm(Mem(base, CALLS_LATE), 1, 4)
+        self.withdraw(slot, answer, asked, CALL_GAVE_UP)
+        code.jump(no, _E)
+        code.store_imm(Mem(base, CALLS_LATE), 0, 4)
+        code.jump(answered)
+        code.mark(gone)
+        self.withdraw(slot, answer, asked, CALL_FREE)
+        code.jump(no, _E)
+        code.mark(answered)
+
+    def withdraw(self, slot, answer, asked, kind):
+        """From asked to another kind of word, or eax is what it is."""
+        code = self.code
         code.mov(RAX, asked)
         code.mov(RCX, answer)
-        code.alu_imm(XOR, RCX, CALL_ANSWERED ^ CALL_GAVE_UP, 4)
+        code.alu_imm(XOR, RCX, CALL_ANSWERED ^ kind, 4)
         self.swap(slot, RCX)
-        code.jump(answered, _NE)
-        code.store_imm(Mem(base, CALLS_LATE), 1, 4)
-        code.jump(no)
-        code.mark(answered)
 
     def futex(self, word, op, value):
         """futex(word, op, …): shared by processes, so not PRIVATE."""
@@ -6428,6 +6441,19 @@ class _KeyWords(NamedTuple):
 
 
 _N_UNROLLED = 4                 # words of keys; more take a loop
+
+
+def eflags_of(word):
+    """The arithmetic flags that lahf; seto al; left: as in rflags."""
+    return word >> 8 & _LAHF_FLAGS | (word & 1) << _OVERFLOW_BIT
+
+
+def flags_word(eflags):
+    """What add 0x7f,al; sahf makes of it: the inverse of eflags_of."""
+    return (eflags & _LAHF_FLAGS | 2) << 8 | eflags >> _OVERFLOW_BIT & 1
+
+
+_LAHF_FLAGS, _OVERFLOW_BIT = 0xd5, 11   # SDM 3.4.3: CF PF AF ZF SF; OF
 _N_WAITS, _WAIT_NS = 10, 10000000       # of 10 ms: 100 ms for each hit
 _FUTEX_TID_MASK, _FUTEX_OWNER_DIED = 0x3fffffff, 0x40000000  # linux/futex.h
 NR_FUTEX, NR_GETTID, NR_CLOCK_GETTIME = 202, 186, 228    # asm/unistd_64.h

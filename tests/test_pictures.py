@@ -42,8 +42,8 @@ def row(total, key=(), now=None, **where):
 
 
 def hit(time_ns, kind="hit", values=(), stack=(), tid=9, **where):
-    """Return a Hit in malloc, but for what is said."""
-    return ubp.Hit(time_ns, WHERE._replace(**where), tid, 0, kind,
+    """Return a TraceHit in malloc, but for what is said."""
+    return ubp.TraceHit(time_ns, WHERE._replace(**where), tid, 0, kind,
                    tuple(values), tuple(stack))
 
 
