@@ -8869,16 +8869,16 @@ class Hit:
 
     probe, site   as in an Event;   kind   "entry", "exit" or "hit" (neither)
     tid           of the thread, as its own process sees it
-    pid           of the process;   rip   the address of the instruction
     """
 
-    __slots__ = ("probe", "site", "kind", "tid", "rip", "_calls", "_n",
+    __slots__ = ("probe", "site", "kind", "tid", "_vaddr", "_calls", "_n",
                  "_answer", "_outcome", "_flags", "_caller", "_registers",
                  "_args", "_is_jump", "_is_changed", "_is_answered")
 
     def __init__(self, calls, n, values, known):
         _, self._answer, _, self.tid, _, self._flags, self._caller = values[:7]
-        self.probe, self.site, self.kind, self.rip, self._is_jump = known
+        (self.probe, self.site, self.kind, self._vaddr,
+         self._is_jump) = known
         self._calls, self._n, self._outcome = calls, n, 0
         self._registers = list(values[7:7 + len(ubp_x86.REGISTERS)])
         self._args = values[7 + len(ubp_x86.REGISTERS):]
@@ -8891,6 +8891,11 @@ class Hit:
     def pid(self):
         """The process."""
         return self._calls.arena.tracer.tgid
+
+    @property
+    def rip(self):
+        """The address of the instruction that is about to run."""
+        return self._vaddr
 
     def _set(self, index, value):
         """A register gets another value."""
@@ -8961,8 +8966,7 @@ class Hit:
     def caller(self):
         """The address that the function returns to."""
         if self.kind == "hit":
-            frames = self.stack(2)
-            return frames[1].vaddr if len(frames) > 1 else 0
+            return (self._walk(2).addresses + (0,))[1]
         return self._caller
 
     def read(self, addr, n):
@@ -9002,7 +9006,10 @@ class Hit:
 
     def stack(self, depth=64):
         """The call stack, innermost first. -> (Frame, …)"""
-        names, data = self._calls.names(), b""
+        return self._calls.names().symbols.frames(self._walk(depth))
+
+    def _walk(self, depth):
+        data = b""
         low = self._registers[_SP] & (1 << 64) - 1
         while len(data) < _MOST_STACK:
             at = low + len(data)
@@ -9013,8 +9020,8 @@ class Hit:
         registers = {number: self._registers[index] & (1 << 64) - 1
                      for number, index in zip(_STACK_REGISTERS,
                                               _STACK_INDEXES)}
-        return names.symbols.frames(names.unwinder.walk(
-            self.rip, registers, low, data, depth))
+        return self._calls.names().unwinder.walk(self.rip, registers, low,
+                                                 data, depth)
 
     def skip(self, value=None):
         """Return from the function at once, without running any of it.

@@ -155,7 +155,7 @@ class Structure(unittest.TestCase):
     def test_what_is_public_is_what_is_documented(self):
         self.assertEqual(sorted(ubp.__all__), sorted((
             "attach launch status clean Target Probe Count Hist Trace "
-            "Latency Stack Histogram Event UbpError "
+            "Latency Stack Call Hit Histogram Event UbpError "
             "AttachError TraceeGone SymbolError ProbeError UbpTimeout "
             "__version__").split()))
         for name in ubp.__all__:
