@@ -6582,6 +6582,32 @@ def moves_out(records):
     return outside
 
 
+class WaysBack:
+    """Out of the middle of trampolines, by what ubp_x86 reads in them."""
+
+    def __init__(self, tracer, records):
+        self.tracer, self.known = tracer, {}
+        self.records = sorted(records, key=lambda each: each.trampoline)
+        self.starts = [each.trampoline for each in self.records]
+
+    def __call__(self, rip):
+        """What undoes the trampoline around rip. -> Undo, or None"""
+        at = bisect.bisect_right(self.starts, rip) - 1
+        if at < 0 or rip >= self.starts[at] + self.records[at].size:
+            return None
+        if at not in self.known:
+            self.known[at] = self._read(self.records[at])
+        return self.known[at].get(rip)
+
+    def _read(self, record):
+        try:
+            code = self.tracer.read(record.trampoline, record.size)
+        except OSError:
+            return {}
+        return ubp_x86.ways_back(code, record.trampoline, record.site,
+                                 record.copies)
+
+
 def moves_over(before, record):
     """From older trampolines of a window into its new one. -> {rip: rip}"""
     over = {}
@@ -6596,13 +6622,16 @@ def moves_over(before, record):
     return over
 
 
-def move_threads(tracer, inside, behind):
+def move_threads(tracer, inside, behind, undo=lambda rip: None):
     """Move every program counter, saved ones too, out of the way.
 
+    inside  {rip: rip}, where nothing else has to change
+    behind  the same, for threads whose syscall the kernel will restart
+    undo    (rip) -> ubp_x86.Undo or None: where other registers change, too
     -> [every program counter, as it is now]. First all is looked at, and
     only then the first is moved: what refuses leaves them where they are.
     """
-    left, moves, words = [], [], []
+    left, moves, frames = [], [], []
     for thread in tracer.threads.values():
         if thread.state != STOPPED:     # refuse, never guess
             raise Again("thread %d is not stopped" % thread.tid)
@@ -6610,20 +6639,49 @@ def move_threads(tracer, inside, behind):
         goal = inside.get(rip)
         if ubp_x86.will_restart(thread.regs):
             goal = behind.get(rip, goal)
+        back = undo(rip) if goal is None else None
         if goal is not None:
-            moves.append((thread, goal))
+            moves.append((thread, ubp_x86.with_program_counter(
+                thread.regs, goal)))
+        elif back is not None:
+            moves.append((thread, ubp_x86.undone(
+                thread.regs, back, _reader_of(thread))))
+            goal = back.vaddr
         left.append(rip if goal is None else goal)
         for vaddr, rip in tracer.signal_frames(thread):
             goal = inside.get(rip)
+            back = undo(rip) if goal is None else None
             if goal is not None:
-                words.append((thread.tid, vaddr, goal))
+                frames.append((thread.tid, vaddr, struct.pack("<Q", goal)))
+            elif back is not None:
+                frames.append(_undone_frame(thread, vaddr, back))
+                goal = back.vaddr
             left.append(rip if goal is None else goal)
-    for thread, goal in moves:
-        thread.regs = ubp_x86.with_program_counter(thread.regs, goal)
+    for thread, regs in moves:
+        thread.regs = regs
         tracer.set_regs(thread.tid, thread.regs)
-    for tid, vaddr, goal in words:
-        write_memory(tid, vaddr, struct.pack("<Q", goal))
+    for tid, vaddr, data in frames:
+        write_memory(tid, vaddr, data)
     return left
+
+
+def _reader_of(thread):
+    """read(vaddr, size) of a thread's memory. Raises Again."""
+    def read(vaddr, size):
+        try:
+            return read_memory(thread.tid, vaddr, size)
+        except OSError:
+            raise Again("the stack of thread %d cannot be read" % thread.tid)
+    return read
+
+
+def _undone_frame(thread, vaddr, undo):
+    """What to write to a signal frame whose rip is at vaddr. -> (tid, vaddr,
+    bytes)"""
+    read = _reader_of(thread)
+    start = vaddr - ubp_x86.SIGNAL_CONTEXT_RIP
+    return thread.tid, start, ubp_x86.undone_context(
+        read(start, ubp_x86.SIGNAL_CONTEXT_SIZE), undo, read)
 
 
 def check_arena(tracer, base, nonce):
@@ -6919,7 +6977,8 @@ def restore(tracer, arenas, timeout, last_look=lambda: None):
         ranges = [each for arena in there for each in arena.ranges]
         steps.write()
         # Only to text that is back: at a foreign site a thread stays.
-        rips = move_threads(tracer, moves_out(steps.restored), {})
+        rips = move_threads(tracer, moves_out(steps.restored), {},
+                            WaysBack(tracer, steps.restored))
         if not ranges or steps.foreign:
             return False
         if any(low <= rip < high for rip in rips for low, high in ranges):

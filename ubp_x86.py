@@ -6738,10 +6738,11 @@ def trampoline(window, vaddr, parts):
         start, at = offsets[start], offsets[copy]
         moved = move(insn, vaddr + at)
         text[at:at + len(moved)] = moved
-        if insn.flow == SYSCALL:        # its way back is counted from itself
+        # Only a body between two instructions belongs to a copy; the way
+        # back of a syscall is counted from itself.
+        if insn.flow == SYSCALL or insn is window.insns[0]:
             start = at
-        made.append(Copy(insn.vaddr - window.site, insn.size,
-                         at if insn is window.insns[0] else start,
+        made.append(Copy(insn.vaddr - window.site, insn.size, start,
                          at + len(moved) - start,
                          insn.size * (insn.flow == SYSCALL)))
     at = offsets[back]
@@ -6772,6 +6773,124 @@ def _add_bodies(code, window, insn, parts):
             code.include(compiled(spec, place, window._replace(
                 dead_regs=window.dead_regs & ~kept)), n)
         code.mark(over)
+
+
+# -- The way back: what undoes a trampoline that a thread is in the middle of.
+#
+# A body changes a register only while its value lies on the stack or nobody
+# wants it, and the flags only while they lie in ax or on the stack. So what
+# has to be undone at an instruction follows from the pushes before it, and
+# any later ubp can read it from the code alone. What it cannot follow has no
+# Undo: a thread there is waited for.
+
+FLAGS_IN_PLACE, FLAGS_IN_AX, FLAGS_IN_AH = 0, -1, -2    # AH: of stays in place
+_LAHF, _SETO_AL, _SAHF = b"\x9f", b"\x0f\x90\xc0", b"\x9e"
+_ADD_AL_7F = b"\x04\x7f"
+_LEA_RSP = re.compile(rb"\x48\x8d(?:\x64\x24(.)|\xa4\x24(....))\Z", re.DOTALL)
+
+
+class Undo(NamedTuple):
+    """How a thread that stands inside a trampoline gets out of it."""
+    vaddr: int              # of the instruction that it runs instead
+    depth: int = 0          # bytes by which rsp is lower than there
+    saved: tuple = ()       # ((register, depth where its value lies), ...)
+    flags: int = FLAGS_IN_PLACE     # or in ax, or the depth where ax lies
+
+
+def ways_back(code, vaddr, site, copies):
+    """What undoes a trampoline at each instruction. -> {vaddr: Undo}
+
+    code, vaddr     of the trampoline, to its end
+    site, copies    as they were recorded
+    Copies and where a copy begins are not among them: there is nothing to
+    be undone. {} if the code is not of a body, or no code at all.
+    """
+    found = {}
+    try:
+        for copy in copies:
+            _undo_copy(code, vaddr, site, copy, found)
+        _undo_body(code, vaddr, site, copies[0].moved, found)
+    except DecodeError:
+        return {}
+    return found
+
+
+def _undo_copy(code, vaddr, site, copy, found):
+    """A call's copy pushes before it jumps; a loop's is two jumps more."""
+    at, end, depth = copy.moved, copy.moved + copy.moved_size, 0
+    home = site + copy.offset
+    while at < end:
+        insn = decode(code[at:], vaddr + at)
+        at += insn.size
+        if insn.flow == LOOP and insn.target == vaddr + at + 2:
+            behind = decode(code[at + 2:], vaddr + at + 2)
+            found[vaddr + at] = Undo(home + copy.size)
+            found[vaddr + at + 2] = Undo(behind.target or home)
+        if insn.form.opcode not in (0x68, 0xff) or insn.flow != NEXT:
+            break               # 68, ff /6: push, as _push_return() makes it
+        depth += 8
+        found[vaddr + at] = Undo(home, depth)
+
+
+def _undo_body(code, vaddr, site, end, found):
+    """Follow the ways through the body that starts a trampoline."""
+    pending, seen = [(0, Undo(site))], {}
+    while pending:
+        at, undo = pending.pop()
+        if at == end or not 0 <= at < len(code):
+            continue
+        if at in seen:
+            if seen[at] != undo:
+                raise DecodeError("two ways leave two stacks", vaddr + at)
+            continue
+        seen[at] = undo
+        insn = decode(code[at:], vaddr + at)
+        after = _undo_after(undo, insn, code[:at])
+        if insn.flow in (JMP, JCC):
+            pending.append((insn.target - vaddr, after))
+        if insn.flow in (NEXT, JCC, SYSCALL):
+            pending.append((at + insn.size, after))
+        elif insn.flow != JMP:
+            raise DecodeError("%s is of no body" % insn.code.hex(),
+                              insn.vaddr)
+    found.update((vaddr + at, undo) for at, undo in seen.items())
+
+
+def _undo_after(undo, insn, before):
+    """The Undo behind an instruction."""
+    _, depth, saved, flags = undo
+    opcode, code = insn.form.opcode, insn.code
+    reg = opcode & 7 | insn.form.rex << 3 & 8
+    moved = _LEA_RSP.match(code)
+    if 0x50 <= opcode < 0x58:                               # push
+        depth += 8
+        if reg == RAX and flags == FLAGS_IN_AX:
+            flags = depth
+        elif reg not in dict(saved):
+            saved += ((reg, depth),)
+    elif opcode in (0x68, 0x6a):                            # push imm
+        depth += 8
+    elif 0x58 <= opcode < 0x60:                             # pop
+        if flags == depth:
+            flags = FLAGS_IN_AX if reg == RAX else depth
+        depth -= 8
+    elif moved:
+        depth -= int.from_bytes(moved.group(1) or moved.group(2), "little",
+                                signed=True)
+    elif code == add_rsp_128():
+        depth -= 128
+    elif code == _SETO_AL and before.endswith(_LAHF):
+        flags = FLAGS_IN_AX
+    elif code == _ADD_AL_7F and flags == FLAGS_IN_AX:
+        flags = FLAGS_IN_AH
+    elif code == _SAHF and flags == FLAGS_IN_AH:
+        flags = FLAGS_IN_PLACE
+    elif effects(insn).writes >> RSP & 1:
+        depth = -1
+    if depth < 0 or flags > depth:
+        raise DecodeError("%s leaves no stack" % code.hex(), insn.vaddr)
+    return Undo(undo.vaddr, depth, tuple(
+        each for each in saved if each[1] <= depth), flags)
 
 
 CACHE_LINE = 64
@@ -6859,6 +6978,7 @@ _DWARF_ORDER = (_RAX, _RDX, _RCX, _RBX, _RSI, _RDI, _RBP, _RSP, _R8, _R9,
                 _R10, _R11, _R12, _R13, _R14, _R15, _PC)
 SIGNAL_CONTEXT = 40              # from a frame's +8, where the restorer finds
 SIGNAL_CONTEXT_SIZE = 18 * 8     # it on top of the stack: what is read of it
+SIGNAL_CONTEXT_RIP = 16 * 8      # where in it rip is
 _FRAME_SETUP = re.compile(       # push rbp; mov rbp,rsp. Or: mov [rsp+N],rbp;
     rb"\x55\x48(?:\x89\xe5|\x8b\xec)"              # lea rbp,[rsp+N]
     rb"|\x48\x89(?:\x6c\x24(.)\x48\x8d\x6c\x24\1"
@@ -7097,6 +7217,41 @@ def with_program_counter(regs, vaddr):
 def at_entry(regs, vaddr):
     """The regset of a thread that starts at vaddr, in no syscall."""
     return _replaced(regs, {_PC: vaddr, _ORIG_RAX: -1})
+
+
+_OVERFLOW = 0x800
+
+
+def undone(regs, undo, read):
+    """The regset of a thread in a trampoline, as an Undo says.
+
+    read(vaddr, size) -> bytes. Raises what that raises.
+    """
+    values = _REGS.unpack(regs)
+    rsp = values[_RSP] + undo.depth
+    changes = {_PC: undo.vaddr, _RSP: rsp, _ORIG_RAX: -1}
+    for reg, depth in undo.saved:
+        changes[_NAMED[REGISTERS[reg]]], = _U64.unpack(read(rsp - depth, 8))
+    if undo.flags != FLAGS_IN_PLACE:
+        ax, here = values[_RAX], values[_EFLAGS]
+        if undo.flags > 0:
+            ax, = _U64.unpack(read(rsp - undo.flags, 8))
+        flags = here & ~ALL_FLAGS | ax >> 8 & ALL_FLAGS & 0xff
+        changes[_EFLAGS] = flags | (
+            here & _OVERFLOW if undo.flags == FLAGS_IN_AH
+            else _OVERFLOW * (ax & 1))
+    return _replaced(regs, changes)
+
+
+def undone_context(context, undo, read):
+    """The same for the sigcontext of a signal frame, SIGNAL_CONTEXT_SIZE
+    bytes. -> as many"""
+    values = dict(zip(_SIGCONTEXT_ORDER,
+                      struct.unpack("<%dQ" % len(_SIGCONTEXT_ORDER), context)))
+    regs = _REGS.unpack(undone(_REGS.pack(
+        *[values.get(n, 0) for n in range(27)]), undo, read))
+    return struct.pack("<%dQ" % len(_SIGCONTEXT_ORDER),
+                       *[regs[n] for n in _SIGCONTEXT_ORDER])
 
 
 def is_in_syscall(regs):

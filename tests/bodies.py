@@ -18,6 +18,8 @@ LANDING, PID, BASE = DATA, DATA + 8, DATA + 16
 SHARDS = DATA + 0x1000
 SP = STACK_TOP - 8192 + 256
 REQUEST, RESULT = struct.Struct("<20Q"), struct.Struct("<5Q")
+STEP_STACK = 1024
+STEP = struct.Struct("<19Q%ds" % STEP_STACK)
 WINDOW = x86.Window(0x1000, 5, ())
 
 
@@ -104,6 +106,23 @@ class Page:
 
         how  "forbid": under a filter that kills at a body's syscalls
         """
+        out, data = self._run(cases, how)
+        results = [Result(*each) for each in RESULT.iter_unpack(out)]
+        if len(results) != len(cases):
+            raise RuntimeError("the child left after %d of %d cases" % (
+                len(results), len(cases)))
+        return results, data
+
+    def step(self, cases):
+        """What the registers are before each instruction of the code.
+
+        -> [(case, 16 registers, rip, flags, the STEP_STACK bytes below the
+        case's rsp)]
+        """
+        return [(cases[step[0]], step[1:17], step[17], step[18], step[19])
+                for step in STEP.iter_unpack(self._run(cases, "step")[0])]
+
+    def _run(self, cases, how):
         folder = tempfile.mkdtemp(prefix="ubp-bodies-")
         paths = [os.path.join(folder, name) for name in
                  ("code", "data", "cases", "out")]
@@ -127,11 +146,9 @@ class Page:
                 if os.path.exists(path):
                     os.remove(path)
             os.rmdir(folder)
-        results = [Result(*each) for each in RESULT.iter_unpack(out)]
-        if done.returncode or len(results) != len(cases):
-            raise RuntimeError("the child left with %d after %d of %d cases"
-                               % (done.returncode, len(results), len(cases)))
-        return results, data
+        if done.returncode:
+            raise RuntimeError("the child left with %d" % done.returncode)
+        return out, data
 
 
 def words(data, place, offset, n, shard=0, is_signed=False):

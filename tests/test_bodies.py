@@ -12,6 +12,7 @@ import tempfile
 import unittest
 
 import bodies
+import judge
 import ubp_x86 as x86
 from bodies import Case, Page, SP, WINDOW, words
 
@@ -752,6 +753,95 @@ class Hostile(Runs):
             struct.pack_into("<Q", self.page.data, at,
                              self.pick.choice((0, 1, SP, MASK)))
         self.run_cases(cases)
+
+
+class WaysBack(unittest.TestCase):
+    """A thread in the middle of a trampoline can be put back to its site.
+
+    The judge: the CPU, stepped through each body in a process of ours.
+    """
+
+    SITE_NOP = bytes.fromhex("0f1f440000")
+
+    def specs(self):
+        """(spec, what its place needs)"""
+        late = x86.Spec("hist", values=parse("elapsed", True), is_exit=True,
+                        keys=parse("str(arg5), arg2", True), n_entries=16)
+        for spec in (
+                x86.Spec("count"),
+                x86.Spec("count", when=parse("arg0 > 3 and s32(arg1) < 0")[0]),
+                x86.Spec("sum", values=parse("arg0 * 3 // (arg1 & 7)")),
+                x86.Spec("hist", values=parse("arg2")),
+                x86.Spec("hist", keys=parse("arg0 & 3, str(arg5)"),
+                         values=parse("u32[arg5]"), n_entries=16),
+                x86.Spec("count", keys=parse("str(arg5, 64)"), n_entries=16,
+                         when=parse("arg0 % 3")[0]),
+                x86.Spec("trace", values=parse("arg0, str(arg5), nsecs"),
+                         n_slots=8),
+                x86.Spec("trace", values=parse("arg0"), n_slots=2,
+                         policy="block"),
+                x86.Spec("trace", stack_size=512, policy="overwrite",
+                         n_slots=8),
+                x86.Spec("stack", depth=5, n_entries=16), late, x86.entry_spec(late)):
+            yield spec
+
+    def trampoline(self, page, spec, window):
+        """(vaddr, code, copies) of a trampoline, put into the page."""
+        place = page.place(spec, tsc=TSC, frames=bodies.SHARDS + 0x300000,
+                           tracer=bodies.DATA + 0x60)
+        insns = x86.decode_all(self.SITE_NOP, bodies.CODE + len(page.code))
+        page.code += self.SITE_NOP + b"\xff\x25" + struct.pack(
+            "<i", bodies.LANDING - (bodies.CODE + len(page.code) + 11))
+        window = window._replace(site=insns[0].vaddr, insns=tuple(insns))
+        made = x86.trampoline(window, bodies.CODE + len(page.code),
+                              [(spec, place)])
+        page.code += made.code
+        return window, made
+
+    def test_at_each_instruction_the_site_s_state_can_be_had(self):
+        page, pick, made, cases = Page(1 << 22), random.Random(5), {}, []
+        struct.pack_into("<I", page.data, 0x60, 1)      # somebody who waits
+        for spec in self.specs():
+            for window in WINDOW, ALL_DEAD, a_window(pick):
+                window, code = self.trampoline(page, spec, window)
+                made[code.vaddr] = spec, window, code, x86.ways_back(
+                    code.code, code.vaddr, window.site, code.copies)
+                cases += [Case(code.vaddr, registers(
+                    pick, arg5=pick.choice((bodies.CODE, 0)), rbp=SP + 64),
+                    window, 0x202 | pick.getrandbits(12) & x86.ALL_FLAGS)
+                    for _ in range(3)]
+        seen = collections.Counter()
+        for case, regs, rip, flags, stack in page.step(cases):
+            spec, window, code, ways = made[case.vaddr]
+            if not code.vaddr <= rip < code.vaddr + len(code.code):
+                continue
+            self.check(case, window, code, ways, regs, rip, flags, stack)
+            seen[spec.action] += 1
+        self.assertEqual(set(seen), set(x86.ACTIONS))
+        self.assertGreater(min(seen.values()), 200)
+
+    def check(self, case, window, code, ways, regs, rip, flags, stack):
+        copy, = code.copies
+        if rip - code.vaddr in (copy.moved, copy.moved + copy.moved_size):
+            return              # nothing to undo: moved as it is
+
+        def read(vaddr, size):
+            at = vaddr - (SP - bodies.STEP_STACK)
+            self.assertLessEqual(0, at)
+            return stack[at:at + size]
+        back = x86.undone(self.regset(regs, rip, flags), ways[rip], read)
+        names = dict(zip(judge.REGS, struct.unpack("<27Q", back)))
+        self.assertEqual(names["rip"], window.site)
+        for n, name in enumerate(judge.GPRS):
+            if not window.dead_regs >> n & 1:
+                self.assertEqual(names[name], case.regs[n], name)
+        mask = 0x400 | (0 if window.flags_dead else x86.ALL_FLAGS)
+        self.assertEqual(names["eflags"] & mask, case.flags & mask)
+
+    def regset(self, regs, rip, flags):
+        named = dict(zip(judge.GPRS, regs), rip=rip, eflags=flags)
+        return struct.pack("<27Q", *[named.get(name, 0)
+                                     for name in judge.REGS])
 
 
 class Storms(unittest.TestCase):

@@ -2,11 +2,13 @@
  *
  *   bodies info                prints the offsets from the fs base of
  *                              rseq.cpu_id and of a thread's tid, or 0
- *   bodies run|forbid CODE DATA CASES OUT
+ *   bodies run|forbid|step CODE DATA CASES OUT
  *
  * CODE is mapped r-x at 0x10000000; DATA rw- at 0x20000000, shared, so that
  * its file holds what the bodies wrote. OUT gets a struct result per case.
  * "forbid": a filter kills the process at process_vm_readv or futex.
+ * "step": the trap flag is set, and OUT gets a struct step before each
+ * instruction of CODE.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -29,7 +31,7 @@
 #define STACK 0x30000000ul
 #define STACK_SIZE 0x40000ul
 
-enum { RSP = 4, N_REGS = 16 };
+enum { RSP = 4, N_REGS = 16, STEP_STACK = 1024, TRAP_FLAG = 0x100 };
 
 struct request {
     uint64_t vaddr;             /* of the body; it ends in a jump to landing */
@@ -40,6 +42,11 @@ struct request {
 
 struct result {
     uint64_t signal, address, wrong_regs, wrong_flags, wrong_stack;
+};
+
+struct step {
+    uint64_t n_case, regs[N_REGS], rip, flags;
+    unsigned char stack[STEP_STACK];    /* up to the rsp of the case */
 };
 
 uint64_t in[N_REGS], out[N_REGS], flags_in, flags_out, target, host_sp;
@@ -78,6 +85,29 @@ static void handler(int signal, siginfo_t *info, void *context)
     caught = signal;
     caught_at = c->uc_mcontext.gregs[REG_RIP];
     c->uc_mcontext.gregs[REG_RIP] = (uint64_t)landing;
+}
+
+static FILE *steps;
+static uint64_t n_cases;
+
+static void stepped(int signal, siginfo_t *info, void *context)
+{
+    static const int order[] = {
+        REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI,
+        REG_RDI, REG_R8, REG_R9, REG_R10, REG_R11, REG_R12, REG_R13,
+        REG_R14, REG_R15};
+    greg_t *regs = ((ucontext_t *)context)->uc_mcontext.gregs;
+    struct step step = {.n_case = n_cases};
+    if (regs[REG_RIP] == (greg_t)landing)
+        regs[REG_EFL] &= ~TRAP_FLAG;
+    if (regs[REG_RIP] < (greg_t)CODE || regs[REG_RIP] >= (greg_t)DATA)
+        return;
+    for (int i = 0; i < N_REGS; i++)
+        step.regs[i] = regs[order[i]];
+    step.rip = regs[REG_RIP];
+    step.flags = regs[REG_EFL];
+    memcpy(step.stack, (void *)(in[RSP] - STEP_STACK), STEP_STACK);
+    fwrite(&step, sizeof step, 1, steps);
 }
 
 static void *map(const char *path, void *at, int prot, int flags)
@@ -148,13 +178,19 @@ int main(int argc, char **argv)
     *(uint64_t *)(DATA + 8) = getpid();
     if (!strcmp(argv[1], "forbid"))
         forbid();
+    int is_step = !strcmp(argv[1], "step");
+    if (is_step) {
+        steps = results;
+        act.sa_sigaction = stepped;
+        sigaction(SIGTRAP, &act, 0);
+    }
     struct request r;
     while (fread(&r, sizeof r, 1, cases) == 1) {
         struct result s = {0};
         memcpy(in, r.regs, sizeof in);
         unsigned char copy[4096];
         memcpy(copy, (void *)(in[RSP] - 128), sizeof copy);
-        flags_in = r.flags, target = r.vaddr, caught = 0;
+        flags_in = r.flags | (is_step ? TRAP_FLAG : 0), target = r.vaddr, caught = 0;
         enter();
         s.signal = caught, s.address = caught_at;
         for (int i = 0; i < N_REGS; i++)
@@ -165,7 +201,9 @@ int main(int argc, char **argv)
         else
             s.wrong_flags = (flags_in ^ flags_out) & 0x400;
         s.wrong_stack = !!memcmp(copy, (void *)(in[RSP] - 128), sizeof copy);
-        fwrite(&s, sizeof s, 1, results);
+        if (!is_step)
+            fwrite(&s, sizeof s, 1, results);
+        n_cases++;
     }
     return fclose(results) != 0;
 }
