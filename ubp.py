@@ -6583,7 +6583,10 @@ def moves_out(records):
 
 
 class WaysBack:
-    """Out of the middle of trampolines, by what ubp_x86 reads in them."""
+    """Out of the middle of trampolines, by what ubp_x86 reads in them.
+
+    records     of sites whose text is back
+    """
 
     def __init__(self, tracer, records):
         self.tracer, self.known = tracer, {}
@@ -6602,10 +6605,11 @@ class WaysBack:
     def _read(self, record):
         try:
             code = self.tracer.read(record.trampoline, record.size)
+            text = self.tracer.read(record.site, record.window_size)
         except OSError:
             return {}
-        return ubp_x86.ways_back(code, record.trampoline, record.site,
-                                 record.copies)
+        return ubp_x86.ways_back(ubp_x86.Trampoline(
+            record.trampoline, code, record.copies), text, record.site)
 
 
 def moves_over(before, record):
@@ -6645,7 +6649,7 @@ def move_threads(tracer, inside, behind, undo=lambda rip: None):
                 thread.regs, goal)))
         elif back is not None:
             moves.append((thread, ubp_x86.undone(
-                thread.regs, back, _reader_of(thread))))
+                thread.regs, back, _stack_reader(thread))))
             goal = back.vaddr
         left.append(rip if goal is None else goal)
         for vaddr, rip in tracer.signal_frames(thread):
@@ -6665,7 +6669,7 @@ def move_threads(tracer, inside, behind, undo=lambda rip: None):
     return left
 
 
-def _reader_of(thread):
+def _stack_reader(thread):
     """read(vaddr, size) of a thread's memory. Raises Again."""
     def read(vaddr, size):
         try:
@@ -6678,7 +6682,7 @@ def _reader_of(thread):
 def _undone_frame(thread, vaddr, undo):
     """What to write to a signal frame whose rip is at vaddr. -> (tid, vaddr,
     bytes)"""
-    read = _reader_of(thread)
+    read = _stack_reader(thread)
     start = vaddr - ubp_x86.SIGNAL_CONTEXT_RIP
     return thread.tid, start, ubp_x86.undone_context(
         read(start, ubp_x86.SIGNAL_CONTEXT_SIZE), undo, read)

@@ -6797,53 +6797,56 @@ class Undo(NamedTuple):
     flags: int = FLAGS_IN_PLACE     # or in ax, or the depth where ax lies
 
 
-def ways_back(code, vaddr, site, copies):
+def ways_back(trampoline, text, site):
     """What undoes a trampoline at each instruction. -> {vaddr: Undo}
 
-    code, vaddr     of the trampoline, to its end
-    site, copies    as they were recorded
-    Copies and where a copy begins are not among them: there is nothing to
-    be undone. {} if the code is not of a body, or no code at all.
+    trampoline  Trampoline: its vaddr, its code to the end, its copies
+    text        what the window held before it was patched
+    {} if the code is not made of bodies and of copies of that text.
     """
-    found = {}
+    vaddr, code, copies = trampoline
+    found, start = {}, 0
     try:
         for copy in copies:
-            _undo_copy(code, vaddr, site, copy, found)
-        _undo_body(code, vaddr, site, copies[0].moved, found)
-    except DecodeError:
+            home, end = site + copy.offset, copy.moved + copy.moved_size
+            insn = decode(text[copy.offset:], home)
+            at = end - len(relocate(insn, vaddr))
+            _undo_body(code, vaddr, (start, at), home, found)
+            _undo_copy(code[:end], vaddr, at, insn, found)
+            start = end
+    except (DecodeError, RelocationError):
         return {}
     return found
 
 
-def _undo_copy(code, vaddr, site, copy, found):
+def _undo_copy(code, vaddr, at, insn, found):
     """A call's copy pushes before it jumps; a loop's is two jumps more."""
-    at, end, depth = copy.moved, copy.moved + copy.moved_size, 0
-    home = site + copy.offset
-    while at < end:
-        insn = decode(code[at:], vaddr + at)
-        at += insn.size
-        if insn.flow == LOOP and insn.target == vaddr + at + 2:
-            behind = decode(code[at + 2:], vaddr + at + 2)
-            found[vaddr + at] = Undo(home + copy.size)
-            found[vaddr + at + 2] = Undo(behind.target or home)
-        if insn.form.opcode not in (0x68, 0xff) or insn.flow != NEXT:
-            break               # 68, ff /6: push, as _push_return() makes it
-        depth += 8
+    home, depth = insn.vaddr, 0
+    if insn.flow == LOOP:
+        short, end = len(code) - 7, len(code) - 5       # eb 05; e9 rel32
+        found[vaddr + short] = Undo(home + insn.size)
+        found[vaddr + end] = Undo(insn.target)
+    while insn.flow in (CALL, CALL_IND) and depth < 8:
+        push = decode(code[at:], vaddr + at)
+        at, depth = at + push.size, depth + 8
         found[vaddr + at] = Undo(home, depth)
 
 
-def _undo_body(code, vaddr, site, end, found):
-    """Follow the ways through the body that starts a trampoline."""
-    pending, seen = [(0, Undo(site))], {}
+def _undo_body(code, vaddr, region, home, found):
+    """Follow the ways from the start of a region to its end."""
+    (start, end), seen = region, {}
+    pending = [(start, Undo(home))]
     while pending:
         at, undo = pending.pop()
-        if at == end or not 0 <= at < len(code):
-            continue
+        if not 0 <= at < len(code):
+            raise DecodeError("a way leads out of the trampoline", vaddr + at)
         if at in seen:
             if seen[at] != undo:
                 raise DecodeError("two ways leave two stacks", vaddr + at)
             continue
         seen[at] = undo
+        if at == end:
+            continue
         insn = decode(code[at:], vaddr + at)
         after = _undo_after(undo, insn, code[:at])
         if insn.flow in (JMP, JCC):

@@ -244,7 +244,7 @@ class Blocked(unittest.TestCase):
 
     def test_sigterm_during_a_round_still_interrupts_epoll_wait(self):
         with live.Target("epoll_term", seconds=60) as process:
-            for turn in range(40):
+            for turn in range(20):
                 begun = process.ask("w")["waits"]
                 with ubp.attach(process.pid) as target:
                     probe = target.probe("exe:hot", ubp.Count())
@@ -327,6 +327,42 @@ class Stopped(unittest.TestCase):
             process.ask("p")
             live.Snapshot(process.pid).compare(self, before)
             process.quit()
+
+    def test_a_target_stopped_in_the_middle_of_a_body_is_left_at_once(self):
+        """Its threads cannot get on: they are put back to their sites."""
+        actions = (ubp.Count(), ubp.Hist("arg0"), ubp.Count(by="arg0 & 7"),
+                   ubp.Trace("arg0, arg1"), ubp.Latency())
+        n_inside = 0
+        with live.Target("busy", 3) as process:
+            before = live.Snapshot(process.pid)
+            process.send("g")
+            for turn in range(20):
+                with ubp.attach(process.pid) as target:
+                    probe = target.probe(HOTS, actions[turn % len(actions)])
+                    time.sleep(0.002 * (turn % 3))
+                    live.stop(process.pid)
+                    os.waitpid(process.pid, os.WUNTRACED)
+                    n_inside += self.threads_in_an_arena(process.pid)
+                    probe.remove()
+                    self.assertEqual("TTTT", live.states(process.pid))
+                os.kill(process.pid, signal.SIGCONT)
+            self.assertEqual(0, process.ask("p")["wrong"])
+            live.Snapshot(process.pid).compare(self, before)
+            process.quit()
+        self.assertGreater(n_inside, 0)
+
+    @staticmethod
+    def threads_in_an_arena(pid):
+        """How many threads the kernel says are there: syscall, proc(5)."""
+        with open("/proc/%d/maps" % pid) as file:
+            ranges = [[int(vaddr, 16) for vaddr in line.split()[0].split("-")]
+                      for line in file if "memfd:ubp" in line]
+        n = 0
+        for tid in os.listdir("/proc/%d/task" % pid):
+            with open("/proc/%d/task/%s/syscall" % (pid, tid)) as file:
+                rip = int(file.read().split()[-1], 16)
+            n += any(low <= rip < high for low, high in ranges)
+        return n
 
     def test_stop_and_continue_at_any_instant(self):
         with live.Target("busy", 2) as process:
