@@ -782,7 +782,8 @@ class WaysBack(unittest.TestCase):
                          policy="block"),
                 x86.Spec("trace", stack_size=512, policy="overwrite",
                          n_slots=8),
-                x86.Spec("stack", depth=5, n_entries=16), late, x86.entry_spec(late)):
+                x86.Spec("stack", depth=5, n_entries=16), late,
+                x86.entry_spec(late)):
             yield spec
 
     def trampoline(self, page, spec, window):
