@@ -6802,7 +6802,8 @@ def ways_back(trampoline, text, site):
 
     trampoline  Trampoline: its vaddr, its code to the end, its copies
     text        what the window held before it was patched
-    {} if the code is not made of bodies and of copies of that text.
+    {} if the code is not made of bodies and of copies of that text; a body
+    that may return from the function, as a function answered, is no such.
     """
     vaddr, code, copies = trampoline
     found, start = {}, 0

@@ -818,7 +818,8 @@ class WaysBack(unittest.TestCase):
                 continue
             self.check(case, window, code, ways, regs, rip, flags, stack)
             seen[spec.action] += 1
-        self.assertEqual(set(seen), set(x86.ACTIONS))
+        # What a function answered is not undone: there a thread is awaited.
+        self.assertEqual(set(seen), set(x86.ACTIONS) - {"call"})
         self.assertGreater(min(seen.values()), 200)
 
     def check(self, case, window, code, ways, regs, rip, flags, stack):
