@@ -5935,6 +5935,7 @@ class Arena:
         self.nonce = int.from_bytes(os.urandom(8), "little")
         self._flags = 0
         self._kept = self._kept_last = self._kept_private = None
+        self._is_lost = False       # by exec
         self.ring_owner = None      # for hits that wait
         self._write_header()
         self.store(_LITERAL_AT, struct.pack("<Q", base + self.code_size))
@@ -6099,6 +6100,8 @@ class Arena:
             return kept[cpu][offset:offset + size]
         at = self.shard_at(cpu) + offset
         if memory is None:
+            if self._is_lost:
+                raise ProcessLookupError
             return read_memory(self.tracer.vm_tid(), self.base + at, size)
         try:
             return memory[at:at + size]
@@ -6130,6 +6133,11 @@ class Arena:
         except OSError:             # the process is: as last read, then
             kept = None
         self._kept_last = kept
+
+    def lose(self):
+        """Its process is another program now: look there no more."""
+        self._kept_private = self._kept_private or b""
+        self._is_lost = True
 
     def own_rings(self):
         """The vaddr of the word that tells waiting hits of our death."""
@@ -8590,6 +8598,16 @@ class EventReader:
             self._held = found[n:]
             return found[:n]
 
+    def keep(self, probes, clock):
+        """Take what is there before the program goes that it is about."""
+        traces = [p for p in probes if not p._is_of_stacks]
+        stacks = [p for p in probes if p._is_of_stacks]
+        if stacks:
+            self.collect(stacks, True)
+        if traces:
+            self._held = self.poll(traces, clock, True)
+        self._names = None
+
     def records(self, probes, is_last=False):
         """What is complete, as it is. -> [(TraceRing, RecordForm, bytes)]
         """
@@ -10645,7 +10663,7 @@ class Keeper(Tracer):
         """Let a thread run; one that blocks SIGTRAP from syscall to syscall,
         as only there it can unblock it."""
         self._resume(tid, PTRACE_SYSCALL if tid in self.blocked
-                     else PTRACE_CONT, signo)
+                     and self.sites else PTRACE_CONT, signo)
 
     def _look_at_mask(self, tid):
         """Does a thread block SIGTRAP? Not to be asked after an int3."""
@@ -10719,6 +10737,8 @@ class Keeper(Tracer):
                       if t.tgid == thread.tgid and t is not thread]:
             self.threads.pop(other.tid, None)
         self.threads.pop(thread.tid, None)
+        if thread.tgid == self.guard.tgid and self.guard.follows:
+            self.guard.hold()
         self._resume(thread.tid, PTRACE_DETACH)
         if thread.tgid == self.tgid:
             self.guard.forget(self)
@@ -10852,6 +10872,7 @@ class Guard:
         self._copies, self._copy_starts = [], []    # (vaddr, size, Insn)
         self.is_left = False        # on purpose: the front end has gone
         self._armed = ()            # what do_arm was asked last
+        self.follows, self.held = False, None   # what hold_at_entry did
         self._status = ctypes.c_int()
 
     def main(self):
@@ -11018,23 +11039,28 @@ class Guard:
 
     # -- requests -----------------------------------------------------------
 
-    def do_arm(self, arenas, timeout, max_rate):
+    def do_arm(self, arenas, timeout, max_rate, follows=False):
         """Write int3 to the sites of records. -> ([refused], stopped, us)
 
         arenas     [(base, nonce, inode, [record as a tuple])]
         max_rate   hits a second; who has more is taken out
+        follows    hold the program that it becomes by exec at its entry
         """
-        self.max_rate, self._armed = max_rate, (arenas, timeout, max_rate)
+        self.max_rate, self.follows = max_rate, follows
+        self._armed = arenas, timeout, max_rate, follows
         self.arenas = [Installed(base, nonce, inode, (), tuple(
             Record(*record) for record in records))
             for base, nonce, inode, records in arenas]
         changes = [Change(record, ()) for arena in self.arenas
                    for record in arena.records]
         keeper = Keeper(self.tgid, self)
+        if not arenas:              # an exec is all that is waited for
+            keeper.options &= ~(PTRACE_O_TRACEFORK | PTRACE_O_TRACEVFORK)
         self.keepers = [keeper]
         try:
             self._learn_sites(keeper)
-            keeper.learn_action(timeout)
+            if arenas:
+                keeper.learn_action(timeout)
             refused = arm(keeper, [], changes, timeout)
         except BaseException:
             keeper.leave(timeout)
@@ -11081,8 +11107,9 @@ class Guard:
             keeper = self.keepers[0]
             try:
                 # A process that it forks meanwhile comes behind it.
-                restore(keeper, self.arenas,
-                        max(0.5, limit - time.monotonic()))
+                if self.arenas:
+                    restore(keeper, self.arenas,
+                            max(0.5, limit - time.monotonic()))
             except TraceeGone as error:
                 log.debug("%s", error)
             keeper.leave(max(0.5, limit - time.monotonic()))
@@ -11094,7 +11121,25 @@ class Guard:
     def do_stay(self):
         """Go on without the front end, until the targets end or a SIGTERM.
         """
-        self.is_left = True
+        self.is_left, self.follows = True, False
+    def hold(self):
+        """The target is another program, in the stop of its exec."""
+        try:
+            self.held = hold_at_entry(self.tgid), time.monotonic()
+        except (Again, OSError, UbpError) as error:
+            log.debug("it is not held: %s", error)
+            self.held = None, time.monotonic()
+
+    def do_held(self):
+        """What became of the last exec: ((stub, entry) or None, when)."""
+        return self.held
+
+    def do_release(self, timeout):
+        """Have a program that waits for that enter."""
+        held, self.held = self.held, None
+        if held and held[0]:
+            release_at_entry(self.keepers[0] if self.keepers
+                             else Tracer(self.tgid), held[0][0], timeout)
 
     def do_cooled(self):
         """The sites that were taken out since this was last asked."""
@@ -11110,7 +11155,11 @@ class Guard:
     def _abandoned(self):
         """The front end has gone: take everything out, however long."""
         self.is_over = True
-        limit = time.monotonic() + _LAST_RESORT_S
+        limit, self.follows = time.monotonic() + _LAST_RESORT_S, False
+        try:
+            self.do_release(5)
+        except UbpError as error:
+            log.debug("%s", error)
         while self.keepers and time.monotonic() < limit:
             try:
                 self.do_rest(5)
@@ -11290,6 +11339,7 @@ _LOOK_EACH_S = 0.05
 _SHORT_LIST = 40            # libraries; a longer list is not read whole each
 _LOOK_WHOLE = 10            # time, but each so many times
 _RATE_EACH = 4              # looks, from one look at rates to the next
+_LOOKS_AT_EXEC = 10         # for each look at libraries, to follow an exec
 
 
 class LinkMap:
@@ -11364,8 +11414,9 @@ class LibraryWatcher:
     at rates where they are limited."""
 
     def __init__(self, target, link_map):
-        self._target, self._link_map = target, link_map
+        self._target, self.link_map = target, link_map
         self._is_over = threading.Event()
+        self._each = target._follows and _LOOKS_AT_EXEC or 1
         self._thread = threading.Thread(
             target=self._run, daemon=True,
             name="ubp-libraries-%d" % target.pid)
@@ -11373,19 +11424,26 @@ class LibraryWatcher:
 
     def _run(self):
         n = 0
-        while not self._is_over.wait(_LOOK_EACH_S):
+        while not self._is_over.wait(_LOOK_EACH_S / self._each):
             n += 1
-            guardian = self._target._guardian
-            if guardian is not None and guardian.has_ended():
-                self._locked(self._target._rescue)
-            if n % _RATE_EACH == 0:
-                self._locked(self._target._check_rates,
-                             _RATE_EACH * _LOOK_EACH_S)
-            if self._link_map.has_changed() or (
-                    n % _LOOK_WHOLE == 0 and self._target._has_stale()):
-                self._locked(self._target._look_for_libraries)
-            elif n % _LOOK_WHOLE == 0:
-                self._locked(self._target._look_at_text)
+            if self._target._has_become():
+                self._locked(self._target._meet_exec)
+            elif n % self._each == 0:
+                self._look(n // self._each)
+
+    def _look(self, n):
+        """The n-th look at everything else."""
+        guardian = self._target._guardian
+        if guardian is not None and guardian.has_ended():
+            self._locked(self._target._rescue)
+        if n % _RATE_EACH == 0:
+            self._locked(self._target._check_rates,
+                         _RATE_EACH * _LOOK_EACH_S)
+        if self.link_map.has_changed() or (
+                n % _LOOK_WHOLE == 0 and self._target._has_stale()):
+            self._locked(self._target._look_for_libraries)
+        elif n % _LOOK_WHOLE == 0:
+            self._locked(self._target._look_at_text)
 
     def _locked(self, function, *args):
         """Call it, unless we are to end: who stops us holds the lock."""
@@ -11540,27 +11598,33 @@ class Removal(NamedTuple):
 class Target:
     """A process under observation; from attach() or launch()."""
 
-    def __init__(self, pid, process=None):
+    def __init__(self, pid, process=None, follows=False):
         self.pid, self.comm = pid, comm(pid)
         self.notes = []
         self.removal = Removal(0, 0, 0, 0, (), ())
         self._process = process     # _Child, if we launched it
         self._owner = os.getpid()
-        self._tracer = Tracer(pid)
-        self._worker = Worker(self._tracer)
         self._lock = threading.RLock()
         self._probes = []
         self._traced, self._reader = [], EventReader(self)
-        self._installer = Installer(
-            self._tracer, os.environ.get("UBP_ARENA", "auto"), self._note)
-        self._modules = self._planner = None
+        self._begin(Tracer(pid))
         self._is_closed, self._guardian = False, None
         self._watcher = None        # of libraries that come and go
-        self._gone_modules, self._insns = [], {}
         self._n_looked = 0          # sites whose text was looked at again
+        self._gone_modules = []
+        self._follows = follows     # the programs that it becomes by exec
+        self._identity = b""        # of the program that it is
+        self._is_other = False      # than the one that was attached to
         self._is_kept = False       # launched, at its entry point, by SIGSTOP
         self._max_rate = float("inf")       # of hits by int3 or hw
         self._rates = {}            # {(HardwarePart, Site): hits before}
+
+    def _begin(self, tracer):
+        """What is known of one program; an exec makes all of it void."""
+        self._tracer, self._worker = tracer, Worker(tracer)
+        self._installer = Installer(
+            tracer, os.environ.get("UBP_ARENA", "auto"), self._note)
+        self._modules, self._planner, self._insns = None, None, {}
 
     def __enter__(self):
         return self
@@ -11646,14 +11710,22 @@ class Target:
 
     def _get_modules(self, anew=False):
         if self._modules is None or anew:
+            self._identity = program_identity(self.pid)
             self._modules = modules(self.pid)
         return self._modules
 
     def _sites(self, where):
         """The sites of one or more patterns, each once."""
         sites = collections.OrderedDict()
-        for pattern in [where] if isinstance(where, str) else where:
-            for site in self.find(pattern):
+        for pattern in _patterns(where):
+            try:
+                found = self.find(pattern)
+            except SymbolError as error:
+                if not self._follows:
+                    raise
+                self._note("%s: not yet" % error)
+                continue
+            for site in found:
                 sites.setdefault((site.vaddr, site.is_return), site)
         return list(sites.values())
 
@@ -11673,12 +11745,18 @@ class Target:
         self._check_open("probe")
         strategies = strategies_of(strategy)
         with self._lock:
+            if self._is_other or not self._follows and self._has_become():
+                raise TraceeGone("probe", self._tracer.name(), "it became "
+                                 "another program (exec)", "attach again, or "
+                                 "with follow_exec")
             sites = self._sites(where)
-            is_return = any(site.is_return for site in sites)
-            if is_return and not all(site.is_return for site in sites):
+            exits = {parse_probe(pattern).is_return
+                     for pattern in _patterns(where)}
+            if len(exits) > 1:
                 raise ProbeError("probe", _where_text(where), "entries and "
                                  "exits in one probe", "use two probes")
-            spec, entry = make_specs(self._chosen(action), when, is_return)
+            spec, entry = make_specs(self._chosen(action), when,
+                                     True in exits)
             _check_hardware(action, spec, sites, strategies, where)
             if len(sites) > max_sites:
                 raise ProbeError(
@@ -11694,17 +11772,12 @@ class Target:
                        timeout)
             plans = _by_address(sites, lambda n, site: self._plan(
                 site, spec, n, len(sites), entry, strategies))
-            probe.refused = [plan for plan in plans if not plan.strategy]
-            good = [plan for plan in plans
-                    if plan.strategy in ("jump", "int3")]
-            self._arm_hardware(probe, [plan.site for plan in plans
-                                       if plan.strategy == "hw"], timeout)
-            if good:
-                self._with_ptrace(lambda: self._arm(probe, good, timeout),
-                                  timeout, [probe])
+            self._arm_plans(probe, plans, timeout, [probe])
+            if self._follows and self._guardian is None:
+                self._with_ptrace(lambda: None, timeout)
             if self._planner is not None:
                 self._planner.keep_only(self._installer.patches)
-            if not probe.sites:
+            if not (probe.sites or self._follows):
                 raise _none_armed(where, probe.refused)
             self._probes.append(probe)
             if probe._rings and (probe._is_of_stacks
@@ -11718,6 +11791,16 @@ class Target:
                 self._watcher = LibraryWatcher(self, LinkMap(
                     self.pid, self._read, self._get_modules()))
             return probe
+
+    def _arm_plans(self, probe, plans, timeout, new=()):
+        """Arm what was planned; new: probes to take out if that fails."""
+        probe.refused += [plan for plan in plans if not plan.strategy]
+        self._arm_hardware(probe, [plan.site for plan in plans
+                                   if plan.strategy == "hw"], timeout)
+        good = [plan for plan in plans if plan.strategy in ("jump", "int3")]
+        if good:
+            self._with_ptrace(lambda: self._arm(probe, good, timeout),
+                              timeout, new)
 
     def _check_rates(self, seconds):
         """Take out what was hit too often in the last so many seconds."""
@@ -11752,7 +11835,8 @@ class Target:
         those that went with libraries that are gone."""
         with self._lock:
             if (self._watcher is None or self._is_closed
-                    or not self._probes or not self.alive):
+                    or not self._probes or not self.alive
+                    or self._is_other or self._has_become()):
                 return
             before = {(m.path, m.low, m.high): m
                       for m in self._modules or ()}
@@ -11800,12 +11884,13 @@ class Target:
             if patch.records:
                 vaddr, old, new = patch.records[-1][1].patches[-1]
                 text = _text_at(self._tracer, vaddr, len(new))
-                if text not in (None, old, new):
+                if text not in (None, old, new) and not self._has_become():
                     self._note("the code of %s was changed by the program or "
                                "by another tool: its hits may not be counted "
                                "any more" % site_name(patch.site))
         for arena in self._installer.arenas:
-            if not _is_mapped_still(self._tracer, arena):
+            if not (_is_mapped_still(self._tracer, arena)
+                    or self._has_become()):
                 self._note("it has unmapped ubp's memory at 0x%x: a hit of "
                            "what led there ends it" % arena.base)
 
@@ -11829,12 +11914,101 @@ class Target:
                 module.name, time.strftime("%H:%M:%S"), len(gone)))
         self._gone_modules.append(module)   # results still tell of it
 
-    def _extend(self, probe, fresh, timeout):
-        """Arm what a probe's patterns mean in new modules."""
+    # -- another program ----------------------------------------------------
+
+    def _has_become(self):
+        """Is it another program by now, by exec?"""
+        now = self._identity and program_identity(self.pid)
+        return bool(now) and now != self._identity
+
+    def _meet_exec(self, timeout=5):
+        """It became another program, and what was in the old one is gone."""
+        with self._lock:
+            if self._is_closed or not self._has_become():
+                return
+            held, when = None, time.monotonic()
+            if self._guardian is not None:
+                held, when = self._guardian.call("held") or (None, when)
+                self._guardian.is_armed = False
+            n_gone = sum(map(_n_armed, self._probes))
+            self._drop_program(timeout)
+            text = "it became %s (exec) at %s: %d sites are gone" % (
+                self.comm, time.strftime("%H:%M:%S"), n_gone)
+            if self._follows:
+                self._follow(held, timeout)
+                text += ", %d armed %s" % (
+                    sum(map(_n_armed, self._probes)),
+                    "before its entry point" if held else "%.0f ms later: "
+                    "what it called until then is not counted" % (
+                        1e3 * (time.monotonic() - when)))
+            else:
+                self._is_other = True
+            self._note(text)
+
+    def _drop_program(self, timeout):
+        """Keep what was computed; forget the rest of the old program."""
+        clock = self._installer.clock
+        if clock is not None:
+            self._reader.keep([probe for probe in self._traced
+                               if probe._rings], clock)
+        for arena in self._installer.arenas:
+            arena.lose()
+        for probe in self._probes:
+            for part in probe._parts:
+                for site in list(part.sites):
+                    part.drop(site)
+                part.remove()
+        # Nothing is written to where the arenas were: it finds them gone.
+        # Children that had inherited them are restored.
+        self._worker.call(lambda: self._installer.take_out(
+            self._probes, time.monotonic() + timeout), timeout)
+        self._worker.stop()
+        self._gone_modules += self._modules or ()
+        if self._planner is not None:
+            self._planner.close()
+        self.comm, pause_us = comm(self.pid), self._tracer.pause_us
+        tracer = Tracer(self.pid)
+        tracer.may_suspend, tracer.pause_us = (self._tracer.may_suspend,
+                                               pause_us)
+        self._begin(tracer)
+        self._installer.clock = clock
+        self._identity = program_identity(self.pid)
+
+    def _follow(self, held, timeout):
+        """Arm what the probes mean in the program that it became.
+
+        held   (stub, entry): the guardian has led it to a waiting_stub
+        """
+        try:
+            limit = time.monotonic() + timeout
+            while held and time.monotonic() < limit and not _is_waiting(
+                    self.pid, held[0]):
+                time.sleep(0.0005)
+            every = self._get_modules(True)
+            self._planner = Planner(self.pid, self._read)
+            self._planner.patches = self._installer.patches
+            for probe in self._probes:
+                self._look([each for each in (probe._spec, probe._entry)
+                            if each], probe._strategies, timeout)
+                try:
+                    self._extend(probe, every, timeout, True)
+                except (ProbeError, SymbolError) as error:
+                    self._note(str(error))
+            self._watcher.link_map = LinkMap(self.pid, self._read, every)
+            if self._guardian is None or not self._guardian.is_armed:
+                self._with_ptrace(lambda: None, timeout)
+        finally:
+            if held and self._guardian is not None:
+                self._guardian.call("release", timeout, timeout=timeout)
+
+    def _extend(self, probe, fresh, timeout, is_other=False):
+        """Arm what a probe's patterns mean in new modules.
+
+        is_other   they are of another program: memory is watched there, too
+        """
         sites = collections.OrderedDict()
-        where = [probe.where] if isinstance(probe.where, str) else probe.where
-        for spec in map(parse_probe, where):
-            if spec.vaddr is None and not spec.watch:
+        for spec in map(parse_probe, _patterns(probe.where)):
+            if spec.vaddr is None and (is_other or not spec.watch):
                 try:
                     found = find(fresh, spec, self._read)
                 except SymbolError as error:
@@ -11852,19 +12026,14 @@ class Target:
         plans = [self._plan(site, probe._spec, first + n, 2, probe._entry,
                             probe._strategies)
                  for n, site in enumerate(sites.values())]
-        probe.refused += [plan for plan in plans if not plan.strategy]
         n_before = len(probe.sites)
-        self._arm_hardware(probe, [plan.site for plan in plans
-                                   if plan.strategy == "hw"], timeout)
-        good = [plan for plan in plans if plan.strategy in ("jump", "int3")]
-        if good:
-            self._with_ptrace(lambda: self._arm(probe, good, timeout),
-                              timeout)
+        self._arm_plans(probe, plans, timeout)
         self._planner.keep_only(self._installer.patches)
-        self._note("%s was loaded at %s: %d sites more" % (
-            ", ".join(sorted({site.module.name for site
-                              in sites.values()})),
-            time.strftime("%H:%M:%S"), len(probe.sites) - n_before))
+        if not is_other:
+            self._note("%s was loaded at %s: %d sites more" % (
+                ", ".join(sorted({site.module.name for site
+                                  in sites.values()})),
+                time.strftime("%H:%M:%S"), len(probe.sites) - n_before))
 
     def _arm_hardware(self, probe, sites, timeout):
         """Debug registers for sites: for all of them, or none."""
@@ -11906,7 +12075,7 @@ class Target:
         """
         guardian, n, began = self._guardian, 0, time.monotonic()
         if guardian is not None and guardian.is_armed:
-            n = self._rest(timeout)
+            n = self._rest(timeout) * bool(self._installer.traps())
         result = self._worker.call(function, timeout)
         try:
             self._arm_traps(timeout)
@@ -11967,7 +12136,7 @@ class Target:
     def _arm_traps(self, timeout):
         """Have the guardian do what is to be done; it comes and goes."""
         traps = self._installer.traps()
-        if not traps:
+        if not (traps or self._follows):
             guardian, self._guardian = self._guardian, None
             if guardian is not None:
                 guardian.close(timeout)
@@ -11977,7 +12146,8 @@ class Target:
         if self._tracer.held:
             self._worker.call(self._hand_over, timeout)
         refused, pause_us = self._guardian.call(
-            "arm", traps, timeout, self._max_rate, timeout=timeout)
+            "arm", traps, timeout, self._max_rate, self._follows,
+            timeout=timeout)
         self._guardian.is_armed = True
         self._tracer.pause_us = max(self._tracer.pause_us, pause_us)
         for vaddr in refused:
@@ -12096,9 +12266,10 @@ class Target:
         by frame pointers only where all code has them."""
         if not isinstance(action, Stack) or action.unwind:
             return action
-        is_fp = all(has_frame_pointers(module) is not False
-                    for module in self._get_modules()
-                    if module.text and module.name != VDSO)
+        is_fp = not self._follows and all(
+            has_frame_pointers(module) is not False
+            for module in self._get_modules()
+            if module.text and module.name != VDSO)
         return Stack(action.depth, action.sum, "fp" if is_fp else "cfi")
 
     def _warn_of_seccomp(self):
@@ -12160,6 +12331,7 @@ class Target:
             raise ProbeError("detach from", "pid %d (%s)" % (
                 self.pid, self.comm), "the function of a Call runs in this "
                 "process", "remove() those probes first")
+        self._stop_following()
         if any(probe._parts for probe in self._probes):
             raise ProbeError("detach from", "pid %d (%s)" % (
                 self.pid, self.comm), "debug registers end with the process "
@@ -12185,12 +12357,21 @@ class Target:
             return
         with self._lock:
             try:
+                self._stop_following()
                 if self._installer.arenas or self._probes:
                     self._remove(self._probes, timeout)
                 self._is_closed = not self._installer.arenas
             finally:
                 self.run()
                 self._let_go()
+
+    def _stop_following(self):
+        """Let an exec end the probes; a guardian for int3s goes on."""
+        if self._follows:
+            with self._lock:
+                self._follows = False
+                if self._guardian and not self._installer.traps():
+                    self._with_ptrace(lambda: None, 5)
 
     def _let_go(self):
         """Give back the thread and the descriptors; they can come again."""
@@ -12275,6 +12456,28 @@ def _plan_hardware(site, spec, entry):
     else:
         return SitePlan(site, "hw", None, 0, "", "", (), spec)
     return SitePlan(site, "", None, 0, "hw", why, ())
+
+
+def _patterns(where):
+    """The patterns that a user asked to be probed. -> [text]"""
+    return [where] if isinstance(where, str) else list(where)
+
+
+def _n_armed(probe):
+    """How many sites of a probe are in place."""
+    patches = probe._target._installer.patches.values()
+    return len({body.plan.site for patch in patches for body in patch.bodies
+                if body.probe is probe}) + sum(
+                    len(part.sites) for part in probe._parts)
+
+
+def program_identity(pid):
+    """What tells a program from what it becomes by exec; b"": not known.
+
+    Its auxiliary vector: where the kernel has put the program, the loader,
+    the vdso and 16 random bytes, proc(5) and getauxval(3).
+    """
+    return read_proc("/proc/%d/auxv" % pid)
 
 
 def _by_address(sites, plan):
@@ -12514,13 +12717,13 @@ class Launch:
     it is stopped. No byte of text changes, and if we die it just goes on.
     """
 
-    def __init__(self, tracer, child):
+    def __init__(self, tracer, child=None):
         self.tracer, self.child = tracer, child
-        self.tid = child.pid
+        self.tid, self.limit = tracer.tgid, time.monotonic() + 1
 
     def run(self, timeout):
         """-> 0, or the errno of a failed exec."""
-        self._limit = time.monotonic() + timeout
+        self.limit = time.monotonic() + timeout
         tid = self.tid
         ptrace(PTRACE_SEIZE, tid, 0,
                PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEEXEC)
@@ -12530,16 +12733,39 @@ class Launch:
             return self.child.exec_error()
         self.child.exec_error()
         self.tracer.birth = start_time(tid)
-        thread = Thread(tid, tid)
-        self.tracer.threads = {tid: thread}
-        self._event_stop(thread)
-        self.tracer.maps = read_maps(tid)
+        thread, auxv, entry = self.look()
         self.tracer.held = True
-        auxv = read_proc("/proc/%d/auxv" % tid)
-        entry = dict(struct.iter_unpack("<QQ", auxv)).get(AT_ENTRY, 0)
         if entry != ubp_x86.program_counter(thread.regs):
             self._through_loader(thread, auxv, entry)
         return 0
+
+    def look(self):
+        """In the stop of its exec. -> (Thread, auxv, vaddr of its entry)"""
+        thread = Thread(self.tid, self.tid)
+        self.tracer.threads = {self.tid: thread}
+        self._event_stop(thread)
+        self.tracer.maps = read_maps(self.tid)
+        auxv = read_proc("/proc/%d/auxv" % self.tid)
+        return thread, auxv, dict(struct.iter_unpack("<QQ", auxv)).get(
+            AT_ENTRY, 0)
+
+    def entry_word(self, thread, auxv):
+        """The vaddr of AT_ENTRY's value on the stack, or 0."""
+        low = ubp_x86.stack_pointer(thread.regs)
+        end = next((m.end for m in self.tracer.maps
+                    if m.start <= low < m.end), low)
+        at = self.tracer.read(low, end - low).find(auxv)
+        place = struct.pack("<Q", AT_ENTRY)
+        field = next((n for n in range(0, len(auxv), 16)
+                      if auxv[n:n + 8] == place), -1)
+        return 0 if at < 0 or field < 0 else low + at + field + 8
+
+    def map_stub(self):
+        """A page of the program for code. -> its vaddr, or -errno"""
+        with Injection(self.tracer) as injection:
+            return injection.call(
+                SYS_mmap, 0, PAGE, PROT_READ | PROT_EXEC,
+                MAP_PRIVATE | MAP_ANONYMOUS, -1 & 0xffffffffffffffff, 0)
 
     def _ended(self):
         """The error for a program that ended before its entry point."""
@@ -12562,13 +12788,14 @@ class Launch:
             start, signo, status = True, 0, None
             while status is None:
                 status = wait_nohang(self.tid)
-                if status is None and time.monotonic() > self._limit:
-                    raise UbpTimeout("start", " ".join(self.child.argv),
+                if status is None and time.monotonic() > self.limit:
+                    raise UbpTimeout("start", self.tracer.name(),
                                      "it did not reach its entry point")
                 if status is None:
                     time.sleep(0.00005)
             if status & 0xff != 0x7f:
-                self.child.note_end(status)
+                if self.child is not None:
+                    self.child.note_end(status)
                 return False
             if is_wanted(status):
                 return True
@@ -12585,22 +12812,10 @@ class Launch:
 
     def _through_loader(self, thread, auxv, entry):
         """Run the loader; stop where it would enter the program."""
-        low = ubp_x86.stack_pointer(thread.regs)
-        end = next((m.end for m in self.tracer.maps
-                    if m.start <= low < m.end), low)
-        at = self.tracer.read(low, end - low).find(auxv)
-        place = struct.pack("<Q", AT_ENTRY)
-        field = next((n for n in range(0, len(auxv), 16)
-                      if auxv[n:n + 8] == place), -1)
-        if at < 0 or field < 0:
+        word = self.entry_word(thread, auxv)
+        stub = self.map_stub() if word else 0
+        if stub <= 0:
             return                  # probes find what is mapped by now
-        word = low + at + field + 8
-        with Injection(self.tracer) as injection:
-            stub = injection.call(
-                SYS_mmap, 0, PAGE, PROT_READ | PROT_EXEC,
-                MAP_PRIVATE | MAP_ANONYMOUS, -1 & 0xffffffffffffffff, 0)
-        if stub < 0:
-            return
         self.tracer.write_text(stub, ubp_x86.entry_stub(entry))
         write_memory(self.tid, word, struct.pack("<Q", stub))
         if not self._until(self._is_in(stub), PTRACE_SYSCALL):
@@ -12623,32 +12838,100 @@ class Launch:
         return is_wanted
 
 
+# Who has to hold a program that a target becomes by exec is the guardian;
+# who arms it is the front end. So it is led to a stub, as a launched one
+# is, but waits there untraced, for a limited time.
+
+_STUB_WAIT_S = 5                # for a front end that does not come
+
+
+def hold_at_entry(tgid):
+    """Lead a program to a waiting_stub. -> (its vaddr, the entry), or None
+
+    In the stop of its exec; what traces it detaches next.
+    """
+    tracer = Tracer(tgid)
+    launch_ = Launch(tracer)
+    thread, auxv, entry = launch_.look()
+    word = 0
+    if entry != ubp_x86.program_counter(thread.regs):
+        word = launch_.entry_word(thread, auxv)
+        if not word:
+            return None
+    stub = launch_.map_stub()
+    if stub < 0:
+        return None
+    tracer.write_text(stub, ubp_x86.waiting_stub(entry, word, _STUB_WAIT_S))
+    if word:
+        write_memory(tgid, word, struct.pack("<Q", stub))
+    else:
+        tracer.set_regs(tgid, ubp_x86.at_entry(thread.regs, stub))
+    tracer.close()
+    return stub, entry
+
+
+def _is_waiting(pid, stub):
+    """Does a program sleep in its waiting_stub?"""
+    words = read_proc("/proc/%d/syscall" % pid).split()
+    return len(words) == 9 and stub <= int(words[8], 16) < stub + PAGE
+
+
+def release_at_entry(tracer, stub, timeout):
+    """Have the program in a waiting_stub enter, and unmap that."""
+    def action():
+        entry = ubp_x86.waiting_stub_entry(tracer.read(stub, 256))
+        if entry is None:
+            return                  # it is not there any more
+        for thread in tracer.threads.values():
+            vaddr = ubp_x86.program_counter(thread.regs) - stub
+            if 0 <= vaddr < PAGE:
+                if not ubp_x86.has_begun_waiting(thread.regs, stub):
+                    raise Again("it is on its way to its entry")
+                thread.regs = ubp_x86.at_entry(thread.regs, entry)
+                tracer.set_regs(thread.tid, thread.regs)
+        with Injection(tracer) as injection:
+            injection.call(SYS_munmap, stub, PAGE)
+    tracer.pause(action, timeout, "enter")
+
+
+def waiting_stubs(pid):
+    """The vaddrs of waiting_stubs that nobody has unmapped. -> [vaddr]"""
+    return [m.start for m in read_maps(memory_tid(pid))
+            if m.perms == "r-xp" and not m.inode and not m.path
+            and m.end - m.start == PAGE and ubp_x86.waiting_stub_entry(
+                _peek(pid, m.start, 256) or b"") is not None]
+
+
 # -- the functions ----------------------------------------------------------
 
-def attach(pid, timeout=5, suspend_seccomp=False):
+def attach(pid, timeout=5, suspend_seccomp=False, follow_exec=False):
     """Observe a running process. -> Target
 
     pid   of a process that we may ptrace; nothing is stopped or changed
+    follow_exec   arm the patterns of probes in the programs that it becomes
+          by exec, too, before their entry points; one that names nothing
+          yet is no error. A guardian traces it meanwhile
     suspend_seccomp   where a seccomp filter forbids what arming injects,
           suspend it meanwhile (as root): a kill -9 of this process in that
           third of a millisecond may then kill the target
     Raises AttachError, which says what stands in the way.
     """
     check_target(pid)
-    target = Target(pid)
+    target = Target(pid, follows=follow_exec)
     target._tracer.may_suspend = suspend_seccomp
     return target
 
 
-def launch(argv, timeout=5):
+def launch(argv, timeout=5, follow_exec=False):
     """Start a program and hold it at its entry point. -> Target
 
     argv   [program, arguments…], found as execvp(3) does
+    follow_exec   as attach() has it
     Its libraries are loaded, none of its own code has run. Target.run(),
     wait(), detach() or close() let it go. Raises AttachError.
     """
     child = _Child(list(argv))
-    target = Target(child.pid, child)
+    target = Target(child.pid, child, follow_exec)
     target.comm = os.path.basename(child.path)
     launcher = Launch(target._tracer, child)
     try:
@@ -12898,6 +13181,9 @@ def _clean(tracer, take_all, timeout):
                 view.records))
     for arenas in owners.values():
         total += _restore_everywhere(tracer, arenas, limit)
+    for stub in waiting_stubs(tracer.tgid):
+        release_at_entry(tracer, stub, max(0.5, limit - time.monotonic()))
+        total += Removal(0, 0, 0, 1, (tracer.tgid,), ())
     n_closed = _close_descriptors(tracer, limit)
     if n_closed:
         total += Removal(0, 0, 0, n_closed, (tracer.tgid,), ())
@@ -14545,6 +14831,10 @@ OPTIONS = collections.OrderedDict([
         action="store_true",
         help="where a seccomp filter forbids what arming injects, suspend it "
              "meanwhile (root); a kill -9 of ubp just then may kill it"))),
+    ("--follow-exec", (PROBING, dict(
+        action="store_true",
+        help="probe the programs that it becomes by exec, too, before their "
+             "entry points; meanwhile a guardian traces it"))),
     ("--max-rate", (PROBING, dict(
         metavar="N", type=parse_number,
         help="take out an int3 or debug register that is hit more than N "
@@ -14962,13 +15252,14 @@ def open_targets(options):
     is true of all.
     """
     if options.command:
-        return [launch(options.command)]
+        return [launch(options.command, follow_exec=options.follow_exec)]
     targets, errors = [], []
     for pid in options.pids:
         try:
             targets.append(attach(
                 pid, suspend_seccomp=getattr(options, "suspend_seccomp",
-                                             False)))
+                                             False),
+                follow_exec=getattr(options, "follow_exec", False)))
         except UbpError as error:
             errors.append(error)
     report_all(errors, bool(targets))
@@ -16021,7 +16312,10 @@ class Session:
         for note in target.notes:
             say(note)
         watched.n_notes = len(target.notes)
-        if target._guardian is not None:
+        if target._guardian is not None and options.follow_exec:
+            say("followed through exec by pid %d, which traces it"
+                % target._guardian.process.pid)
+        if target._installer.traps():
             say("the int3s are kept by pid %d: killed %sby kill -9, the next "
                 "hit kills %s" % (
                     target._guardian.process.pid,
@@ -16121,6 +16415,9 @@ class Session:
             self.reason = "until"
         elif not any(watched.is_running for watched in self.watched):
             self.reason = "exit"
+        elif not self.options.command and all(
+                watched.target._is_other for watched in self.watched):
+            self.reason = "exec"
         elif not self.options.command and not self.out.has_reader():
             self.reason = "reader gone"
         elif elapsed >= (self.options.duration or 1e12):

@@ -7623,3 +7623,36 @@ def entry_stub(entry):
     """
     return (mov_r32_imm32(RAX, 39) + SYSCALL_RET[:2]
             + b"\xff\x25\0\0\0\0" + _U64.pack(entry))
+
+
+# mov $35,%eax (nanosleep); lea 18(%rip),%rdi; xor %esi,%esi; syscall;
+# jmp *[rip+0]: of a waiting_stub, behind what it writes.
+_WAIT_AND_GO = (b"\xb8\x23\0\0\0\x48\x8d\x3d\x12\0\0\0\x31\xf6\x0f\x05"
+                b"\xff\x25\0\0\0\0")
+_WAIT_AT = 23
+
+
+def waiting_stub(entry, word, seconds):
+    """Code for a program that was just executed: wait, then enter it.
+
+    entry    where it goes on;   seconds   that it waits, at most
+    word     the vaddr that led here and is to hold entry again, or 0
+    A tracer that comes in time ends the wait by at_entry(). Without one it
+    ends by itself.   mov $entry,%rax; mov $word,%rcx; mov %rax,(%rcx)
+    """
+    return (b"\x48\xb8" + _U64.pack(entry) + b"\x48\xb9" + _U64.pack(word)
+            + (b"\x48\x89\x01" if word else b"\x0f\x1f\x00")
+            + _WAIT_AND_GO + struct.pack("<QQQ", entry, seconds, 0))
+
+
+def waiting_stub_entry(code):
+    """Where a waiting_stub leads to, or None if code is none."""
+    at = _WAIT_AT + len(_WAIT_AND_GO)
+    if code[_WAIT_AT:at] != _WAIT_AND_GO or len(code) < at + 8:
+        return None
+    return _U64.unpack_from(code, at)[0]
+
+
+def has_begun_waiting(regs, vaddr):
+    """Is a thread in the waiting_stub at vaddr, and done with its write?"""
+    return _WAIT_AT <= program_counter(regs) - vaddr < 4096

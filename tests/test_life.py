@@ -5,6 +5,7 @@ primes; what may not change is read from /proc.
 """
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1287,6 +1288,168 @@ class Changes(unittest.TestCase):
                 target.close()
                 process.ask("c")
                 process.quit()
+
+
+class Exec(unittest.TestCase):
+    """Targets that become other programs: execs.c counts its own calls."""
+
+    BEFORE, CALLS = 211, 1009
+    # what is launched, %s the program | calls of step, over all programs
+    LAUNCHED = """
+    %s once                              | 1009
+    %s fail                              | 1009
+    %s chain 5                           | 2064
+    %s thread 3                          | 1642
+    /bin/sh -c 'exec %s once'            | 1009
+    /bin/sh -c 'true; exec env %s chain' | 1220
+    """
+
+    def test_a_launched_program_is_followed_from_its_first_instruction(self):
+        path = live.build("execs")
+        for line in self.LAUNCHED.strip().splitlines():
+            command, n = [w.strip() for w in line.split("|")]
+            for strategy in ("jump", "int3"):
+                with self.subTest(command, strategy=strategy), ubp.launch(
+                        shlex.split(command % path),
+                        follow_exec=True) as target:
+                    probe = target.probe("exe:step", ubp.Count(),
+                                         strategy=strategy)
+                    trace = target.probe("exe:step", ubp.Trace("arg0"),
+                                         "arg0 == 7", strategy)
+                    self.assertTrue(target.wait(30))
+                    self.assertEqual(int(n), probe.read(), target.notes)
+                    self.assertEqual(
+                        [(7,)] * trace.hits,
+                        [event.values for event in target.events(0)])
+                    self.assertEqual(7, target.returncode)
+
+    def test_an_attached_one_is_followed_and_left_as_it_was(self):
+        for strategy in ("jump", "int3", "jump,hw", "hw"):
+            with self.subTest(strategy), live.Target(
+                    "execs", "wait", "9") as process:
+                before = live.Snapshot(process.pid)
+                with ubp.attach(process.pid, follow_exec=True) as target:
+                    if "hw" in strategy:
+                        self.skip_without_registers()
+                    probe = target.probe("exe:step", ubp.Count(by="arg0 < 9"),
+                                         strategy=strategy)
+                    watch = "hw" in strategy and target.probe(
+                        "mem:counter:rw", ubp.Count(), strategy="hw")
+                    for turn in range(3):
+                        self.assertEqual(self.BEFORE, process.ask("c")["n"])
+                        self.assertEqual(self.BEFORE, process.ask("x")["n"])
+                        self.assertEqual("how=wait", process.line()[6:])
+                    process.ask("c")
+                    self.assertEqual({0: 7 * 202, 1: 7 * 9}, probe.read())
+                    if watch:
+                        self.assertEqual(7 * self.BEFORE, watch.read())
+                after = live.Snapshot(process.pid)
+                self.assertEqual([], after.text)
+                self.assertEqual({}, after.tracers)
+                self.assertEqual(before.fds, after.fds)
+                self.assertEqual([], live.arenas(process.pid))
+                self.assertEqual([], ubp.waiting_stubs(process.pid))
+                process.quit()
+
+    def skip_without_registers(self):
+        try:
+            ubp.check_debug_registers()
+        except ubp.ProbeError as refusal:
+            self.skipTest(str(refusal))
+
+    def test_all_that_is_mapped_is_the_programs_own(self):
+        with live.Target("execs", "wait", "9") as process:
+            with ubp.attach(process.pid, follow_exec=True) as target:
+                target.probe("exe:step", ubp.Count())
+                process.ask("x")
+                process.line()
+            self.assertEqual([], [
+                m for m in live.maps(process.pid) if "x" in m.permissions
+                and not m.path])
+            process.quit()
+
+    def test_unfollowed_its_sites_are_reported_as_gone(self):
+        for strategy in ("jump", "int3"):
+            with self.subTest(strategy), live.Target(
+                    "execs", "wait", "9") as process, \
+                    ubp.attach(process.pid) as target:
+                probe = target.probe("exe:step", ubp.Count(),
+                                     strategy=strategy)
+                process.ask("x")
+                process.line()
+                self.assertTrue(live.settled(lambda: any(
+                    "(exec)" in note and "1 sites are gone" in note
+                    for note in target.notes)), target.notes)
+                process.ask("c")
+                self.assertEqual(self.BEFORE, probe.read())
+                self.assertEqual([], live.changed_text(process.pid))
+                with self.assertRaises(ubp.TraceeGone):
+                    target.probe("exe:step", ubp.Count())
+                target.close()
+                process.quit()
+
+    def test_killed_by_9_while_it_follows_the_program_goes_on(self):
+        for delay in (0.0, 0.001, 0.003, 0.006, 0.01, 0.02, 0.05):
+            with self.subTest(delay), live.Target(
+                    "execs", "wait", "9") as process:
+                with live.python(
+                        "t = ubp.attach(%d, follow_exec=True)\n"
+                        "t.probe('exe:step', ubp.Count())\n"
+                        "print(t._guardian.process.pid, flush=True)\n"
+                        "time.sleep(60)\n" % process.pid) as tracer:
+                    guardian = int(tracer.line())
+                    process.send("x")
+                    time.sleep(delay)
+                    os.kill(guardian, signal.SIGKILL)
+                    tracer.kill()
+                self.assertEqual(self.BEFORE, process.answer()["n"])
+                self.assertEqual("ready how=wait", process.line())
+                self.assertEqual(self.BEFORE, process.ask("c")["n"])
+                ubp.clean(process.pid, all=True)
+                self.assertEqual([], ubp.waiting_stubs(process.pid))
+                self.assertEqual([], live.changed_text(process.pid))
+                process.quit()
+
+    def test_signals_and_stops_pass_through_while_it_is_followed(self):
+        with live.Target("signals", seconds=60) as process:
+            with ubp.attach(process.pid, follow_exec=True) as target:
+                target.probe("exe:hot", ubp.Count())
+                for _ in range(5):
+                    os.kill(process.pid, signal.SIGSTOP)
+                    self.assertTrue(live.settled(
+                        lambda: set(live.states(process.pid)) == {"t"}))
+                    os.kill(process.pid, signal.SIGCONT)
+                    time.sleep(0.05)
+                answer = process.ask("r")
+                self.assertGreater(answer["received"], 100)
+            process.quit()
+
+    def test_the_command_follows_a_shell_that_execs(self):
+        path = live.build("execs")
+        with live.Process([
+                sys.executable, TOP + "/ubp.py", "count", "--follow-exec",
+                "--json", "exe:step", "--", "/bin/sh", "-c",
+                "exec %s chain 2" % path]) as command:
+            self.assertEqual(7, command.wait(30))
+            text = command.process.stdout.read().decode()
+            said = command.stderr()
+        self.assertIn("followed through exec by pid", said)
+        self.assertIn("armed before its entry point", said)
+        self.assertIn('"hits": %d' % (2 * self.BEFORE + self.CALLS), text)
+
+    def test_the_command_ends_when_its_target_became_another(self):
+        with live.Target("execs", "wait", "9") as process, live.Process([
+                sys.executable, TOP + "/ubp.py", "count", "--json", "-p",
+                process.pid, "exe:step"]) as command:
+            self.assertTrue(live.settled(
+                lambda: "Ctrl-C" in command.stderr(), 10))
+            process.ask("x")
+            self.assertEqual(0, command.wait(20))
+            text = command.process.stdout.read().decode()
+            self.assertIn('"reason": "exec", "hits": %d,' % self.BEFORE, text)
+            self.assertIn("(exec)", command.stderr())
+            process.line()
+            process.quit()
 
 
 @unittest.skipUnless(live.IS_ROOT, "suspending a filter takes root: sudo")
