@@ -8935,6 +8935,8 @@ _SYSCALLS_OF_CALLS = (              # that bodies make, as a filter sees them
     (SYS_futex, 0, FUTEX_WAKE, 1, 0, 0, 0),
     (SYS_gettid,), (SYS_clock_gettime, time.CLOCK_MONOTONIC, 0))
 _RECLAIM_S = 10                     # an answer that nobody fetched for longer
+_RECLAIM_SOON_S = 0.1               # the same where slots are scarce
+_LOOK_AT_SLOTS_S = 0.05
 _LAST_HANDLER_S = 0.25              # for one that runs while it is removed
 _MOST_STACK = 32 << 10              # bytes that stack() looks at
 
@@ -9218,9 +9220,11 @@ class Calls:
         while self._life is life:
             if not self._take(life):
                 self._sleep(life)
-            if self._fetched and time.monotonic() - looked > 1:
+            if self._fetched and time.monotonic() - looked > _LOOK_AT_SLOTS_S:
                 looked = time.monotonic()
                 self._reclaim(looked - _RECLAIM_S)
+                if len(self._fetched) > ubp_x86.N_CALLS // 2:
+                    self._reclaim(looked - _RECLAIM_SOON_S)
         with self._lock:
             if self._life is None:
                 self._buffer = None
@@ -9246,7 +9250,7 @@ class Calls:
         self._exchange(idle, 1)
         if not any(_ASKED.unpack_from(self._buffer, ubp_x86.CALLS_ASKED)) \
                 and self._life is life:
-            span = Timespec(1, 0)   # if there are answers to look after
+            span = Timespec(0, 10**8)   # with answers to look after
             _futex(SYS_futex, idle, FUTEX_WAIT, 1,
                    ctypes.addressof(span) if self._fetched else 0, 0, 0)
         self._exchange(idle, 0)
@@ -9326,7 +9330,7 @@ class Calls:
         import traceback
         probe.error = error
         text = "".join(traceback.format_exception(
-            type(error), error, error.__traceback__)).rstrip()
+            type(error), error, error.__traceback__.tb_next)).rstrip()
         logging.getLogger("ubp")    # whoever listens: the import is there
         log.error("the function of %r raised; the probe is taken out\n%s",
                   probe, text)

@@ -254,5 +254,380 @@ class Threads(unittest.TestCase):
             self.assertEqual([], target.notes)
 
 
+TRACER = """
+target = ubp.attach(int(sys.argv[1]))
+n = 0
+def look(hit):
+    global n
+    n += 1
+    print("hit=%d" % n, flush=True)
+    time.sleep(50)
+target.probe(sys.argv[2], ubp.Call(look, timeout=float(sys.argv[3])),
+             strategy=sys.argv[4])
+print("armed=1", flush=True)
+time.sleep(50)
+"""
+
+
+def tracer(process, where="exe:add", timeout=30, strategy="jump"):
+    """A ubp whose function never returns, in a process of its own."""
+    return live.python(TRACER, str(process.pid), where, str(timeout),
+                       strategy)
+
+
+class Death(unittest.TestCase):
+    """A tracer that dies, hangs or is stopped lets each thread go on."""
+
+    def waiting(self, process, n):
+        """Wait until n threads sleep in a futex of the arena."""
+        low = min(m.start for m in live.arenas(process.pid))
+        high = max(m.end for m in live.arenas(process.pid))
+
+        def count():
+            found = 0
+            for tid in live.threads(process.pid):
+                with open("/proc/%d/task/%d/syscall" % (
+                        process.pid, tid)) as f:
+                    words = f.read().split()
+                found += (words[0] == "202"
+                          and low <= int(words[1], 16) < high)
+            return found == n
+        self.assertTrue(live.settled(count, PATIENCE))
+
+    def test_kill_9_wakes_every_waiter(self):
+        """At once, though they would wait for 30 s."""
+        for where in "exe:add", "exe:add%return":
+            with self.subTest(where), live.Target(
+                    "handlers", "8", "100") as process:
+                before = live.Snapshot(process.pid)
+                with tracer(process, where) as other:
+                    self.assertEqual(1, other.answer(PATIENCE)["armed"])
+                    process.send("g")
+                    self.assertEqual(1, other.answer(PATIENCE)["hit"])
+                    self.waiting(process, 8)
+                    start = time.monotonic()
+                    other.kill()
+                answer = process.answer(PATIENCE)
+                self.assertLess(time.monotonic() - start, 5)
+                self.assertEqual((800, 0), (answer["calls"], answer["odd"]))
+                process.ask("g")                # and nobody waits any more
+                status = ubp.status(process.pid)[0].sites
+                self.assertEqual({1600}, {site.calls for site in status}
+                                 - {0})
+                ubp.clean(process.pid, timeout=PATIENCE)
+                live.Snapshot(process.pid).compare(self, before)
+                process.quit()
+
+    def test_exec_and_exit_of_the_tracer_do_the_same(self):
+        endings = ("import os; os.execv('/bin/true', ['true'])",
+                   "import os; os._exit(0)",
+                   "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+        for ending in endings:
+            with self.subTest(ending), live.Target(
+                    "handlers", "6", "100") as process:
+                code = TRACER.replace("time.sleep(50)\n\"", "")
+                code = code[:code.rindex("time.sleep")] + (
+                    "time.sleep(1)\n" + ending + "\n")
+                with live.python(code, str(process.pid), "exe:add", "30",
+                                 "jump") as other:
+                    self.assertEqual(1, other.answer(PATIENCE)["armed"])
+                    process.send("g")
+                    answer = process.answer(PATIENCE)
+                self.assertEqual((600, 0), (answer["calls"], answer["odd"]))
+                ubp.clean(process.pid, timeout=PATIENCE)
+                process.quit()
+
+    def test_a_stopped_tracer_costs_one_time_out(self):
+        """Then no hit waits until it is back; all are counted."""
+        with live.Target("handlers", "4", "200") as process:
+            before = live.Snapshot(process.pid)
+            with live.python("""
+target = ubp.attach(int(sys.argv[1]))
+probe = target.probe("exe:add", ubp.Call(lambda hit: None, timeout=0.5))
+print("armed=1", flush=True)
+for line in sys.stdin:
+    if line == "q\\n":
+        target.close()
+    print("recorded=%d dropped=%d notes=%d" % (
+        probe.read(), probe.dropped, len(target.notes)), flush=True)
+""", str(process.pid)) as other:
+                self.assertEqual(1, other.answer(PATIENCE)["armed"])
+                live.stop(other.pid)
+                answer = process.ask("g", PATIENCE)
+                self.assertEqual((800, 0), (answer["calls"], answer["odd"]))
+                self.assertGreater(answer["us"], 450000)
+                self.assertLess(answer["us"], 2000000)
+                os.kill(other.pid, signal.SIGCONT)
+                counts = other.ask("r\n")
+                self.assertEqual((0, 800, 0), tuple(counts.values()))
+                process.ask("g", PATIENCE)
+                counts = other.ask("q\n", PATIENCE)
+                self.assertEqual((800, 800, 0), tuple(counts.values()))
+            live.Snapshot(process.pid).compare(self, before)
+            process.quit()
+
+    def test_a_slow_function_lets_its_thread_go_on(self):
+        """What it changes comes too late, and it is told so."""
+        def look(hit):
+            time.sleep(0.4)
+            try:
+                hit.arg0 = 7
+            except ubp.UbpTimeout as error:
+                errors.append(str(error))
+                hit.write(hit.rsp, b"x")
+        errors = []
+        with attached("1", "1", test=self) as (process, target):
+            probe = target.probe("exe:add", ubp.Call(look, timeout=0.1))
+            answer = process.ask("w")
+            self.assertEqual(42, answer["sum"])
+            self.assertGreater(answer["us"], 100000)
+            self.assertLess(answer["us"], 390000)
+            self.assertTrue(live.settled(lambda: errors))
+            self.assertEqual(42, process.ask("w")["sum"])
+            self.assertIn("waits 0.1 s at most", errors[0])
+            self.assertTrue(live.settled(lambda: len(errors) == 2))
+            self.assertEqual(([probe], None), (target.probes, probe.error))
+            self.assertEqual((0, 2), (probe.read(), probe.dropped))
+
+    def test_a_function_that_raises_is_told_and_taken_out(self):
+        def fail(hit):
+            hit.arg0 = 1000
+            raise ValueError("seven")
+        with attached("4", "100", test=self) as (process, target):
+            probe = target.probe("exe:add", ubp.Call(fail))
+            other = target.probe("exe:many", ubp.Call(lambda hit: None))
+            with self.assertLogs("ubp", logging.ERROR) as logs:
+                answer = process.ask("g", PATIENCE)
+                self.assertEqual((400, 0), (answer["calls"], answer["odd"]))
+                self.assertTrue(live.settled(
+                    lambda: target.probes == [other]))
+            self.assertIn('ValueError: seven', logs.output[0])
+            self.assertIn('raise ValueError("seven")', target.notes[0])
+            self.assertEqual("seven", str(probe.error))
+            self.assertEqual((0, 1), (probe.read(), probe.reading().faults))
+            self.assertEqual([], [change for change in live.changed_text(
+                process.pid) if change[1] == probe.sites[0].vaddr])
+            process.ask("m")
+            self.assertEqual(1, other.read())
+
+
+class Removal(unittest.TestCase):
+
+    def test_threads_that_wait_go_on_first(self):
+        """Also while a function runs that takes its time."""
+        for where in "exe:add", "exe:add%return":
+            event = threading.Event()
+            with attached("6", "10", test=self) as (process, target):
+                probe = target.probe(where, ubp.Call(
+                    lambda hit: event.wait(20), timeout=30))
+                process.send("g")
+                self.assertTrue(live.settled(lambda: sum(
+                    "futex" in open("/proc/%d/task/%d/wchan" % (
+                        process.pid, tid)).read()
+                    for tid in live.threads(process.pid)) >= 6))
+                start = time.monotonic()
+                probe.remove()
+                self.assertLess(time.monotonic() - start, 5)
+                answer = process.answer(PATIENCE)
+                self.assertEqual((60, 0), (answer["calls"], answer["odd"]))
+                self.assertGreaterEqual(probe.dropped, 6)
+                self.assertEqual(0, probe.read())
+                event.set()
+
+    def test_the_function_removes_its_own_probe(self):
+        """And asks about probes; the hit that it does so in is answered."""
+        def look(hit):
+            seen.append((probe.read(), probe.hits, target.alive))
+            hit.skip(ENOMEM)
+            action(target, hit)
+        for action in (lambda target, hit: hit.probe.remove(),
+                       lambda target, hit: target.close()):
+            seen = []
+            with attached("2", "50", test=self) as (process, target):
+                probe = target.probe("exe:add", ubp.Call(look))
+                answer = process.ask("g", PATIENCE)
+                self.assertEqual((100, 1, 0), tuple(
+                    answer[key] for key in ("calls", "failed", "odd")))
+                self.assertTrue(live.settled(lambda: not target.probes))
+            self.assertEqual(([(0, 0, True)], None), (seen, probe.error))
+            self.assertEqual(1, probe.read())
+
+    def test_others_come_and_go_while_threads_wait(self):
+        with attached("4", "300", test=self) as (process, target):
+            probe = target.probe("exe:add", ubp.Call(
+                lambda hit: time.sleep(0.001)))
+            process.send("g")
+            for n in range(8):
+                other = target.probe("exe:add", ubp.Count()
+                                     if n % 2 else ubp.Call(repr))
+                time.sleep(0.03)
+                other.remove(PATIENCE)
+            answer = process.answer(60)
+            self.assertEqual((1200, 0), (answer["calls"], answer["odd"]))
+            self.assertEqual(1200, probe.hits)
+            self.assertEqual([], target.notes)
+
+    def test_again_and_again(self):
+        with attached("2", "50", test=self) as (process, target):
+            process.ask("b")
+            for n in range(20):
+                probe = target.probe("exe:add%return" if n % 2 else
+                                     "exe:add", ubp.Call(lambda hit: None))
+                self.assertTrue(live.settled(lambda: probe.read() > 5))
+                probe.remove(PATIENCE)
+                self.assertEqual(0, probe.reading().faults)
+            process.send("x")
+
+    def test_sites_far_apart_share_a_thread(self):
+        """The program's and the C library's arenas, and one handler."""
+        names = set()
+        with attached("2", "50", test=self) as (process, target):
+            one = target.probe("exe:add", ubp.Call(
+                lambda hit: names.add(threading.current_thread().name)))
+            other = target.probe("libc:write", ubp.Call(
+                lambda hit: names.add(threading.current_thread().name)))
+            process.ask("g", PATIENCE)
+            process.ask("g", PATIENCE)
+            self.assertEqual((200, 2), (one.read(), other.read()))
+            one.remove()
+            process.ask("g", PATIENCE)
+            self.assertEqual(3, other.read())
+        self.assertEqual(1, len(names))
+
+
+class Processes(unittest.TestCase):
+
+    def test_forked_children_never_wait(self):
+        with attached("2", "100", test=self) as (process, target):
+            probe = target.probe("exe:add", ubp.Call(lambda hit: None))
+            start = time.monotonic()
+            self.assertEqual(0, process.ask("f")["status"])
+            self.assertLess(time.monotonic() - start, 5)
+            self.assertEqual((0, 1009), (probe.read(), probe.dropped))
+
+    def test_fork_while_others_wait(self):
+        with attached("4", "100", test=self) as (process, target):
+            probe = target.probe("exe:add", ubp.Call(
+                lambda hit: time.sleep(0.002)))
+            process.ask("b")
+            time.sleep(0.02)
+            process.send("f")               # the busy ones end first
+            self.assertEqual(0, process.answer(PATIENCE)["status"])
+            self.assertEqual(1009, probe.dropped)
+
+    def test_a_vforked_child_is_answered(self):
+        with attached("1", "1", test=self) as (process, target):
+            tids = []
+            target.probe("exe:add", ubp.Call(
+                lambda hit: (tids.append(hit.tid), hit.skip(7))))
+            self.assertEqual(7 << 8, process.ask("v")["status"])
+            self.assertNotEqual([process.pid], tids)
+
+    def test_longjmp_out_of_the_wait(self):
+        """A slot that was left so is not given to anybody too early."""
+        with attached("4", "600", test=self) as (process, target):
+            probe = target.probe("exe:add", ubp.Call(
+                lambda hit: time.sleep(0.001)))
+            answer = process.ask("l", 60)       # more often than slots are
+            self.assertGreater(answer["handled"], 500)
+            self.assertEqual(0, answer["odd"])
+            self.assertEqual(0, probe.dropped)
+            self.assertEqual(0, process.ask("g", PATIENCE)["odd"])
+
+    def test_the_target_ends_while_it_waits(self):
+        with live.Target("handlers", "4", "100") as process:
+            with ubp.attach(process.pid) as target:
+                def look(hit):
+                    seen.append(hit)
+                    process.process.kill()
+                    process.process.wait()
+                    hit.read(hit.rsp, 8)
+                seen = []
+                probe = target.probe("exe:add", ubp.Call(look))
+                process.send("g")
+                self.assertTrue(live.settled(lambda: seen))
+                self.assertTrue(target.wait(PATIENCE))
+                self.assertEqual((0, None), (probe.read(), probe.error))
+
+
+class Refusals(unittest.TestCase):
+
+    def test_what_cannot_wait(self):
+        rows = (("exe:add", "hw", "when the thread has gone on"),
+                ("mem:n_calls:w", "hw", "no"),)
+        with attached("1", "1", test=self) as (process, target):
+            for where, strategy, why in rows:
+                with self.assertRaises(ubp.UbpError) as raised:
+                    target.probe(where, ubp.Call(repr), strategy=strategy)
+                self.assertIn(why, str(raised.exception))
+            target.probe("exe:add", ubp.Call(repr))
+            with self.assertRaises(ubp.ProbeError) as raised:
+                target.detach()
+            self.assertIn("in this process", str(raised.exception))
+        for function, timeout in ((None, 1), (repr, 0), (repr, 61)):
+            with self.assertRaises(ubp.ProbeError):
+                ubp.Call(function, timeout=timeout)
+
+    def test_filters_that_forbid_what_a_body_does(self):
+        """By number: futex, gettid, clock_gettime. Nothing is patched."""
+        for number in 202, 186, 228:
+            with self.subTest(number), live.Target(
+                    "handlers", "1", "10", str(number)) as process:
+                with ubp.attach(process.pid) as target:
+                    with self.assertRaises(ubp.ProbeError) as raised:
+                        target.probe("exe:add", ubp.Call(repr))
+                    self.assertIn("syscall %d" % number,
+                                  str(raised.exception))
+                self.assertEqual([], live.changed_text(process.pid))
+                self.assertEqual(42, process.ask("w")["sum"])
+
+    def test_anonymous_memory_is_refused(self):
+        os.environ["UBP_ARENA"] = "anon"
+        try:
+            with live.Target("handlers", "1", "10") as process:
+                before = live.Snapshot(process.pid)
+                with ubp.attach(process.pid) as target:
+                    with self.assertRaises(ubp.ProbeError) as raised:
+                        target.probe("exe:add", ubp.Call(repr))
+                    self.assertIn("not shared", str(raised.exception))
+                live.Snapshot(process.pid).compare(self, before)
+                process.quit()
+        finally:
+            del os.environ["UBP_ARENA"]
+
+
+class Traps(unittest.TestCase):
+    """Sites that take an int3 lead to the same body."""
+
+    def test_the_same_by_int3(self):
+        def look(hit):
+            if hit.arg0 % 3 == 0:
+                hit.skip(ENOMEM)
+        with attached("2", "60", test=self) as (process, target):
+            probe = target.probe("exe:add", ubp.Call(look), strategy="int3")
+            answer = process.ask("g", 60)
+            self.assertEqual((120, 40, 0), tuple(
+                answer[key] for key in ("calls", "failed", "odd")))
+            self.assertEqual((120, 0), (probe.read(), probe.dropped))
+            probe.remove(PATIENCE)
+            process.ask("g")
+
+    def test_kill_9_of_the_tracer(self):
+        """The guardian puts the text back; who waits goes on."""
+        with live.Target("handlers", "4", "50") as process:
+            with tracer(process, strategy="int3") as other:
+                self.assertEqual(1, other.answer(PATIENCE)["armed"])
+                process.send("g")
+                self.assertEqual(1, other.answer(PATIENCE)["hit"])
+                time.sleep(0.1)
+                other.kill()
+            answer = process.answer(PATIENCE)
+            self.assertEqual((200, 0), (answer["calls"], answer["odd"]))
+            self.assertTrue(live.settled(
+                lambda: not live.arenas(process.pid), PATIENCE))
+            self.assertEqual([], live.changed_text(process.pid))
+            process.quit()
+
+
 if __name__ == "__main__":
     unittest.main()
