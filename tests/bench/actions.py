@@ -8,6 +8,7 @@ import collections
 import contextlib
 import os
 import statistics
+import time
 import typing
 
 import common
@@ -228,6 +229,49 @@ def row_threads(is_quick):
                       for name in ratios))
 
 
+# ---- handlers --------------------------------------------------------------
+
+def handled_us(leaf, function, where="exe:leaf", strategy="jump"):
+    """Return the wall us per hit that a Python function answers: of some
+    batches the fastest."""
+    calls, batches, fastest = 300, 12, 1e9
+    want = calls + calls // 20 + 1
+    with ubp.attach(leaf.pid) as target:
+        probe = target.probe(where, ubp.Call(function), strategy=strategy)
+        for _ in range(batches):
+            start = time.monotonic()
+            leaf.cycles("leaf", calls, 1)
+            fastest = min(fastest, time.monotonic() - start)
+        reading = probe.reading()
+    if reading.recorded != want * batches:
+        raise RuntimeError("handlers: %d hits, %d answered, not %d" % (
+            reading.hits, reading.recorded, want * batches))
+    return fastest / want * 1e6
+
+
+def row_call(is_quick):
+    """A hit that waits for a Python function to answer, by the clock."""
+    def set_result(hit):
+        hit.ret = hit.arg0 + 1
+    ways = [("at an exit, with another result", ("exe:leaf%return",),
+             set_result),
+            ("at an entry, skipped", ("exe:leaf",),
+             lambda hit: hit.skip(-12)),
+            ("by int3, empty", ("exe:leaf", "int3"), lambda hit: None)]
+    ours, costs = [], collections.defaultdict(list)
+    with Leaf() as leaf:
+        for _ in range(3 if is_quick else 9):
+            ours.append(handled_us(leaf, lambda hit: None))
+            for name, where, function in ways:
+                costs[name].append(handled_us(leaf, function, *where))
+    return Result("call", "an empty Python function at a hit", "us", ours,
+                  "<= 50", tuple(Yardstick(
+                      name, statistics.median(costs[name]),
+                      statistics.median(costs[name])
+                      / statistics.median(ours)) for name, _, _ in ways),
+                  "of 12 batches of 316 hits the fastest, by the clock")
+
+
 # ---- sizes -----------------------------------------------------------------
 
 def trampoline_size(target, planner, work):
@@ -322,5 +366,6 @@ def row_exits(is_quick):
 ROWS = collections.OrderedDict(
     (row, lambda is_quick, row=row: work_row(row, is_quick))
     for row in WORKS)
-ROWS.update([("threads", row_threads), ("trampoline", row_trampoline),
+ROWS.update([("call", row_call), ("threads", row_threads),
+             ("trampoline", row_trampoline),
              ("exits", row_exits)])
