@@ -6,6 +6,7 @@ assembler function that compares every register, and the clock.
 import contextlib
 import logging
 import os
+import random
 import signal
 import threading
 import time
@@ -318,6 +319,39 @@ class Death(unittest.TestCase):
                 live.Snapshot(process.pid).compare(self, before)
                 process.quit()
 
+    def test_kill_9_at_any_moment(self):
+        """While it arms, answers, changes registers, or takes out."""
+        code = """
+target = ubp.attach(int(sys.argv[1]))
+print("armed=1", flush=True)
+while True:
+    for where, function in (("exe:add", lambda hit: hit.skip(-12)),
+                            ("exe:add%return",
+                             lambda hit: setattr(hit, "ret", -12))):
+        probe = target.probe(where, ubp.Call(function, timeout=30))
+        while probe.read() < 20:
+            time.sleep(0.0001)
+        probe.remove()
+"""
+        rng = random.Random(9)
+        with live.Target("handlers", "4", "100") as process:
+            before = live.Snapshot(process.pid)
+            process.ask("b")
+            for _ in range(8):
+                with live.python(code, str(process.pid)) as other:
+                    self.assertEqual(1, other.answer(PATIENCE)["armed"])
+                    time.sleep(rng.uniform(0, 0.15))
+                    other.kill()
+                start = time.monotonic()
+                self.assertEqual((), ubp.clean(
+                    process.pid, timeout=PATIENCE).notes)
+                self.assertLess(time.monotonic() - start, 5)
+            process.send("x")
+            live.Snapshot(process.pid).compare(self, before)
+            answer = process.ask("g", PATIENCE)
+            self.assertEqual(0, answer["odd"])
+            process.quit()
+
     def test_exec_and_exit_of_the_tracer_do_the_same(self):
         endings = ("import os; os.execv('/bin/true', ['true'])",
                    "import os; os._exit(0)",
@@ -325,8 +359,7 @@ class Death(unittest.TestCase):
         for ending in endings:
             with self.subTest(ending), live.Target(
                     "handlers", "6", "100") as process:
-                code = TRACER.replace("time.sleep(50)\n\"", "")
-                code = code[:code.rindex("time.sleep")] + (
+                code = TRACER[:TRACER.rindex("time.sleep")] + (
                     "time.sleep(1)\n" + ending + "\n")
                 with live.python(code, str(process.pid), "exe:add", "30",
                                  "jump") as other:
@@ -551,6 +584,17 @@ class Processes(unittest.TestCase):
 
 
 class Refusals(unittest.TestCase):
+
+    def test_plan_tells_what_it_costs(self):
+        with attached("1", "1", test=self) as (process, target):
+            for pattern, parts in (("exe:add", 1), ("exe:add%return", 2)):
+                plan, = target.plan(pattern, action=ubp.Call(repr, 0.25))
+                self.assertIn("waits, at most 0.25 s", plan.cost)
+                self.assertEqual(parts, len(plan.all_parts))
+                self.assertNotIn("waits", target.plan(pattern)[0].cost)
+            plan, = target.plan("exe:add", "hw", ubp.Call(repr))
+            self.assertEqual("refused", plan.cost)
+            self.assertEqual([], live.arenas(process.pid))
 
     def test_what_cannot_wait(self):
         rows = (("exe:add", "hw", "when the thread has gone on"),
