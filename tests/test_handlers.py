@@ -334,10 +334,10 @@ while True:
         probe.remove()
 """
         rng = random.Random(9)
-        with live.Target("handlers", "4", "100") as process:
+        with live.Target("handlers", "4", "100", seconds=180) as process:
             before = live.Snapshot(process.pid)
             process.ask("b")
-            for _ in range(8):
+            for _ in range(6):
                 with live.python(code, str(process.pid)) as other:
                     self.assertEqual(1, other.answer(PATIENCE)["armed"])
                     time.sleep(rng.uniform(0, 0.15))
