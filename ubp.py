@@ -12653,6 +12653,9 @@ def processes_with(inode):
 
 # -- launching --------------------------------------------------------------
 
+_JOB_STOPS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+
+
 class _Child:
     """A program that we started, held by a pipe until it is traced."""
 
@@ -12660,6 +12663,7 @@ class _Child:
         self.argv = argv
         self.path = _find_program(argv[0])
         self._status = None
+        self.stopped_by = 0         # the signal, until somebody has seen it
         go_read, self._go = os.pipe()
         self._error, error_write = os.pipe()
         self.pid = os.fork()
@@ -12683,13 +12687,16 @@ class _Child:
         """Its return code, as subprocess has it; None while it runs."""
         if self._status is None:
             try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                pid, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
             except ChildProcessError:
                 if not read_stat(self.pid):
                     self._status = 0        # reaped by the host
                 return self._status
             if pid and (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
                 self.note_end(status)
+            elif (pid and not status >> 16 and os.WSTOPSIG(status)
+                    in _JOB_STOPS and tracer_of(pid) != os.getpid()):
+                self.stopped_by = os.WSTOPSIG(status)
         return self._status
 
     def note_end(self, status):
@@ -14644,7 +14651,10 @@ class Signals:
 
     ENDS = collections.OrderedDict([
         (signal.SIGINT, "interrupt"), (signal.SIGTERM, "terminate"),
-        (signal.SIGHUP, "hangup")])
+        (signal.SIGHUP, "hangup"), (signal.SIGQUIT, "quit")])
+    # These a terminal sends to a COMMAND, too; those are the COMMAND's own.
+    OF_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+    OF_COMMAND = (signal.SIGUSR1, signal.SIGUSR2)
     # These only end a wait early: a resized window, a return from Ctrl-Z,
     # the end of a COMMAND.
     WAKES = (signal.SIGWINCH, signal.SIGCONT, signal.SIGCHLD)
@@ -14667,6 +14677,12 @@ class Signals:
                 self.handlers[signum] = signal.signal(signum, self._note)
         return self
 
+    def take_for_command(self):
+        """From now on note what is to be passed on, too."""
+        for signum in self.OF_COMMAND:
+            if signal.getsignal(signum) == signal.SIG_DFL:
+                self.handlers[signum] = signal.signal(signum, self._note)
+
     def __exit__(self, *error):
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler or signal.SIG_DFL)
@@ -14676,9 +14692,9 @@ class Signals:
 
     def _note(self, signum, frame):
         """The handler: note it, and answer who asks twice."""
-        if signum in self.ENDS:
+        if signum in self.ENDS or signum in self.OF_COMMAND:
             self.seen.append(signum)
-            if self.busy:
+            if self.busy and signum in self.ENDS:
                 say("still %s; nothing more is needed" % self.busy)
 
     def reason(self):
@@ -16290,6 +16306,7 @@ class Session:
         if self.options.command:
             self.targets[0].run()
             self.has_started = True
+            self.signals.take_for_command()
 
     def _warn(self):
         """Say what the user probably did not mean."""
@@ -16430,8 +16447,8 @@ class Session:
                     self.talk("%s exited" % watched.name)
         elapsed = time.monotonic() - self.began
         if self.options.command:
-            self._pass_on_signals()
-        if self.signals.seen:
+            self._pass_on_signals()     # one that comes now is for later
+        if self.signals.seen and not self.options.command:
             self.reason = self.signals.reason()
         elif self._is_under_uprobe():
             self.reason = "uprobe"
@@ -16482,12 +16499,24 @@ class Session:
                    for armed in watched.armed if armed.is_trigger)
 
     def _pass_on_signals(self):
-        """A COMMAND gets ubp's TERM and HUP; Ctrl-C it got itself."""
-        for signum in self.signals.seen:
+        """A COMMAND gets ubp's TERM and HUP; Ctrl-C it got itself. If it
+        stops itself, ubp does: the shell knows of ubp only."""
+        target = self.targets[0]
+        while self.signals.seen:
+            signum = self.signals.seen.pop(0)
             # Only `alive` reaps it, so its pid is its own until then.
-            if signum != signal.SIGINT and self.targets[0].alive:
-                os.kill(self.targets[0].pid, signum)
-        del self.signals.seen[:]
+            if signum not in self.signals.OF_TERMINAL and target.alive:
+                os.kill(target.pid, signum)
+        child = target._process
+        if child.stopped_by:
+            signum, child.stopped_by = child.stopped_by, 0
+            os.kill(os.getpid(), signum)
+            for _ in range(10):     # who let ubp go on may mean ubp alone
+                if not target.alive or read_stat(target.pid)[:1] not in (
+                        ["T"], ["t"]):
+                    return          # the guardian stops it for moments
+                time.sleep(0.002)
+            os.kill(target.pid, signal.SIGCONT)
 
     def _results(self, before):
         """Return [(Group, [Row])], `now` counted from before; update it."""
