@@ -9074,6 +9074,7 @@ class Hit:
     def write(self, addr, data):
         """Write bytes to the process's memory, where it may write itself."""
         self._must_wait()
+        self._calls.check_program()
         self._memory("write", write_memory, addr, data, len(data))
 
     def _memory(self, what, function, addr, argument, n):
@@ -9370,6 +9371,18 @@ class Calls:
         with self._lock:
             return (not hit._is_answered and self._buffer is not None
                     and self._word(hit._n) == self._asked)
+
+    def check_program(self):
+        """Is our arena still there? Raises TraceeGone."""
+        arena, header = self.arena, None
+        try:
+            header = unpack_header(read_memory(
+                memory_tid(arena.tracer.tgid), arena.base, HEADER.size))
+        except OSError:
+            pass
+        if header is None or header.nonce != arena.nonce:
+            raise TraceeGone("write to", arena.tracer.name(), "it has ended, "
+                             "or became another program (exec)")
 
     def let_own_go(self):
         """If a function of ours asks for a removal, its hit goes on first.

@@ -583,6 +583,58 @@ class Processes(unittest.TestCase):
                 self.assertEqual((0, None), (probe.read(), probe.error))
 
 
+    def test_another_program_is_not_written_to(self):
+        """An exec while its function runs; a write comes too late."""
+        def look(hit):
+            if done:
+                return                  # of another thread that was ended
+            process.send("e")           # the main thread does, others wait
+            self.assertTrue(live.settled(
+                lambda: not live.arenas(process.pid), PATIENCE))
+            with self.assertRaises(ubp.TraceeGone):
+                hit.write(hit.rsp, b"x")
+            done.append(hit)
+            hit.write(hit.rsp, b"x")
+        done = []
+        with live.Target("handlers", "2", "10") as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe("exe:add", ubp.Call(look, timeout=20))
+                process.ask("b")
+                self.assertTrue(live.settled(lambda: done, PATIENCE))
+                self.assertTrue(process.line().startswith("ready"))
+                self.assertIsNone(probe.error)
+            self.assertEqual(0, process.ask("g")["odd"])
+            process.quit()
+
+    def test_the_program_that_it_becomes_is_answered_too(self):
+        with live.Target("handlers", "2", "50") as process:
+            with ubp.attach(process.pid, follow_exec=True) as target:
+                probe = target.probe("exe:add", ubp.Call(
+                    lambda hit: hit.arg0 or hit.skip(ENOMEM)))
+                self.assertEqual(2, process.ask("g")["failed"])
+                process.send("e")
+                self.assertTrue(process.line().startswith("ready"))
+                self.assertTrue(live.settled(lambda: live.arenas(
+                    process.pid)))
+                self.assertTrue(live.settled(lambda: process.ask("g")[
+                    "failed"]))
+                self.assertGreater(probe.read(), 100)
+            self.assertEqual(0, process.ask("g")["failed"])
+            process.quit()
+
+    def test_an_asynchronous_cancellation(self):
+        with live.Target("handlers", "1", "1") as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe("exe:add", ubp.Call(lambda hit: None))
+                for _ in range(5):
+                    self.assertEqual(1, process.ask("c", PATIENCE)[
+                        "cancelled"])
+                self.assertGreater(probe.read(), 10)
+                self.assertEqual(42, process.ask("w")["sum"])
+            self.assertEqual([], live.changed_text(process.pid))
+            process.quit()
+
+
 class Refusals(unittest.TestCase):
 
     def test_plan_tells_what_it_costs(self):

@@ -11,7 +11,7 @@
  * handler calls add, too, while the main thread does CALLS times; l as often
  * leaves add, from that handler, by siglongjmp; k text("alpha"), deep(5) and
  * tail(3); c a thread is cancelled in add; v vfork, where the child calls
- * add; q quit. */
+ * add; e exec this program anew; q quit. */
 #include "target.h"
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -215,8 +215,10 @@ static void *runner(void *argument)
 static void *cancelled(void *unused)
 {
     pthread_setcanceltype(PTHREAD_CANCEL_ASYNCHRONOUS, NULL);
-    while (add(1, 2))
-        ;
+    long n = 1;
+    do
+        __asm__ volatile("" : "+r"(n));
+    while (add(n, 2));
     return NULL;
 }
 
@@ -265,7 +267,7 @@ int main(int argc, char **argv)
     for (;;) {
         int what = command();
         uint64_t since = now_ns();
-        if (is_busy) {
+        if (is_busy && what != 'e') {   /* that ends them all */
             is_busy = 0;
             pthread_barrier_wait(&end);
         }
@@ -320,6 +322,10 @@ int main(int argc, char **argv)
             say("cancelled=1");
             break;
         }
+        case 'e':
+            execv("/proc/self/exe", argv);
+            wrong("execv: %s", strerror(errno));
+            break;
         case 'q':
             quitting = 1;
             pthread_barrier_wait(&begin);
