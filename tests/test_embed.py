@@ -347,7 +347,9 @@ class Pause(unittest.TestCase):
             for thread in threads:
                 thread.start()
             try:
-                for _ in range(5):
+                for turn in range(25):
+                    if turn >= 5 and min(pauses) < 5000:
+                        break           # else: more tries on a busy machine
                     process.ask("m")
                     begun = time.monotonic()
                     with ubp.attach(process.pid, timeout=20) as target:
