@@ -94,7 +94,7 @@ class Page:
                     file.write(data)
             done = subprocess.run(
                 [build("storm")] + paths + [str(word) for word in words],
-                stdout=subprocess.PIPE, timeout=120)
+                stdout=subprocess.PIPE, timeout=300)
             with open(paths[1], "rb") as file:
                 data = file.read()
         if done.returncode:
@@ -136,7 +136,7 @@ class Page:
                 with open(path, "wb") as file:
                     file.write(data)
             done = subprocess.run([build("bodies"), how] + paths,
-                                  timeout=120)
+                                  timeout=300)
             with open(paths[3], "rb") as file:
                 out = file.read()
             with open(paths[1], "rb") as file:

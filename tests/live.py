@@ -40,7 +40,7 @@ class Wrong(AssertionError):
 class Process:
     """A child that is spoken to through pipes, line by line."""
 
-    def __init__(self, command, env=None, seconds=60, **options):
+    def __init__(self, command, env=None, seconds=240, **options):
         self.command = [str(word) for word in command]
         self.errors = tempfile.TemporaryFile()
         environment = dict(os.environ, UBP_TEST_SECONDS=str(seconds))
@@ -71,7 +71,7 @@ class Process:
         except BrokenPipeError:
             raise Wrong(self.account("has gone"))
 
-    def line(self, timeout=20):
+    def line(self, timeout=60):
         """The next line of its standard output, without the newline."""
         deadline = time.monotonic() + timeout
         while b"\n" not in self.rest:
@@ -87,13 +87,13 @@ class Process:
         line, self.rest = self.rest.split(b"\n", 1)
         return line.decode("utf-8", "replace")
 
-    def answer(self, timeout=20):
+    def answer(self, timeout=60):
         """The next line as a dict; numbers are ints."""
         words = (word.partition("=") for word in self.line(timeout).split())
         return {key: int(value) if re.match(r"-?\d+$", value) else value
                 for key, _, value in words}
 
-    def ask(self, command, timeout=20):
+    def ask(self, command, timeout=60):
         self.send(command)
         return self.answer(timeout)
 
@@ -116,7 +116,7 @@ class Process:
         return "%s %s; exit status %s; stderr: %s" % (
             " ".join(self.command), what, code, self.stderr() or "none")
 
-    def wait(self, timeout=20):
+    def wait(self, timeout=60):
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -126,7 +126,7 @@ class Process:
 class Target(Process):
     """A program of tests/targets, started and ready."""
 
-    def __init__(self, name, *arguments, flags=(), env=None, seconds=60,
+    def __init__(self, name, *arguments, flags=(), env=None, seconds=240,
                  path=None, prefix=(), **options):
         path = path or build(name, flags)
         super().__init__(list(prefix) + [path] + list(arguments), env,
@@ -291,7 +291,7 @@ class Snapshot:
                              "signal masks of %d" % tid)
 
 
-def settled(predicate, timeout=5):
+def settled(predicate, timeout=20):
     """Wait until predicate() is true; its last value."""
     deadline = time.monotonic() + timeout
     while True:
@@ -399,7 +399,7 @@ class Aside:
         if self.pid == 0:
             code = 1
             try:
-                signal.alarm(60)
+                signal.alarm(240)
                 function()
                 code = 0
             finally:
@@ -437,7 +437,7 @@ import ubp
 """ % os.path.dirname(HERE)
 
 
-def python(code, *arguments, env=None, seconds=60, **options):
+def python(code, *arguments, env=None, seconds=240, **options):
     """A Python child that has imported ubp; see Process."""
     prologue = PROLOGUE + "import signal; signal.alarm(%d)\n" % seconds
     return Process([sys.executable, "-c", prologue + code]

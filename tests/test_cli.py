@@ -50,7 +50,7 @@ def run(*words, **options):
     """Run ubp to its end. -> (exit status, stdout, stderr) as text."""
     process = start(*words, **options)
     try:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
@@ -58,7 +58,7 @@ def run(*words, **options):
     return process.returncode, (out or b"").decode(), (err or b"").decode()
 
 
-def read_until(stream, text, seconds=30):
+def read_until(stream, text, seconds=90):
     """Read a pipe until text has come. -> all that came"""
     data, deadline = b"", time.monotonic() + seconds
     while text.encode() not in data:
@@ -400,7 +400,7 @@ class Live(unittest.TestCase):
 
     def finish(self, process):
         """Wait for the end. -> (exit status, stdout, all of stderr)"""
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=180)
         return (process.returncode, (out or b"").decode(),
                 self.err + err.decode())
 
@@ -744,7 +744,7 @@ class Commands(unittest.TestCase):
         path = live.build("busy")
         process = start("count", "exe:main", "--json", "--", path, "1",
                         stdin=subprocess.PIPE)
-        out, err = process.communicate(b"q", timeout=30)
+        out, err = process.communicate(b"q", timeout=180)
         self.assertEqual(process.returncode, 0, err)
         lines = [json.loads(line) for line in out.decode().splitlines()
                  if line.startswith("{")]
@@ -763,7 +763,7 @@ class Commands(unittest.TestCase):
         process = start("count", "libc:malloc", "--", "sleep", "30")
         read_until(process.stderr, "its end removes")
         process.terminate()
-        process.communicate(timeout=20)
+        process.communicate(timeout=180)
         self.assertEqual(process.returncode, 143)
 
     def test_interrupt_is_the_commands_own_affair(self):
@@ -773,7 +773,7 @@ class Commands(unittest.TestCase):
                         preexec_fn=new_session)
         read_until(process.stdout, "up")
         os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=180)
         self.assertEqual(process.returncode, 3, err)
         self.assertIn(b"got it", out)
 

@@ -46,7 +46,7 @@ asm(".text\n"
 
 int main(int argc, char **argv)
 {
-    alarm(60);
+    alarm(240);
     for (int i = 0; i < 4; i++)
         argc += table[i](argc);
     argc += sizeless(1) + bare(1) + untyped(1) + chosen(argc);

@@ -20,7 +20,7 @@ def setUpModule():
 
 
 class Hosts(unittest.TestCase):
-    def judged(self, code, n_threads=2, seconds=40, errors=r"\A\Z"):
+    def judged(self, code, n_threads=2, seconds=120, errors=r"\A\Z"):
         """Run a host against a busy target; both must be content.
 
         errors   a pattern of all that the host may write to stderr
@@ -383,7 +383,7 @@ class Pause(unittest.TestCase):
 
 class Deadlines(unittest.TestCase):
     def test_a_thread_that_does_not_stop_gives_UbpTimeout(self):
-        with live.Target("windows", "vfork", 1500, seconds=60) as process:
+        with live.Target("windows", "vfork", 1500, seconds=240) as process:
             time.sleep(0.1)
             begun = time.monotonic()
             with self.assertRaises(ubp.UbpTimeout) as caught:
@@ -403,7 +403,7 @@ class Deadlines(unittest.TestCase):
             process.quit()
 
     def test_a_transfer_that_lasts_is_never_cut_short(self):
-        with live.Target("blocked", "stuck", seconds=60) as process:
+        with live.Target("blocked", "stuck", seconds=240) as process:
             done = 0
             for _ in range(5):
                 try:

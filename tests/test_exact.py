@@ -29,7 +29,7 @@ target = ubp.launch(sys.argv[at + 1:], timeout=60)
 try:
     began = time.monotonic()
     probe = target.probe(sys.argv[1:at], ubp.Count(), max_sites=10**6,
-                         timeout=60)
+                         timeout=180)
     seconds = time.monotonic() - began
     target.wait()
     sys.stderr.write("\n%%d %%d %%d %%d %%d\n" %% (

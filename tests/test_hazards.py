@@ -43,7 +43,7 @@ class InsideWindows(unittest.TestCase):
 
     def many_rounds(self, mode, sites, n, inside=0.0):
         """n rounds against windows.c; then exact counts; then its verdict."""
-        with live.Target("windows", mode, seconds=60) as process:
+        with live.Target("windows", mode, seconds=240) as process:
             before = live.Snapshot(process.pid)
             live.rounds(process.pid, sites, n, inside=inside)
             process.ask("p")
@@ -75,7 +75,7 @@ class InsideWindows(unittest.TestCase):
                          inside=0.004)
 
     def test_3_threads_behind_a_displaced_syscall_go_on(self):
-        with live.Target("windows", "sleep", seconds=60) as process:
+        with live.Target("windows", "sleep", seconds=240) as process:
             before = live.Snapshot(process.pid)
             deadline = time.monotonic() + 5
             for turn in range(100):
@@ -98,7 +98,7 @@ class InsideWindows(unittest.TestCase):
             process.quit()
 
     def test_7_no_thread_is_left_with_a_trap_flag_or_debug_register(self):
-        with live.Target("windows", "loop", seconds=60) as process:
+        with live.Target("windows", "loop", seconds=240) as process:
             code = """
 with ubp.attach(int(sys.argv[1])) as target:
     probe = target.probe(%r, ubp.Count())
@@ -122,7 +122,7 @@ class SameAddressSpace(unittest.TestCase):
     """Other processes in the same memory, and threads that do not stop."""
 
     def test_4_a_clone_vm_sibling_is_stopped_too_or_refused(self):
-        with live.Target("windows", "sibling", seconds=60) as process:
+        with live.Target("windows", "sibling", seconds=240) as process:
             refused = 0
             for _ in range(20):
                 try:
@@ -138,7 +138,7 @@ class SameAddressSpace(unittest.TestCase):
             process.quit()
 
     def test_4_attaching_to_the_sibling_is_as_safe(self):
-        with live.Target("windows", "sibling", seconds=60) as process:
+        with live.Target("windows", "sibling", seconds=240) as process:
             try:
                 live.rounds(int(process.ready["sibling"]), WINDOWS[:2], 30)
             except ubp.UbpError:
@@ -149,7 +149,7 @@ class SameAddressSpace(unittest.TestCase):
             process.quit()
 
     def test_5_a_parent_in_vfork_is_waited_for_or_released(self):
-        with live.Target("windows", "vfork", 150, seconds=60) as process:
+        with live.Target("windows", "vfork", 150, seconds=240) as process:
             for _ in range(3):
                 try:
                     live.rounds(process.pid, ["exe:win_ones"], 1)
@@ -164,7 +164,7 @@ class SameAddressSpace(unittest.TestCase):
             process.quit()
 
     def test_5_a_late_stop_is_released_while_the_tracer_sleeps(self):
-        with live.Target("windows", "vfork", 900, seconds=60) as process:
+        with live.Target("windows", "vfork", 900, seconds=240) as process:
             time.sleep(0.1)
             begun = time.monotonic()
             try:
@@ -209,7 +209,7 @@ class Injection(unittest.TestCase):
 
     def test_11_alternate_stacks_stay_what_they_were(self):
         """windows.c compares sigaltstack with what it set, all the time."""
-        with live.Target("windows", "signals", seconds=60) as process:
+        with live.Target("windows", "signals", seconds=240) as process:
             live.rounds(process.pid, ["exe:win_ones"], 60)
             self.assertGreater(process.ask("p")["handled"], 100)
             process.send("g")
@@ -378,8 +378,8 @@ class ForeignCode(unittest.TestCase):
     def test_17_every_function_of_libc_probed_at_once(self):
         with live.Target("busy", 2) as process:
             before = live.Snapshot(process.pid)
-            with ubp.attach(process.pid, timeout=30) as target:
-                target.probe("libc:*", ubp.Count(), timeout=30)
+            with ubp.attach(process.pid, timeout=120) as target:
+                target.probe("libc:*", ubp.Count(), timeout=120)
                 self.assertEqual(0, process.ask("c")["wrong"])
             live.Snapshot(process.pid).compare(self, before)
             process.quit()
@@ -486,7 +486,7 @@ class ForeignCode(unittest.TestCase):
             try:
                 define_uprobe("p:%s %s:0x%x" % (
                     name, path, live.symbol(process.path, "hot")[1]))
-                words = command.communicate(timeout=20)[1]
+                words = command.communicate(timeout=180)[1]
             finally:
                 define_uprobe("-:" + name)
             self.assertIn(b"a kernel uprobe was set on top of it", words)
@@ -543,7 +543,7 @@ class ForeignCode(unittest.TestCase):
                      "-ex", "break *hot", "-ex", "continue",
                      "-ex", "continue", "-ex", "delete", "-ex", "detach"],
                     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT, timeout=50)
+                    stderr=subprocess.STDOUT, timeout=180)
                 text = done.stdout.decode("utf-8", "replace")
                 self.assertIn("Breakpoint 1, ", text)
                 n = process.ask("p")

@@ -113,11 +113,11 @@ class Case:
 
     def __init__(self, sites, name, *arguments, action="count"):
         self.sites = action + " " + sites
-        self.target = live.Target(name, *arguments, seconds=115)
+        self.target = live.Target(name, *arguments, seconds=240)
         self.label = " ".join((name,) + tuple(map(str, arguments)))
         if action != "count":
             self.label += ", " + action
-        self.server = live.python(SERVER, seconds=115)
+        self.server = live.python(SERVER, seconds=240)
         self.phases, self.errors, self.problem = {}, {}, None
 
     def worry(self, n):

@@ -433,7 +433,7 @@ class Int3(unittest.TestCase):
         self.assertEqual([], live.arenas(process.pid))
 
     def test_signals_do_what_they_do_unprobed(self):
-        with live.Target("traps", seconds=120) as process:
+        with live.Target("traps", seconds=240) as process:
             fds = live.descriptors(process.pid)
             with ubp.attach(process.pid) as target:
                 probe = target.probe("exe:step", ubp.Count(), strategy="int3")
@@ -466,7 +466,7 @@ class Int3(unittest.TestCase):
                 process.quit()
 
     def test_every_instruction_at_once(self):
-        with live.Target("traps", seconds=120) as process:
+        with live.Target("traps", seconds=240) as process:
             with ubp.attach(process.pid) as target:
                 sites = ["exe:odd_%s+%d" % (name, at) for name, offsets in (
                     ("call", (0, 4, 9, 13)), ("jump", (0, 3, 5, 9, 10, 15)),
@@ -549,7 +549,7 @@ class Int3(unittest.TestCase):
         for make in (lambda: ubp.Count(sum="arg0"),
                      lambda: ubp.Hist("arg0 - 50")):
             with self.subTest(repr(make())), \
-                    live.Target("traps", seconds=90) as process:
+                    live.Target("traps", seconds=240) as process:
                 results = []
                 for strategy in ("jump", "int3"):
                     with ubp.attach(process.pid) as target:
@@ -566,7 +566,7 @@ class Int3(unittest.TestCase):
     def test_records_the_same_events_as_a_jump(self):
         seen = []
         for strategy in ("jump", "int3"):
-            with live.Target("traps", seconds=90) as process:
+            with live.Target("traps", seconds=240) as process:
                 with ubp.attach(process.pid) as target:
                     target.probe("exe:step", ubp.Trace("arg0", "arg0 + arg1"),
                                  "arg0 % 2", strategy)
@@ -584,7 +584,7 @@ class Int3(unittest.TestCase):
     def test_returns_and_latency_by_int3(self):
         for strategy in ("int3", "jump,int3"):
             with self.subTest(strategy), \
-                    live.Target("traps", seconds=90) as process:
+                    live.Target("traps", seconds=240) as process:
                 with ubp.attach(process.pid) as target:
                     values = target.probe("exe:odd_jump%return",
                                           ubp.Hist("ret - arg0"),
@@ -640,7 +640,7 @@ class Int3(unittest.TestCase):
             process.quit()
 
     def test_probes_that_come_and_go_beside_it_keep_it(self):
-        with live.Target("traps", seconds=90) as process:
+        with live.Target("traps", seconds=240) as process:
             with ubp.attach(process.pid) as target:
                 first = target.probe("exe:step", ubp.Count(),
                                      strategy="int3")
@@ -685,7 +685,7 @@ class Int3(unittest.TestCase):
             self.unchanged(process)
 
     def test_threads_that_come_and_go_are_none_missed(self):
-        with live.Target("children", "threads", seconds=90) as process:
+        with live.Target("children", "threads", seconds=240) as process:
             with ubp.attach(process.pid) as target:
                 process.ask("p")
                 probe = target.probe("exe:hot", ubp.Count(), strategy="int3")
@@ -702,7 +702,7 @@ class Int3(unittest.TestCase):
     def test_children_that_come_and_go_are_none_missed(self):
         for mode in ("storm", "spawn"):
             with self.subTest(mode), live.Target(
-                    "children", mode, seconds=90) as process:
+                    "children", mode, seconds=240) as process:
                 with ubp.attach(process.pid) as target:
                     process.ask("p")
                     probe = target.probe("exe:hot", ubp.Count(),
@@ -724,7 +724,7 @@ class Int3(unittest.TestCase):
                     "epoll_wait", "clock_nanosleep")]),
                 ("signals", ["libc:read", "libc:write", "exe:*"])):
             with self.subTest(name), live.Target(
-                    name, seconds=90) as process:
+                    name, seconds=240) as process:
                 with ubp.attach(process.pid) as target:
                     probe = target.probe(sites, ubp.Count(),
                                          strategy="int3", timeout=20)
@@ -762,7 +762,7 @@ class Int3(unittest.TestCase):
                 process.quit()
 
     def test_armed_and_removed_under_fire(self):
-        with live.Target("busy", 4, seconds=90) as process:
+        with live.Target("busy", 4, seconds=240) as process:
             process.send("g")
             for _ in range(5):
                 with ubp.attach(process.pid) as target:
@@ -909,7 +909,7 @@ class Guardian(unittest.TestCase):
         done = subprocess.run(
             [sys.executable, TOP + "/ubp.py", "count", "-p", str(process.pid),
              "--strategy", "jump,int3", "--leave"] + list(probes),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=180)
         text = done.stderr.decode()
         self.assertEqual(0, done.returncode, text)
         guardian = int(re.search(r"kept by pid (\d+)", text).group(1))
@@ -920,11 +920,11 @@ class Guardian(unittest.TestCase):
         done = subprocess.run(
             [sys.executable, TOP + "/ubp.py", verb, "-p", str(process.pid)]
             + list(options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            timeout=60)
+            timeout=180)
         return done.returncode, done.stdout.decode()
 
     def test_left_on_purpose_the_guardian_stays_until_clean(self):
-        with live.Target("traps", seconds=90) as process:
+        with live.Target("traps", seconds=240) as process:
             guardian = self.leave(process, "exe:step", "exe:odd_tight+11")
             n = sum(process.ask(c)["n"] for c in "cmfbi")
             for arena in ubp.status(process.pid):
@@ -1030,7 +1030,7 @@ class Libraries(unittest.TestCase):
         library = live.build_library("shared_lib")
         for strategy in ("jump", "int3", "hw"):
             with self.subTest(strategy), live.Target(
-                    "dl", library, seconds=90) as process, \
+                    "dl", library, seconds=240) as process, \
                     ubp.attach(process.pid) as target:
                 probe = target.probe("shared_hot", ubp.Count(),
                                      strategy=strategy)
@@ -1137,7 +1137,7 @@ class Company(unittest.TestCase):
         if shutil.which(command[0]) is None:
             self.skipTest("apt-get install " + command[0])
         done = subprocess.run([str(word) for word in command],
-                              stdin=subprocess.DEVNULL, timeout=60,
+                              stdin=subprocess.DEVNULL, timeout=180,
                               stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT)
         return done.returncode, done.stdout.decode("utf-8", "replace")

@@ -164,7 +164,7 @@ int namelyc(int n) { return n + 4 * x; }
 int literal(int n) __asm__("\"odd*name\"");
 int literal(int n) { return n + 9 * x; }
 int main(void)
-{ alarm(60); puts("ready"); fflush(stdout); for (;;) pause(); }
+{ alarm(240); puts("ready"); fflush(stdout); for (;;) pause(); }
 """
 
 

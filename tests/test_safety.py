@@ -83,7 +83,7 @@ class Restoration(unittest.TestCase):
             subprocess.check_call(
                 [sys.executable, "-c", live.PROLOGUE
                  + "ubp.clean(int(sys.argv[1]), all=True)", str(target.pid)],
-                timeout=30)
+                timeout=180)
         self.judged(how)
 
     def test_all_orders_of_remove_close_and_detach_may_repeat(self):
@@ -207,7 +207,7 @@ class Blocked(unittest.TestCase):
     """No EINTR, no early wake, no short transfer, through many rounds."""
 
     def judged(self, group, n, between=0.004, late_us=3000000, progress=True):
-        with live.Target("blocked", group, seconds=90) as process:
+        with live.Target("blocked", group, seconds=240) as process:
             before = live.Snapshot(process.pid)
             live.rounds(process.pid, "exe:hot", n, between)
             time.sleep(0.25)
@@ -243,7 +243,7 @@ class Blocked(unittest.TestCase):
         self.judged("signal", 250)
 
     def test_sigterm_during_a_round_still_interrupts_epoll_wait(self):
-        with live.Target("epoll_term", seconds=60) as process:
+        with live.Target("epoll_term", seconds=240) as process:
             for turn in range(20):
                 begun = process.ask("w")["waits"]
                 with ubp.attach(process.pid) as target:
@@ -260,7 +260,7 @@ class Blocked(unittest.TestCase):
             process.quit()
 
     def test_restart_syscall_after_stop_and_continue(self):
-        with live.Target("blocked", "strict", seconds=60) as process:
+        with live.Target("blocked", "strict", seconds=240) as process:
             for turn in range(30):
                 live.stop(process.pid)
                 with ubp.attach(process.pid) as target:
@@ -292,7 +292,7 @@ class Signals(unittest.TestCase):
     """No signal is lost, doubled, reordered or stripped of its siginfo."""
 
     def test_queued_and_timer_signals_through_many_rounds(self):
-        with live.Target("signals", seconds=60) as process:
+        with live.Target("signals", seconds=240) as process:
             live.rounds(process.pid, "exe:hot", 150)
             answer = process.ask("r")
             self.assertGreater(answer["received"], 1000)
@@ -391,7 +391,7 @@ class ComeAndGo(unittest.TestCase):
     """Threads and processes that are created and end all the time."""
 
     def storm(self, mode, n):
-        with live.Target("children", mode, seconds=60) as process:
+        with live.Target("children", mode, seconds=240) as process:
             live.rounds(process.pid, "exe:hot", n)
             start = process.ask("p")
             with ubp.attach(process.pid) as target:

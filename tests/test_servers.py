@@ -198,7 +198,7 @@ class TestRedis(ServerTest):
         server = self.server
         with ubp.attach(server.pid) as target:
             with Under(server.load, 5000):
-                probe = target.probe("libc:*", ubp.Count(), timeout=30)
+                probe = target.probe("libc:*", ubp.Count(), timeout=120)
                 self.assertGreater(len(probe.sites), 1000)
             before = probe.counts()
             server.load(5000)

@@ -130,7 +130,7 @@ def run(*words, command=(sys.executable, UBP), **options):
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, **options)
     try:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
     finally:
         if process.poll() is None:
             process.kill()
@@ -289,7 +289,7 @@ class Builds(Case):
 print("go", flush=True)
 while True:
     with ubp.attach(int(sys.argv[1])) as target:
-        target.probe("exe:counted", ubp.Count(), timeout=30).remove(30)
+        target.probe("exe:counted", ubp.Count(), timeout=120).remove(30)
 """
         rnd, deadline = random.Random(5), time.monotonic() + 8
         with live.Target("kinds", path=path) as process:
@@ -503,7 +503,7 @@ class Containers(Case):
         code = """
 child = int(sys.argv[1])
 target = ubp.attach(child)
-probe = target.probe("exe:counted", ubp.Count(), timeout=30)
+probe = target.probe("exe:counted", ubp.Count(), timeout=120)
 print("armed", flush=True)
 for line in sys.stdin:
     print("n=%d" % probe.read(), flush=True)
@@ -547,7 +547,7 @@ signal.alarm(60)
 import ubp
 try:
     target = ubp.attach(int(sys.argv[2]))
-    probe = target.probe("exe:counted", ubp.Count(), timeout=30)
+    probe = target.probe("exe:counted", ubp.Count(), timeout=120)
 except ubp.UbpError as error:
     print("refused " + str(error) + " | " + error.hint, flush=True)
     sys.exit(1)
@@ -951,9 +951,9 @@ class Launched(unittest.TestCase):
     def test_a_held_program_goes_on_if_its_tracer_is_killed(self):
         for moment in "launched", "probed":
             with self.subTest(moment), live.python("""
-target = ubp.launch(["cat"], timeout=30)
+target = ubp.launch(["cat"], timeout=120)
 if sys.argv[1] == "probed":
-    target.probe("libc:read", ubp.Count(), timeout=30)
+    target.probe("libc:read", ubp.Count(), timeout=120)
 os.write(2, b"held")
 time.sleep(60)
 """, moment) as process:
@@ -974,8 +974,8 @@ time.sleep(60)
 
     def test_what_is_launched_runs_untraced_and_is_whole_after_removal(self):
         with live.python("""
-target = ubp.launch([sys.argv[1]], timeout=30)
-probe = target.probe(["exe:counted", "libc:strlen"], ubp.Count(), timeout=30)
+target = ubp.launch([sys.argv[1]], timeout=120)
+probe = target.probe(["exe:counted", "libc:strlen"], ubp.Count(), timeout=120)
 target.run()
 os.write(2, ("pid=%d\\n" % target.pid).encode())
 target.wait(30)
@@ -1449,7 +1449,7 @@ class Looking(Case):
 OTHER = """
 target = ubp.attach(int(sys.argv[1]))
 try:
-    probe = target.probe(sys.argv[2], ubp.Count(), timeout=30)
+    probe = target.probe(sys.argv[2], ubp.Count(), timeout=120)
 except ubp.UbpError as error:
     print("refused " + str(error), flush=True)
     sys.exit(1)

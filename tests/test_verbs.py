@@ -378,7 +378,7 @@ class OneLiners(unittest.TestCase):
             if "--hits" not in words and "--until" not in words:
                 time.sleep(0.1)
                 process.send_signal(signal.SIGINT)
-            out, rest = process.communicate(timeout=40)
+            out, rest = process.communicate(timeout=180)
         finally:
             if process.poll() is None:
                 process.kill()
@@ -530,7 +530,7 @@ class OneLiners(unittest.TestCase):
             test_cli.read_until(process.stderr, "Ctrl-C removes")
             server.process.stdin.write("os.abort() 1\n")
             server.process.stdin.flush()
-            out, err = process.communicate(timeout=30)
+            out, err = process.communicate(timeout=180)
         finally:
             if process.poll() is None:
                 process.kill()
@@ -605,7 +605,7 @@ class OneLiners(unittest.TestCase):
             test_cli.read_until(process.stderr, "Ctrl-C removes")
             server.load(200, 5, "get")
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=30)
+            out, err = process.communicate(timeout=180)
         finally:
             if process.poll() is None:
                 process.kill()

@@ -159,7 +159,7 @@ int main(int argc, char **argv)
         return info();
     if (argc != 6)
         return 2;
-    alarm(100);
+    alarm(300);
     map(argv[2], CODE, PROT_READ | PROT_EXEC, MAP_PRIVATE);
     map(argv[3], DATA, PROT_READ | PROT_WRITE, MAP_SHARED);
     FILE *cases = fopen(argv[4], "rb"), *results = fopen(argv[5], "wb");

@@ -150,7 +150,7 @@ int main(void)
 {
     static struct request request;
     static struct reply reply;
-    alarm(120);
+    alarm(300);
     start_child();
     while (fread(&request, sizeof request, 1, stdin) == 1) {
         run(&request, &reply);

@@ -203,7 +203,7 @@ int main(int argc, char **argv)
 {
     if (argc != 13)
         return 2;
-    alarm(60);
+    alarm(300);
     map(argv[1], 0x10000000, PROT_READ | PROT_EXEC, MAP_PRIVATE);
     map(argv[2], DATA, PROT_READ | PROT_WRITE, MAP_SHARED);
     hit = (hit_function *)strtoul(argv[3], 0, 0);

@@ -76,7 +76,7 @@ static void bounded(void)
 {
     const char *seconds = getenv("UBP_TEST_SECONDS");
     prctl(PR_SET_PDEATHSIG, SIGKILL);
-    alarm(seconds ? atoi(seconds) : 60);
+    alarm(seconds ? atoi(seconds) : 240);
 }
 
 /* The next command; 'q' at end of file. An EINTR here is an error too. */
