@@ -2410,13 +2410,18 @@ class Module:
         return fde and Fde(fde.vaddr + self.bias, fde.size,
                            fde.lsda and fde.lsda + self.bias)
 
-    def has_lsda(self, vaddr):
-        """Does the function round a vaddr catch or clean up exceptions?"""
-        table = self._functions
-        start = table.start_of(vaddr - self.bias)
+    def has_lsda(self, vaddr, size=0):
+        """Does the function round a vaddr catch or clean up exceptions?
+
+        size   of a function that begins there, if that is known
+        """
+        table, start = self._functions, vaddr - self.bias
+        if not size:
+            start = table.start_of(start)
+            size = 0 if start is None else table.size(start)
         if start is None:
             return False
-        for fde in table.unwind.within(start, start + table.size(start)):
+        for fde in table.unwind.within(start, start + size):
             if fde.lsda:
                 return True
         return False
@@ -8260,7 +8265,8 @@ class Planner:
             return None
         function = ubp_x86.Function(
             start, size, code, tuple(module.entries_in(start + 1, end)),
-            module.has_lsda(start), tuple(module.words_in(start + 1, end)))
+            module.has_lsda(start, size),
+            tuple(module.words_in(start + 1, end)))
         at = bisect.bisect_left(starts, start)
         if starts[at:at + 1] != [start]:
             starts.insert(at, start)

@@ -1267,6 +1267,10 @@ def _cell_of(opcode, pp, modrm, bits):
     return cell
 
 
+_VALUE_SIZES = {"": 0, ".": 0, "Ib": 1, "Jb": 1, "Iw": 2, "Ibb": 2, "Iwb": 3,
+                "3dn": 1}
+
+
 def _value_size(kind, opcode, prefixes, rex, bits):
     """Bytes of the immediate, branch displacement or offset of a cell."""
     if kind in ("Iz", "Jz", "Iv"):
@@ -1277,8 +1281,7 @@ def _value_size(kind, opcode, prefixes, rex, bits):
         return bits // 8 if not prefixes & A32 else bits // 16
     if kind == "Ap":
         return 4 if prefixes & O16 else 6
-    return {"": 0, ".": 0, "Ib": 1, "Jb": 1, "Iw": 2, "Ibb": 2, "Iwb": 3,
-            "3dn": 1}[kind]
+    return _VALUE_SIZES[kind]
 
 
 def _flow_of(opcode, modrm, pp):
@@ -1870,7 +1873,8 @@ class ByteRanges:
 
 _REL32 = ((rb"\xe8", 1), (rb"\xe9", 1), (rb"\x0f[\x80-\x8f]", 2),
           (rb"\xc7\xf8", 2))
-_REL8 = re.compile(rb"[\xeb\x70-\x7f\xe0-\xe3]")
+_IS_REL8 = bytes(byte >> 4 == 7 or byte >> 2 == 0x38 or byte == 0xeb
+                 for byte in range(256))      # jcc; loop, jrcxz; jmp
 _BLOCK = 0x10000
 _N_STREAMS = 6      # passes that cost less than the sorted table
 
@@ -1983,17 +1987,16 @@ class BranchScan:
 
     def _short(self, low, high):
         """Return [(source, target)] of the rel8 branches."""
-        found = []
+        found, width = [], high - low
         for base, code in self.segments:
             start = max(low - 129 - base, 0)
-            for match in _REL8.finditer(code, start,
-                                        max(high + 127 - base, 0)):
-                end = match.end() + 1
-                if end > len(code):
-                    break
-                target = base + end + ((code[end - 1] ^ 128) - 128)
-                if low <= target < high:
-                    found.append((base + end - 2, target))
+            near = code[start:max(high + 128 - base, 0)]
+            skip = low - base - start - 2 + 128
+            for at in itertools.compress(range(len(near) - 1),
+                                         near.translate(_IS_REL8)):
+                to = at + (near[at + 1] ^ 128) - skip
+                if 0 <= to < width:
+                    found.append((base + start + at, low + to))
         return found
 
     def is_conditional(self, source):
@@ -2100,7 +2103,7 @@ def _has_rseq(code):
 # -- Analysis: one function, decoded once for all its sites.
 
 _ENDS = frozenset((RET, JMP, JMP_IND))       # control does not go on
-_LEADS = frozenset((JCC, LOOP, JMP, CALL, XBEGIN, JMP_IND))
+_SIZE_OF = operator.itemgetter(Form._fields.index("size"))
 _IS_MARKED = operator.itemgetter(Form._fields.index("is_marked"))
 
 
@@ -2123,41 +2126,65 @@ class Analysis:
 
     def __init__(self, function, forms):
         low, end = function.vaddr, function.vaddr + function.size
-        self.function, self.end = function, end
-        self.forms = [form for _, form in forms]
-        self.starts = array.array("Q", [low + pos for pos, _ in forms])
+        self.function, self.end, self.forms = function, end, forms
+        places = [0]
+        places += itertools.accumulate(map(_SIZE_OF, forms))
+        self.starts = array.array("Q", [low + pos for pos in places[:-1]])
         self.padding_end = low + _PADDING.match(
             function.code, function.size).end()
-        self.data, taken, leads = set(), set(), []
-        for pos, form in itertools.compress(forms, map(_IS_MARKED,
-                                                       self.forms)):
-            target, named = aim(form, function.code, pos, low + pos)
-            if form.flow in _LEADS:
-                leads.append((low + pos, form, target))
-            if named is not None and low <= named < self.padding_end:
-                (taken if form.opcode == 0x8d else self.data).add(named)
-        self.data = sorted(self.data)
-        self.entries = sorted(
-            vaddr for vaddr in taken.union(function.entries).union(
-                vaddr for vaddr in function.words
-                if not self._is_nothing(vaddr))
-            if low < vaddr < self.padding_end)
-        self.indirect = [vaddr for vaddr, form, _ in leads
-                         if form.flow == JMP_IND]
-        self.strays = self.follow({
-            target for _, _, target in leads if target is not None}.union(
-                self.entries))
-        leads += [(insn.vaddr, insn.form, insn.target)
-                  for insn in self.strays if insn.flow in _LEADS]
-        self.targets = frozenset(
-            target for _, form, target in leads
-            if form.flow not in (CALL, JMP_IND) and low <= target < end)
-        self.sources = array.array("Q", sorted(
-            vaddr + form.opcode_offset for vaddr, form, _ in leads
-            if form.flow != JMP_IND))
-        self.last_flow = forms[-1][1].flow if forms else NEXT
+        self.indirect, data, taken = [], set(), set()
+        sources, targets, astray = self._marks(places, data, taken)
+        taken.update(function.entries, [
+            word for word in function.words if not self._is_nothing(word)])
+        self.data, self.entries = sorted(data), sorted(
+            vaddr for vaddr in taken if low < vaddr < self.padding_end)
+        self.strays = self.follow(astray + self.entries)
+        for insn in self.strays:
+            if insn.target is not None:
+                sources.append(insn.vaddr + insn.opcode_offset)
+                if insn.flow != CALL and low <= insn.target < end:
+                    targets.append(insn.target)
+        self.targets = frozenset(targets)
+        self.sources = array.array("Q", sorted(sources))
+        self.last_flow = forms[-1].flow if forms else NEXT
         self.jumps = self.family = self.rseq = None     # when asked for
         self.known, self.references, self._ways = {}, None, None
+
+    def _marks(self, places, data, taken):
+        """Look at the instructions that have an aim or jump indirectly.
+
+        -> (vaddrs of the opcodes of direct branches, their targets within
+        the function, those of them and of calls that are no instruction).
+        What is read or whose address is taken, in its padding too, is put
+        into data and taken.
+        """
+        code, low, end = self.function.code, self.function.vaddr, places[-1]
+        sources, targets, astray, known = [], [], [], set(places)
+        n_padded = self.padding_end - low
+        for pos, form in itertools.compress(zip(places, self.forms),
+                                            map(_IS_MARKED, self.forms)):
+            size, flow, kind, offset, width = form[:5]
+            # Offsets instead of vaddrs, as small numbers are cheaper.
+            if width == 4:
+                to = pos + size + _INT32(code, pos + offset)[0]
+            elif width == 1:
+                to = pos + size + (code[pos + offset] ^ 128) - 128
+            else:
+                self.indirect.append(low + pos)
+                continue
+            if kind == _TARGET:
+                sources.append(low + pos + form.opcode_offset)
+                if 0 <= to < end:
+                    if to not in known:
+                        astray.append(low + to)
+                    if flow != CALL:
+                        targets.append(low + to)
+                continue
+            if flow == JMP_IND:
+                self.indirect.append(low + pos)
+            if 0 <= to < n_padded:
+                (taken if form.opcode == 0x8d else data).add(low + to)
+        return sources, targets, astray
 
     def place(self, vaddr):
         """Return the place in starts of vaddr, -1 if none starts there."""
@@ -2175,6 +2202,11 @@ class Analysis:
         """Return the Insn in front of the one at vaddr, or None."""
         place = bisect.bisect_left(self.starts, vaddr)
         return self.insn(place - 1) if place else None
+
+    def aim(self, form, vaddr):
+        """Return (target, rip_relative) of the form at vaddr."""
+        return aim(form, self.function.code, vaddr - self.function.vaddr,
+                   vaddr)
 
     def insn(self, place):
         """Return the Insn at a place in starts."""
@@ -2203,10 +2235,12 @@ class Analysis:
         None among them for a way from outside."""
         if self._ways is None:
             self._ways = collections.defaultdict(list)
-            for place, form in enumerate(self.forms):
-                if form.flow in _LEADS:
-                    insn = self.insn(place)
-                    self._ways[insn.target].append(insn.vaddr)
+            for form, source in itertools.compress(
+                    zip(self.forms, self.starts), map(_IS_MARKED,
+                                                      self.forms)):
+                target = self.aim(form, source)[0]
+                if target is not None:
+                    self._ways[target].append(source)
         ways = list(self._ways.get(vaddr, ()))
         before = self.before(vaddr)
         if before is not None and before.flow not in _ENDS:
@@ -2248,8 +2282,7 @@ class Analysis:
         RefusalError where bytes on the way do not decode.
         """
         low, strays, seen = self.function.vaddr, [], set()
-        pending = sorted({vaddr for vaddr in targets if low < vaddr
-                          < self.end}.difference(self.starts))
+        pending = [vaddr for vaddr in targets if self.is_middle(vaddr)]
         while pending:
             vaddr = pending.pop()
             while self.is_middle(vaddr) and vaddr not in seen:
@@ -2272,7 +2305,8 @@ def analyse(function):
     Raises RefusalError ("unknown instruction") unless all of it decodes.
     """
     try:
-        forms = list(sweep(function.code[:function.size], function.vaddr))
+        forms = [form for _, form in sweep(function.code[:function.size],
+                                           function.vaddr)]
     except DecodeError as error:
         raise _unknown(function, error) from error
     return Analysis(function, forms)
@@ -2767,7 +2801,8 @@ def liveness(analysis, site):
             live |= open_ & reads
             open_ &= ~kills
             if form.is_marked and form.flow in (JCC, JMP):
-                target = analysis.place(analysis.insn(place).target)
+                target = analysis.place(
+                    analysis.aim(form, analysis.starts[place])[0])
                 if form.flow == JMP:
                     place = target
                     continue
