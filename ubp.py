@@ -1179,6 +1179,11 @@ class CallFrame(NamedTuple):
     vaddr: int              # where the program is
 
 
+# DW_CFA_def_cfa, _register, _offset, _expression, _sf, _offset_sf: DWARF 5,
+# 6.4.2.2.
+_SETS_CFA = tuple(bytes([n]) for n in (0x0c, 0x0d, 0x0e, 0x0f, 0x12, 0x13))
+
+
 class Unwind:
     """.eh_frame, found through the table of .eh_frame_hdr if there is one.
 
@@ -1187,6 +1192,7 @@ class Unwind:
 
     def __init__(self, elf):
         self.elf, self._cies, self._fdes = elf, {}, {}
+        self._call_sites = {}
         self._budget = MAX_SYMBOLS      # of call sites read, all together
 
     @_Lazy
@@ -1331,6 +1337,16 @@ class Unwind:
         return CallFrame(fde, cie, cursor.data[behind:],
                          fdes[index] + behind)
 
+    def is_part(self, start):
+        """Does the Fde at start begin within a frame that is there already?
+
+        Then it is a part that a compiler split off, and nobody calls it: its
+        program sets the frame's address before it first advances.
+        """
+        found = self.call_frame(start)
+        return (found is not None and found.fde.vaddr == start
+                and found.program[:1] in _SETS_CFA)
+
     def at(self, vaddr):
         """The Fde whose range holds vaddr, or None."""
         starts, fdes = self._index
@@ -1354,10 +1370,23 @@ class Unwind:
 
     def landing_pads(self, fde):
         """Where exceptions may land, from the call-site table of its LSDA.
+        """
+        return {pad for _, _, pad in self.call_sites(fde) if pad}
 
+    def call_sites(self, fde):
+        """{(low, high, landing pad or 0)} of what its LSDA says of the code.
+
+        Where the table is damaged, all of the function is one of them.
         Source: gcc, libsupc++/eh_personality.cc, parse_lsda_header.
         """
-        pads = set()
+        if fde.lsda not in self._call_sites:
+            if len(self._call_sites) > 1 << 16:
+                self._call_sites.clear()
+            self._call_sites[fde.lsda] = self._read_call_sites(fde)
+        return self._call_sites[fde.lsda]
+
+    def _read_call_sites(self, fde):
+        found = set()
         cursor = Cursor(self.elf.read_vaddr(fde.lsda, 64), fde.lsda)
         try:
             base, encoding = fde.vaddr, cursor.number(1)
@@ -1373,16 +1402,16 @@ class Unwind:
                 if self._budget < 0:
                     raise SymbolError("read", self.elf.name, "its exception "
                                       "tables have no end")
-                cursor.pointer(encoding)
-                cursor.pointer(encoding)
+                low = fde.vaddr + cursor.pointer(encoding)
+                high = low + cursor.pointer(encoding)
                 pad = cursor.pointer(encoding)
                 cursor.uleb()           # action
-                if pad:
-                    pads.add(base + pad)
+                found.add((low, high, base + pad if pad else 0))
         except _Truncated:
             self.elf.note("%s: an exception table is cut short"
                           % self.elf.name)
-        return pads
+            found.add((fde.vaddr, fde.vaddr + fde.size, 0))
+        return found
 
 
 class Functions:
@@ -1535,14 +1564,16 @@ class Functions:
         return starts
 
     def nameless(self):
-        """Starts of FDEs that no function symbol covers, and no PLT."""
+        """Starts of FDEs that no function symbol covers: no PLT, no part
+        of another function (where frames do not begin)."""
         plt = [(s.vaddr, s.vaddr + s.size) for s in self.elf.sections
                if s.name.startswith(b".plt")][:8]
         return [start for start in self.unwind.starts
                 if _range_at(self.ranges, start)
                 and not any(low <= start < high for low, high in plt)
                 and self.start_of(start) == start
-                and not self.aliases(start)]
+                and not self.aliases(start)
+                and not self.unwind.is_part(start)]
 
     def entries(self, low, high):
         """Symbols and landing pads in [low, high)."""
@@ -2410,21 +2441,15 @@ class Module:
         return fde and Fde(fde.vaddr + self.bias, fde.size,
                            fde.lsda and fde.lsda + self.bias)
 
-    def has_lsda(self, vaddr, size=0):
-        """Does the function round a vaddr catch or clean up exceptions?
-
-        size   of a function that begins there, if that is known
-        """
-        table, start = self._functions, vaddr - self.bias
-        if not size:
-            start = table.start_of(start)
-            size = 0 if start is None else table.size(start)
-        if start is None:
-            return False
-        for fde in table.unwind.within(start, start + size):
+    def guarded(self, low, high):
+        """((low, high), …) of the code in [low, high) where a fault may
+        become an exception that the function, or its caller, catches."""
+        unwind, bias, found = self._functions.unwind, self.bias, set()
+        for fde in unwind.within(low - bias, high - bias):
             if fde.lsda:
-                return True
-        return False
+                found.update((first + bias, last + bias) for first, last, _
+                             in unwind.call_sites(fde))
+        return tuple(sorted(found))
 
     def entries_in(self, low, high):
         """Sorted vaddrs in [low, high) that control may come to from afar:
@@ -5562,21 +5587,24 @@ def _check_access(pid, tids):
 #     record     +0      site slot trampoline       3 x 8
 #                +24     size patches copies index  2 1 1 4
 #                +32     patches: vaddr size old new    2 x 32
-#                +96     copies: offset size moved moved_size    8 x 8
-#                +160    build-id, window's size    20, 1
-#                +181    kind of block, is it gone  1 1
-#                +184    module NUL function NUL    322, UTF-8
+#                +96     copies: offset size moved moved_size    12 x 8
+#                +192    build-id, window's size    20, 1
+#                +213    kind of block, is it gone  1 1
+#                +216    module NUL function NUL    290, UTF-8
 #                +506    of a table: words of an entry, words before its
 #                        payload, log2 of entries, site's index   2 1 1 2
 
 MAGIC = b"ubp\x7fARNA"
-VERSION = 1
+VERSION = 2
 HEADER = struct.Struct("<8sIIQQQQIIQQIIQQIIIIIIQQ")
 _RECORD_HEAD = struct.Struct("<QQQHBBI")
 _PATCH = struct.Struct("<QB7x8s8s")
 _COPY = struct.Struct("<BBHHH")
 _TABLE = struct.Struct("<HBBH")
-_LITERAL_AT, _RECORDS_AT, _RECORD_SIZE, _NAMES_AT = 256, 4096, 512, 184
+_LITERAL_AT, _RECORDS_AT, _RECORD_SIZE = 256, 4096, 512
+_COPIES_AT, _MOST_COPIES = 96, ubp_x86.MAX_DISPLACED    # in a record
+_BUILD_ID_AT = _COPIES_AT + _MOST_COPIES * _COPY.size
+_NAMES_AT = _BUILD_ID_AT + 24
 _MAX_RECORDS = 1 << 16
 _MAX_SHARDS = 8192          # CONFIG_NR_CPUS has no higher limit
 _MAX_SIZE = 1 << 32
@@ -5648,11 +5676,12 @@ class Record(NamedTuple):
                         new.ljust(8, b"\0"))
             for vaddr, old, new in self.patches)
         copies = b"".join(_COPY.pack(*copy) for copy in self.copies)
-        names = _clipped(self.module, 120) + _clipped(self.function, 200)
+        names = _clipped(self.module, 100) + _clipped(self.function, 188)
         return (_RECORD_HEAD.pack(
                     self.site, self.slot, self.trampoline, self.size,
                     len(self.patches), len(self.copies), self.index)
-                + patches.ljust(64, b"\0") + copies.ljust(64, b"\0")
+                + patches.ljust(64, b"\0")
+                + copies.ljust(_COPY.size * _MOST_COPIES, b"\0")
                 + bytes.fromhex(self.build_id)[:20].ljust(20, b"\0")
                 + bytes([self.window_size, KINDS.index(self.kind),
                          self.is_gone, 0])
@@ -5670,10 +5699,11 @@ def unpack_record(data, header):
     (site, slot, trampoline, size, n_patches, n_copies,
      index) = _RECORD_HEAD.unpack_from(data)
     code_end = header.base + header.code_size
-    if (not 1 <= n_patches <= 2 or not 1 <= n_copies <= 8
+    window_size, kind, is_gone = data[_BUILD_ID_AT + 20:_NAMES_AT - 1]
+    if (not 1 <= n_patches <= 2 or not 1 <= n_copies <= _MOST_COPIES
             or not header.base <= trampoline <= trampoline + size <= code_end
-            or not data[180] or 8 * index + 8 > 1 << header.shard_shift
-            or data[181] >= len(KINDS)):
+            or not window_size or 8 * index + 8 > 1 << header.shard_shift
+            or kind >= len(KINDS)):
         return None
     patches = []
     for n in range(n_patches):
@@ -5693,15 +5723,16 @@ def unpack_record(data, header):
         return None
     if jumps != tuple((vaddr, new) for vaddr, _, new in patches):
         return None
-    copies = tuple(ubp_x86.Copy(*_COPY.unpack_from(data, 96 + 8 * n))
-                   for n in range(n_copies))
+    copies = tuple(ubp_x86.Copy(*_COPY.unpack_from(
+        data, _COPIES_AT + _COPY.size * n)) for n in range(n_copies))
+    build_id = data[_BUILD_ID_AT:_BUILD_ID_AT + 20]
     names = data[_NAMES_AT:].split(b"\0")
-    return Record(site, slot, trampoline, size, index, data[180],
+    return Record(site, slot, trampoline, size, index, window_size,
                   tuple(patches), copies,
-                  data[160:180].hex() if any(data[160:180]) else "",
+                  build_id.hex() if any(build_id) else "",
                   *(name.decode(errors="backslashreplace")
                     for name in names[:2]),
-                  kind=KINDS[data[181]], is_gone=bool(data[182]),
+                  kind=KINDS[kind], is_gone=bool(is_gone),
                   table=_TABLE.unpack_from(data, _RECORD_SIZE - _TABLE.size))
 
 
@@ -6514,7 +6545,8 @@ def unmap(tracer, ranges, timeout):
 class Patches:
     """What a pause writes, worked out before it begins.
 
-    changes   ((vaddr, old, new), …) in the order of writing
+    changes   ((vaddr, old, new), …) in the order of writing; a later one
+              may be about bytes that an earlier one has written
     writes    the same, joined: one write per page, in that order
     parts     the changes of each write, for PTRACE_POKEDATA
     """
@@ -6528,7 +6560,7 @@ class Patches:
             old = tracer.read_text(low, high - low)
             new = bytearray(old)
             for vaddr, before, after in group:
-                if old[vaddr - low:vaddr - low + len(before)] != before:
+                if new[vaddr - low:vaddr - low + len(before)] != before:
                     raise Again("text at 0x%x changes" % vaddr)
                 new[vaddr - low:vaddr - low + len(after)] = after
             self.writes.append((low, old, bytes(new)))
@@ -6581,7 +6613,10 @@ def moves_in(records):
 
 
 def moves_out(records):
-    """Where a thread inside a trampoline goes. -> {rip: rip}"""
+    """Where a thread inside a trampoline goes. -> {rip: rip}
+
+    And one on the way there, at the second jump of a window with a slot.
+    """
     outside = {}
     for record in records:
         for copy in record.copies:
@@ -6592,6 +6627,8 @@ def moves_out(records):
         outside[record.trampoline + last.moved + last.moved_size] = (
             record.site + record.window_size)
         outside[record.trampoline] = record.site
+        if record.slot:
+            outside[record.slot] = record.site
     return outside
 
 
@@ -6626,16 +6663,30 @@ class WaysBack:
 
 
 def moves_over(before, record):
-    """From older trampolines of a window into its new one. -> {rip: rip}"""
-    over = {}
+    """From older trampolines into a new one that has their instructions.
+
+    before   Records of the same window, or of others that it took in
+    -> {rip: rip}
+    """
+    over, there = {}, {record.site + copy.offset: copy
+                       for copy in record.copies}
     for old in before:
-        over[old.trampoline] = record.trampoline
-        for one, two in zip(old.copies, record.copies):
+        for place, one in enumerate(old.copies):
+            two = there[old.site + one.offset]
+            goal = record.trampoline + two.moved
+            if place == 0:          # behind what comes before it
+                goal += two.moved_size - one.moved_size
             for within in (0, one.back):
-                over[old.trampoline + one.moved + within] = (
-                    record.trampoline + two.moved + within)
-            over[old.trampoline + one.moved + one.moved_size] = (
-                record.trampoline + two.moved + two.moved_size)
+                over[old.trampoline + one.moved + within] = goal + within
+        end, last = old.site + old.window_size, record.copies[-1]
+        back = old.copies[-1]
+        over[old.trampoline + back.moved + back.moved_size] = (
+            record.trampoline + (there[end].moved if end in there
+                                 else last.moved + last.moved_size))
+        over[old.trampoline] = record.trampoline + (
+            there[old.site].moved if old.site != record.site else 0)
+        if old.slot and old.slot != record.slot:
+            over[old.slot] = over[old.trampoline]
     return over
 
 
@@ -6730,7 +6781,15 @@ def _is_mapped_still(tracer, arena):
 class Change(NamedTuple):
     """One window that is to lead to the trampoline of a record."""
     record: Record
-    before: tuple           # records of its earlier trampolines
+    before: tuple           # records of its earlier trampolines, and of
+    #                         those of windows whose place it takes
+
+    def lost_ranges(self):
+        """Earlier trampolines that come back to what is overwritten."""
+        site, _, jump = self.record.patches[-1]
+        return [(old.trampoline, old.trampoline + old.size)
+                for old in self.before
+                if site < old.site + old.window_size < site + len(jump)]
 
     def patches(self, tracer):
         """((vaddr, what is there, what will be), …), or None.
@@ -6738,7 +6797,10 @@ class Change(NamedTuple):
         None if the text is neither the file's nor leads to one of the
         earlier trampolines.
         """
-        for record in self.before[::-1] + (None,):
+        own = [record for record in self.before[::-1]
+               if record.site == self.record.site
+               and record.slot == self.record.slot]
+        for record in own + [None]:
             there = {vaddr: new for vaddr, _, new in record.patches} \
                 if record else {}
             patches = [(vaddr, there.get(vaddr, old), new)
@@ -6746,7 +6808,33 @@ class Change(NamedTuple):
             if all(_text_at(tracer, vaddr, len(old)) == old
                    for vaddr, old, _ in patches):
                 return patches
-        return None
+        return self._patches_over(tracer)
+
+    def _patches_over(self, tracer):
+        """patches(), where other windows are to be taken out first."""
+        undo, sites = [], set()
+        for record in self.before[::-1]:
+            if (record.site, record.slot) not in sites and all(
+                    _text_at(tracer, vaddr, len(new)) == new
+                    for vaddr, _, new in record.patches):
+                sites.add((record.site, record.slot))
+                undo += [(vaddr, new, old)
+                         for vaddr, old, new in record.patches[::-1]]
+        for vaddr, old, _ in self.record.patches:
+            text = _text_at(tracer, vaddr, len(old))
+            if text is None or _overlaid(vaddr, text, undo) != old:
+                return None
+        return undo + list(self.record.patches)
+
+
+def _overlaid(vaddr, text, changes):
+    """Bytes at vaddr as they are after [(vaddr, old, new)]."""
+    text = bytearray(text)
+    for start, _, new in changes:
+        for at, byte in enumerate(new, start - vaddr):
+            if 0 <= at < len(text):
+                text[at] = byte
+    return bytes(text)
 
 
 class _Arming:
@@ -6780,9 +6868,14 @@ class _Arming:
         good = [change for change in self.changes
                 if change not in self.refused]
         inside, behind = moves_in([change.record for change in good])
+        lost = []
         for change in good:
             inside.update(moves_over(change.before, change.record))
-        move_threads(self.tracer, inside, behind)
+            lost += change.lost_ranges()
+        rips = move_threads(self.tracer, inside, behind)
+        if lost and any(low <= rip < high for rip in rips
+                        for low, high in lost):
+            raise Again("a thread is inside a trampoline")
         self.patches.write()
 
 
@@ -6846,10 +6939,12 @@ class _Restoring:
         """Compare the text with the journal, and plan the writes.
 
         Of the records of one site at most one is in force. A site that
-        none of them explains is foreign, unless it leads into the arena
+        none of them explains may lie beneath the patch of another, that
+        took its place. Else it is foreign, unless it leads into the arena
         of another ubp, which found the file's bytes there.
         """
         changes, self.foreign, self.n_sites = [], [], 0
+        unexplained = []
         self.restored = []
         sites = collections.OrderedDict()
         if self.modules is None:
@@ -6866,9 +6961,25 @@ class _Restoring:
                     self.restored += records
                     break
             else:
-                if not self._is_of_another_ubp(records[-1]):
-                    self.foreign.append(records[-1])
+                unexplained.append(records)
         self.patches = Patches(self.tracer, changes)
+        ranges = [(vaddr, vaddr + len(text)) for vaddr, text, _ in changes]
+        for records in unexplained:
+            if self._is_beneath(records, ranges):
+                self.restored += records
+            elif not self._is_of_another_ubp(records[-1]):
+                self.foreign.append(records[-1])
+
+    def _is_beneath(self, records, ranges):
+        """Is what differs at a site the patch of another, in ranges?"""
+        for vaddr, old, _ in records[-1].patches:
+            text = _text_at(self.tracer, vaddr, len(old)) or b""
+            if len(text) < len(old) or any(
+                    text[at] != old[at] and not any(
+                        low <= vaddr + at < high for low, high in ranges)
+                    for at in range(len(old))):
+                return False
+        return True
 
     def _in_force(self, record):
         """What undoes a record: [(vaddr, new, old)], the reverse of arming.
@@ -7982,7 +8093,8 @@ def _fitted(spec, n_shards, ring):
 
 def assemble(window, vaddr, parts):
     """The trampoline of [(Spec, Place)] at a window. -> Trampoline"""
-    if len(parts) == 1 and parts[0][0] == _PLAIN_COUNT:
+    if (len(parts) == 1 and parts[0][0] == _PLAIN_COUNT
+            and not parts[0][1].at):
         (_, place), = parts
         return ubp_x86.count_trampoline(window, vaddr, place.block // 8,
                                         place.shards)
@@ -8004,13 +8116,15 @@ def _dummy_place(vaddr, offers=None, **others):
         frames=vaddr, tracer=vaddr, calls=vaddr, **others)
 
 
-_FAULT_SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE)
+_FAULT_SIGNALS = ((signal.SIGSEGV, ubp_x86.FAULTS_OF_MEMORY),
+                  (signal.SIGBUS, ubp_x86.FAULTS_OF_MEMORY),
+                  (signal.SIGFPE, ubp_x86.FAULTS_OF_NUMBERS))
 # Code that its own libc identifies by its address: pthread_cancel(3).
 _CANCELLATION = ("__syscall_cancel_arch", "__syscall_cp_asm", "__cp_begin",
                  "__syscall_cp_internal")
 
 
-_MOST_BEFORE_SITE = 12          # bytes in front of a site to be displaced
+_MOST_BEFORE_SITE = 16          # bytes in front of a site to be displaced
 
 
 class Planner:
@@ -8021,6 +8135,8 @@ class Planner:
         self.taken = {}             # module -> ByteRanges
         self.offers = None          # Place: what the target offers to bodies
         self.windows = {}           # vaddr of each displaced insn: Window
+        self._kept = {}             # {Window.site: (module, Window, vaddrs)}
+        self._undo = []             # [(Window.site, [what it replaced])]
         self._through = 0           # what the next window must hold, too
         self.patches = {}           # {window.site: Patch} that are armed
         self._scans = {}
@@ -8028,8 +8144,8 @@ class Planner:
         self._texts, self._forbidden, self._go = {}, {}, {}
         status = read_status(pid)
         caught = int(status.get("SigCgt", "0"), 16)
-        self._catches = any(caught >> signo - 1 & 1
-                            for signo in _FAULT_SIGNALS)
+        self._catches = sum({mask for signo, mask in _FAULT_SIGNALS
+                             if caught >> signo - 1 & 1})
         self._seccomp = status.get("Seccomp", "0") != "0"
         self._uprobes = uprobes()
 
@@ -8060,38 +8176,93 @@ class Planner:
         leave   the ubp_x86.Exit that it is, if it is one
         A window that is planned or armed there already is shared.
         """
-        module, at, dead = site.module, 0, (0, False)
-        window = self.windows.get(site.vaddr)
-        is_new = window is None
-        if is_new:
-            window = (self._trap_window(site) if is_trap
-                      else self._window(site))
+        window, absorbed = self.windows.get(site.vaddr), None
+        if window is None:
+            window, absorbed = ((self._trap_window(site), []) if is_trap
+                                else self._window(site))
         elif window.is_trap != is_trap:
             raise RefusalError("overlap", "%s of ubp is there" % (
                 "an int3" if window.is_trap else "a jump"), site.vaddr)
-        is_taken = leave is not None and leave.is_conditional
-        if is_taken or site.vaddr not in (window.site, window.site - len(
-                ubp_x86.ENDBR64)):
+        plan = self._fitted(SitePlan(
+            site, "int3" if is_trap else "jump", window, 0, "", "", (), spec,
+            index, is_taken=leave is not None and leave.is_conditional,
+            can_stack=not self._is_go(site.module)))    # they have little
+        if absorbed is not None:
+            self._put(site.module, window, site.vaddr, absorbed)
+        return plan
+
+    def _fitted(self, plan):
+        """A SitePlan with what its window says: place, size, old bytes."""
+        site, window, spec, at = plan.site, plan.window, plan.spec, 0
+        dead = (0, False)
+        _refuse_changed_inputs(window, site.vaddr, spec)
+        if plan.is_taken or site.vaddr > window.site:
             at = site.vaddr
-            dead = ubp_x86.liveness(self.scan(module).analysis(
-                self.function(module, at)), at)
+            dead = ubp_x86.liveness(self.scan(site.module).analysis(
+                self.function(site.module, at)), at)
         vaddr = (window.site & -PAGE) - PAGE
-        patch = self.patches.get(window.site)
-        parts = [body.part for body in patch.bodies] if patch else []
-        can_stack = not self._is_go(module)     # goroutines have little
+        parts = [body.part_in(window) for patch in patches_in(
+            self.patches, window) for body in patch.bodies]
         place = _dummy_place(vaddr, self.offers, at=at, dead=dead,
-                             is_taken=is_taken, can_stack=can_stack)
+                             is_taken=plan.is_taken,
+                             can_stack=plan.can_stack)
         size = len(assemble(window, vaddr, parts + [(spec, place)]).code)
-        old = (tuple(patch.old.items()) if patch
-               else self._text_before(site, window))
-        if is_new:
-            taken = self.taken[module]
-            for low, high in window.ranges:
-                taken.add(low, high)
-            self._keep_window(window, site.vaddr)
-        return SitePlan(site, "int3" if is_trap else "jump", window, size,
-                        "", "", old, spec, index, at, dead, is_taken,
-                        can_stack)
+        return plan._replace(at=at, dead=dead, trampoline_size=size,
+                             old=self._text_before(site, window))
+
+    def settle(self, plans):
+        """Plans as they are when all are made: a later one may have taken
+        the window of an earlier one into its own. -> [SitePlan]"""
+        return [self._settled(plan) for plan in plans]
+
+    def _settled(self, plan):
+        if plan.parts:
+            parts = tuple(map(self._settled, plan.parts))
+            return plan._replace(
+                parts=parts, window=parts[0].window, old=parts[0].old,
+                trampoline_size=sum(part.trampoline_size for part in parts))
+        window = self.windows.get(plan.site.vaddr)
+        if plan.strategy != "jump" or window == plan.window:
+            return plan
+        try:
+            return self._fitted(plan._replace(window=window))
+        except UbpError as error:
+            return SitePlan(plan.site, "", None, 0, getattr(
+                error, "rule", "unreadable"), error.why, ())
+
+    def _put(self, module, window, vaddr, absorbed):
+        """Keep a new window, for the site at vaddr; absorbed: those that it
+        takes the place of."""
+        before = [self._drop(other.site) for other in absorbed]
+        vaddrs = {vaddr}.union(insn.vaddr for insn in window.insns)
+        self._add(module, window, vaddrs.union(
+            *(vaddrs for _, _, vaddrs in before)))
+        self._undo.append((window.site, before))
+
+    def _add(self, module, window, vaddrs):
+        taken = self.taken.setdefault(module, ubp_x86.ByteRanges())
+        for low, high in window.ranges:
+            taken.add(low, high)
+        self._kept[window.site] = module, window, vaddrs
+        self.windows.update(dict.fromkeys(vaddrs, window))
+
+    def _drop(self, vaddr):
+        """Give back a window's bytes. -> what _add() would keep again"""
+        module, window, vaddrs = self._kept.pop(vaddr)
+        for low, high in window.ranges:
+            self.taken[module].remove(low, high)
+        for each in vaddrs:
+            if self.windows.get(each) is window:
+                del self.windows[each]
+        return module, window, vaddrs
+
+    def _go_back(self, n):
+        """Undo all but the first n of what _put() did."""
+        while len(self._undo) > n:
+            vaddr, before = self._undo.pop()
+            self._drop(vaddr)
+            for each in before:
+                self._add(*each)
 
     def _trap_window(self, site):
         """The Window of an int3: any instruction that runs elsewhere too."""
@@ -8113,11 +8284,6 @@ class Planner:
             except (RefusalError, RelocationError) as refusal:
                 first = first or refusal
         raise first
-
-    def _keep_window(self, window, vaddr):
-        self.windows[vaddr] = window
-        for insn in window.insns:
-            self.windows[insn.vaddr] = window
 
     def _plan_return(self, site, spec, index, entry, strategies):
         """The SitePlan of all exits of a function, and of its entry."""
@@ -8155,11 +8321,9 @@ class Planner:
         other's way, the last is tried first, then one window for the exit
         that was refused and what is before it. Raises UbpError.
         """
-        kept, first, through = (self.taken, self.windows), None, {}
+        n_before, first, through = len(self._undo), None, {}
         for turn in range(3):
-            self.taken = {module: ranges.copy()
-                          for module, ranges in kept[0].items()}
-            self.windows, parts = dict(kept[1]), {}
+            parts = {}
             try:
                 for there, spec, leave in todo[::-1] if turn == 1 else todo:
                     self._through = through.get(there.vaddr, 0)
@@ -8168,7 +8332,7 @@ class Planner:
                 return [parts[there.vaddr, leave is None]
                         for there, _, leave in todo]
             except (RefusalError, RelocationError) as refusal:
-                self.taken, self.windows = kept
+                self._go_back(n_before)
                 if leave is not None:
                     refusal = RefusalError("exit", "its exit at +0x%x: %s" % (
                         there.offset, refusal.why), there.vaddr)
@@ -8190,15 +8354,15 @@ class Planner:
 
     def keep_only(self, patches):
         """Give back the bytes of every window but those of {…: Patch}."""
-        self.taken, self.windows, self.patches = {}, {}, patches
+        self.taken, self.windows, self._kept = {}, {}, {}
+        self.patches, self._undo = patches, []
         for patch in patches.values():
-            taken = self.taken.setdefault(patch.site.module,
-                                          ubp_x86.ByteRanges())
-            for low, high in patch.window.ranges:
-                taken.add(low, high)
-            self._keep_window(patch.window, patch.site.vaddr)
+            self._add(patch.site.module, patch.window, {
+                insn.vaddr for insn in patch.window.insns}.union(
+                    body.part_plan.site.vaddr for body in patch.bodies))
 
     def _window(self, site):
+        """(a new Window, [those of ubp that it takes the place of])"""
         module = site.module
         if module.shared_text:
             raise RefusalError("shared text", "its text is mapped shared or "
@@ -8208,41 +8372,77 @@ class Planner:
             raise RefusalError("unknown bounds", "no symbol and no unwind "
                                "entry tells where its function ends",
                                site.vaddr)
-        window = self._plan_window(function, site)
+        window, absorbed = self._plan_window(function, site)
         if self._is_go(module):
             _refuse_in_go(function, window)
         _refuse_signal_return(function, window)
-        return window
+        for insn in window.kept if module.has_file else ():
+            if self.read(insn.vaddr, insn.size) != insn.code:
+                raise RefusalError("changed text", "the text at 0x%x differs "
+                                   "from its file" % insn.vaddr, insn.vaddr)
+        return window, absorbed
 
     def _plan_window(self, function, site):
-        """The Window at a site, or else one that begins before it.
+        """(the Window at a site, [windows that it takes the place of]).
 
-        Control comes to an instruction within a window only through those
-        in front of it, so the body at the site runs before its own copy.
+        Else it is one that begins before the site: control comes to an
+        instruction within a window only through those in front of it, so
+        the body at the site runs before its own copy. What overlaps other
+        windows of ubp becomes one window for all their sites.
         """
         module = site.module
+        starts, refusal = [site.vaddr], None
         taken = self.taken.setdefault(module, ubp_x86.ByteRanges())
 
         def plan(vaddr, through=0):
             return ubp_x86.plan_window(
                 function, vaddr, self.scan(module),
                 forbidden=self._cancellation(module), seccomp=self._seccomp,
-                catches_faults=self._catches, taken=taken, through=through)
+                catches=self._catches, taken=taken, through=through)
+        for vaddr in starts:
+            try:
+                return plan(vaddr, self._through if vaddr == site.vaddr
+                            else site.vaddr), []
+            except RefusalError as why:
+                if refusal is None:
+                    refusal = why
+                    starts += _starts_before(
+                        self.scan(module).analysis(function), site.vaddr)
+        for vaddr in starts:
+            found = self._shared_window(plan, site.vaddr, vaddr, taken)
+            if found is not None:
+                return found
+        raise refusal
+
+    def _shared_window(self, plan, site, vaddr, taken):
+        """(a Window from vaddr on, [those of ubp in its way]), or None.
+
+        It displaces all that they do, and the instruction at site.
+        """
+        absorbed, through = [], site if vaddr != site else self._through
+        other = self.windows.get(vaddr)
+        if other is not None and (other.site != vaddr or other.is_trap):
+            return None             # it begins within another
         try:
-            return plan(site.vaddr, self._through)
-        except RefusalError as refusal:
-            analysis, vaddr = self.scan(module).analysis(function), site.vaddr
-            while (analysis.at(site.vaddr)
-                   and site.vaddr - vaddr < _MOST_BEFORE_SITE):
-                before = analysis.before(vaddr)
-                if before is None or before.vaddr + before.size != vaddr:
-                    break
-                vaddr = before.vaddr
+            for place in range(vaddr, site + _MOST_BEFORE_SITE):
+                other = self.windows.get(place)
+                if (other is None or other.site != place or other.is_trap):
+                    continue
+                absorbed.append(other)
+                for low, high in other.ranges:
+                    taken.remove(low, high)
+                through = max(through, other.last)
                 try:
-                    return plan(vaddr, site.vaddr)
+                    window = plan(vaddr, through)
                 except RefusalError:
                     continue
-            raise refusal
+                kept = max([each.kept for each in absorbed], key=len)
+                return window._replace(kept=kept), absorbed
+            return None
+        finally:
+            for other in absorbed:
+                for low, high in other.ranges:
+                    taken.add(low, high)
 
     def _is_go(self, module):
         if module not in self._go:
@@ -8265,7 +8465,7 @@ class Planner:
             return None
         function = ubp_x86.Function(
             start, size, code, tuple(module.entries_in(start + 1, end)),
-            module.has_lsda(start, size),
+            module.guarded(start, start + size),
             tuple(module.words_in(start + 1, end)))
         at = bisect.bisect_left(starts, start)
         if starts[at:at + 1] != [start]:
@@ -8320,13 +8520,20 @@ class Planner:
         return self._forbidden[module]
 
     def _text_before(self, site, window):
-        """The bytes to be patched. RefusalError if they differ from the
-        file's: another tool, or another ubp, has been there."""
+        """((vaddr, bytes), …) to be patched, without patches of ubp's own.
+
+        RefusalError if they differ from the file's: another tool, or
+        another ubp, has been there.
+        """
         module = site.module
         text, old = self._text_of(module), []
+        undo = [(vaddr, b"", data) for patch in patches_in(
+            self.patches, window) for vaddr, data in patch.old.items()]
         for low, high in window.ranges:
             n_patched = 2 if window.slot and low == window.site else 5
             memory = self.read(low, max(high - low, n_patched))
+            if undo:
+                memory = _overlaid(low, memory, undo)
             old.append((low, memory[:n_patched]))
             memory = memory[:high - low]
             if module.has_file and _cut(text, low, high - low) != memory:
@@ -8337,6 +8544,37 @@ class Planner:
                 raise RefusalError("uprobe", "a kernel uprobe is set there",
                                    low)
         return tuple(reversed(old))     # a slot's jump is written first
+
+
+def patches_in(patches, window):
+    """The Patches of {Window.site: Patch} that begin within a window."""
+    return [patches[insn.vaddr] for insn in window.insns
+            if insn.vaddr in patches]
+
+
+def _starts_before(analysis, vaddr):
+    """The vaddrs of the instructions in front of one, nearest first."""
+    found, end = [], vaddr
+    while analysis.at(end) and vaddr - end < _MOST_BEFORE_SITE:
+        before = analysis.before(end)
+        if before is None or before.vaddr + before.size != end:
+            break
+        end = before.vaddr
+        found.append(end)
+    return found
+
+
+def _refuse_changed_inputs(window, site, spec):
+    """Refuse a body behind instructions that change what it reads."""
+    registers, is_written = ubp_x86.kept_changes(window, site)
+    if site < window.site and (
+            registers & ubp_x86.input_registers(spec)
+            or is_written and any(
+                each.reads_memory for each in (spec.when,) + spec.keys
+                + spec.values if each)):
+        raise RefusalError(
+            "kept", "%s has to stay, and changes what the probe reads"
+            % " ".join(insn.code.hex() for insn in window.kept), site)
 
 
 def _cut(text, vaddr, size):
@@ -8761,16 +8999,41 @@ class Body:
         """(Spec, Place), as trampolines are made of."""
         return self.part_plan.spec, self.place
 
+    def part_in(self, window):
+        """Its part in a window that may be another than it was made for:
+        what came first in that comes before the same instruction here."""
+        own, place = self.part_plan.window, self.place
+        if own.site != window.site and not place.at:
+            place = place._replace(at=own.site, dead=(own.dead_regs,
+                                                      own.flags_dead))
+        return self.part_plan.spec, place
+
+    def moved(self, window):
+        """The same Body, as it is in a window that took in its own."""
+        _, place = self.part_in(window)
+        other = Body(self.probe, self.plan, self.part_plan._replace(
+            window=window, at=place.at, dead=place.dead), self.arena, place)
+        other.record = self.record
+        return other
+
 
 class Patch:
-    """What a window leads to: the bodies of one probe or of several."""
+    """What a window leads to: the bodies of one probe or of several.
 
-    def __init__(self, plan):
+    absorbs   Patches of other windows whose place it takes
+    """
+
+    def __init__(self, plan, absorbs=()):
         self.site, self.window = plan.site, plan.window
+        self.absorbs = absorbs
         self.old = dict(plan.old)
         self.bodies = ()            # in the order of arming
         self.all_parts = (self,)    # as a plan has them
         self.records = []           # (Arena, Record) of every trampoline
+        for other in absorbs:
+            self.bodies += tuple(body.moved(self.window)
+                                 for body in other.bodies)
+            self.records += other.records
 
 
 class Probe:
@@ -9534,11 +9797,11 @@ class Installer:
     def _span(self, plans):
         """[low, high) of what code of plans refers to: their windows, and
         the data of bodies that share these."""
-        windows = {part.window.site for plan in plans
-                   for part in plan.all_parts}
-        shared = {body.arena.range for vaddr in windows
-                  if vaddr in self.patches
-                  for body in self.patches[vaddr].bodies}
+        parts = [part for plan in plans for part in plan.all_parts]
+        windows = {part.window.site for part in parts}
+        shared = {body.arena.range for part in parts
+                  for patch in patches_in(self.patches, part.window)
+                  for body in patch.bodies}
         return (min(windows.union(low for low, _ in shared)),
                 max({vaddr + PAGE for vaddr in windows}.union(
                     high for _, high in shared)))
@@ -9567,8 +9830,10 @@ class Installer:
                     self._place(arena, at, part, block, probe, plan)))
         steps = []
         for vaddr, bodies in new.items():
-            patch = self.patches.get(vaddr) or Patch(bodies[0].part_plan)
             first = bodies[0]
+            patch, plan = self.patches.get(vaddr), first.part_plan
+            if patch is None or patch.window != plan.window:
+                patch = Patch(plan, patches_in(self.patches, plan.window))
             try:
                 change = self._compose(
                     patch, patch.bodies + tuple(bodies), arena, journal_block(
@@ -9614,6 +9879,8 @@ class Installer:
         change = Change(record, tuple(old for _, old in patch.records))
         patch.records.append((arena, record))
         patch.bodies = bodies
+        for other in patch.absorbs:
+            self.patches.pop(other.window.site, None)
         self.patches[patch.window.site] = patch
         return change
 
@@ -9636,8 +9903,10 @@ class Installer:
                             if body.record is record)
                 patch.bodies = tuple(body for body in patch.bodies
                                      if body.record is not record)
-                if not patch.bodies:
+                if patch.absorbs or not patch.bodies:
                     del self.patches[patch.window.site]
+                for other in patch.absorbs:     # they stay as they were
+                    self.patches[other.window.site] = other
         for probe, plan in sorted(lost, key=lambda item: item[1].index):
             probe._refuse(plan, "changed text", "its text changed meanwhile")
             if plan.parts:          # some of its exits are armed: no times
@@ -11739,9 +12008,10 @@ class Target:
             spec, entry = make_specs(self._chosen(action), when, any(
                 site.is_return for site in sites))
         try:
-            return _by_address(sites, lambda n, site: _plan_site(
-                planner, site, strategies_of(strategy), spec._replace(
-                    is_inside=bool(site.offset)), n, entry))
+            return planner.settle(_by_address(
+                sites, lambda n, site: _plan_site(
+                    planner, site, strategies_of(strategy), spec._replace(
+                        is_inside=bool(site.offset)), n, entry)))
         finally:
             planner.close()
 
@@ -11815,8 +12085,9 @@ class Target:
                 self._planner.patches = self._installer.patches
             self._look([each for each in (spec, entry) if each], strategies,
                        timeout)
-            plans = _by_address(sites, lambda n, site: self._plan(
-                site, spec, n, len(sites), entry, strategies))
+            plans = self._planner.settle(_by_address(
+                sites, lambda n, site: self._plan(
+                    site, spec, n, len(sites), entry, strategies)))
             self._arm_plans(probe, plans, timeout, [probe])
             if self._follows and self._guardian is None:
                 self._with_ptrace(lambda: None, timeout)
@@ -12071,6 +12342,7 @@ class Target:
         plans = [self._plan(site, probe._spec, first + n, 2, probe._entry,
                             probe._strategies)
                  for n, site in enumerate(sites.values())]
+        plans = self._planner.settle(plans)
         n_before = len(probe.sites)
         self._arm_plans(probe, plans, timeout)
         self._planner.keep_only(self._installer.patches)
@@ -13082,7 +13354,8 @@ def _site_status(view, siblings):
     others = {}
     for sibling in siblings:
         for record in sibling.records:
-            others.setdefault(record.site, []).append(record)
+            for at in range(min(record.window_size, ubp_x86.JUMP_SIZE)):
+                others.setdefault(record.site + at, []).append(record)
     return [SiteStatus(record.function, record.module, record.build_id,
                        record.site, _state(view.pid, record,
                                            others[record.site]), n)
@@ -13163,14 +13436,20 @@ def _words_at(view, indexes):
 
 
 def _state(pid, record, others):
-    """armed, removed, or what else; others  all records of the site"""
+    """armed, removed, or what else
+
+    others   the records of the site, and of windows that took its in
+    """
     vaddr, old, new = record.patches[-1]
+    tid = memory_tid(pid)
     try:
-        now = read_memory(memory_tid(pid), vaddr, len(new))
+        now = read_memory(tid, vaddr, len(new))
+        if any(read_memory(tid, where, len(jump)) == jump
+               for where, _, jump in {other.patches[-1]
+                                      for other in others}):
+            return "armed"
     except OSError:
         return "unmapped"
-    if any(now == other.patches[-1][2] for other in others):
-        return "armed"
     return "removed" if now == old else "changed by another tool"
 
 

@@ -1787,6 +1787,7 @@ BREAKPOINT = b"\xcc"            # CC: int3
 #      | e9 | rel32 to trampoline |                       ... and its slot
 
 PAGE_SIZE = 4096
+MAX_DISPLACED = 12                           # instructions of a window
 JUMP_SIZE, SHORT_JUMP_SIZE = 5, 2            # e9 rel32, eb rel8
 ENDBR64 = b"\xf3\x0f\x1e\xfa"                # SDM 2B, ENDBR64
 RSEQ_SIGNATURE = b"\x53\x30\x05\x53"         # <sys/rseq.h>, RSEQ_SIG
@@ -1810,7 +1811,8 @@ class Function(NamedTuple):
     size: int                       # bytes, without trailing padding
     code: bytes                     # the function and its trailing padding
     entries: Tuple[int, ...] = ()   # vaddrs inside that others may go to
-    has_lsda: bool = False          # exceptions are caught in it
+    guarded: Tuple = ()             # ((low, high), ...): a fault there may
+    #                                 become an exception (its LSDA says)
     words: Tuple[int, ...] = ()     # the same, if a word of data that
     #                                 happens to look so is a pointer
 
@@ -1826,6 +1828,13 @@ class Window(NamedTuple):
     is_loop: bool = False   # a branch of the function leads back to site:
     #                         hits count passes, not only calls
     is_trap: bool = False   # an int3, not a jump, is written to site
+    kept: tuple = ()        # Insns in front of site that stay in place, the
+    #                         probed one first: the body runs behind them
+
+    @property
+    def last(self):
+        """Return the vaddr of the last displaced instruction."""
+        return self.insns[-1].vaddr
 
     @property
     def ranges(self):
@@ -1857,9 +1866,23 @@ class ByteRanges:
         self._lows[first:last] = [low]
         self._highs[first:last] = [high]
 
+    def remove(self, low, high):
+        """Take away the bytes of [low, high)."""
+        first = bisect.bisect_right(self._highs, low)
+        last = bisect.bisect_left(self._lows, high)
+        if first >= last:
+            return
+        rest = [(start, end) for start, end in (
+            (self._lows[first], low), (high, self._highs[last - 1]))
+            if start < end]
+        self._lows[first:last] = [start for start, _ in rest]
+        self._highs[first:last] = [end for _, end in rest]
+
     def copy(self):
         """Return another set of the same bytes."""
-        return ByteRanges(self)
+        other = ByteRanges()
+        other._lows, other._highs = self._lows[:], self._highs[:]
+        return other
 
     def overlap(self, low, high):
         """Return the kept (low, high) that shares a byte, or None."""
@@ -2819,8 +2842,8 @@ _CRITICAL_SECTION = struct.Struct("<IIQQQ")     # struct rseq_cs, <sys/rseq.h>
 CALM = """
 00-05 08-0d 10-15 18-1d 20-25 28-2d 30-35 38-3d 50-5f 63 68-6b 70-7f
 80 81 83-8b 8d 90-99 a8 a9 b0-bf c0-c3 c6 c7 d0-d3 e8 e9 eb f6 f7 fe ff
-110 111 11e 11f 128 129 140-14f 157 16f 17f 180-18f 190-19f 1a3 1ab 1af
-1b3 1b6 1b7 1ba-1bf 1c8-1cf 1ef
+110 111 11e 11f 128 129 140-14f 157 16e 16f 17e 17f 180-18f 190-19f 1a3 1ab
+1af 1b3 1b6 1b7 1ba-1bf 1c8-1cf 1d6 1ef
 """
 
 
@@ -2835,35 +2858,75 @@ def _opcodes(text):
 
 # Those that read memory and never write it; and groups that do for a /reg.
 LOADS = """
-03 0b 13 1b 23 2b 33 38-3b 63 84 85 8a 8b 110 128 16f 1b6 1b7 1be 1bf 1af
+03 0b 13 1b 23 2b 33 38-3b 63 84 85 8a 8b 110 128 16e 16f 1b6 1b7 1be 1bf 1af
 140-14f
 """
+# Those whose modrm.reg is no general register, or one that they only read.
+REG_IS_SOURCE = """
+00 01 08 09 10 11 18 19 20 21 28 29 30 31 38-3b 80 81 83-85 88 89 c0 c1 c6 c7
+d0-d3 f6 f7 fe ff 110 111 11e 11f 128 129 157 16f 17f 1a3 1ba 1ef
+"""
 _CALM, _LOADS = _opcodes(CALM), _opcodes(LOADS)
+_SSE = _opcodes("110-117 128 129 12e 12f 151-16f 1d6")  # no GPR is written
+_REG_IS_SOURCE = _opcodes(REG_IS_SOURCE) | _SSE
+_NO_ACCESS = frozenset((0x8d, 0x11e, 0x11f))    # lea, endbr64, nop
 _LOADS_BY_REG = {(0x80, 7), (0x81, 7), (0x83, 7), (0xf6, 0), (0xf7, 0),
                  (0xff, 2), (0xff, 4), (0xff, 6)}
 _CANARY = re.compile(rb"\x64\x48[\x2b\x33\x3b\x8b].\x25\x28\0\0\0\Z",
                      re.DOTALL)      # fs:0x28, in every thread's TCB
 
 
-def _cannot_fault(insn, read):
-    """Tell whether insn surely raises no #PF, #GP, #DE or #MF of its own.
+# What a signal handler may be told of, as a mask.
+FAULTS_OF_MEMORY, FAULTS_OF_NUMBERS = 1, 2      # SIGSEGV, SIGBUS; SIGFPE
+_ANY_FAULT = FAULTS_OF_MEMORY | FAULTS_OF_NUMBERS
+
+
+def _only_loads(insn):
+    """Tell whether insn surely writes no memory, if it has such an operand.
+    """
+    return (insn.opcode in _LOADS
+            or (insn.opcode, insn.modrm >> 3 & 7) in _LOADS_BY_REG)
+
+
+def _faults(insn, read):
+    """Return the mask of what insn may raise: #PF and #GP, #DE and #MF.
 
     Memory at rsp is taken to be there, and what read() can read in the
     module to stay readable.
     """
     if insn.opcode not in _CALM:
-        return False
+        return _ANY_FAULT
     if insn.opcode in (0xf6, 0xf7) and insn.modrm >> 3 & 7 > 5:
-        return False                    # div, idiv
-    if insn.modrm < 0 or insn.opcode in (0x8d, 0x11e, 0x11f):
-        return True                     # lea, nop
+        return _ANY_FAULT               # div, idiv
+    if insn.modrm < 0 or insn.opcode in _NO_ACCESS:
+        return 0
     if insn.rip_relative is not None or _CANARY.match(insn.code):
-        return ((insn.opcode in _LOADS or
-                 (insn.opcode, insn.modrm >> 3 & 7) in _LOADS_BY_REG)
-                and (insn.rip_relative is None
-                     or len(read(insn.rip_relative, 16) or b"") == 16))
+        is_there = (insn.rip_relative is None
+                    or len(read(insn.rip_relative, 16) or b"") == 16)
+        return (0 if _only_loads(insn) and is_there else FAULTS_OF_MEMORY)
     operands = _operands(insn)
-    return operands.rm >= 0 or operands.base == _SP and operands.index < 0
+    return (0 if operands.rm >= 0 or operands.base == _SP
+            and operands.index < 0 else FAULTS_OF_MEMORY)
+
+
+def _may_write(insn):
+    """Return the mask of registers that one of CALM may write, if in part.
+    """
+    form = insn.form
+    letters = "".join((_effects_row(form) or ("acdbspSD", ""))[:2])
+    numbers = [] if form.modrm >= 0 else [form.opcode & 7
+                                          | form.rex << 3 & 8]
+    operands = _operands(insn)
+    if operands is None:
+        mask = _gprs(letters.strip("!-") + "a", form)
+    else:
+        mask = _gprs("".join(each for each in letters
+                             if each in "acdbspSD"), form)
+        numbers += [operands.rm] * (operands.rm >= 0)
+        numbers += [operands.reg] * (insn.opcode not in _REG_IS_SOURCE)
+    for number in numbers:
+        mask |= 1 << number | (1 << number - 4 if 4 <= number < 8 else 0)
+    return mask
 
 
 def _rseq_ranges(analysis, limits):
@@ -2909,14 +2972,15 @@ class _Limits(NamedTuple):
     is_executable: object
     forbidden: tuple
     seccomp: bool
-    catches_faults: bool
+    catches: int            # mask of the faults that a handler is told of
     taken: ByteRanges
     through: int = 0        # an instruction that must be displaced too
+    first: int = 0          # of those that stay in front of the window, or 0
 
 
 def plan_window(function, site, branches, read=None, is_executable=None,
-                forbidden=(), seccomp=False, catches_faults=False,
-                taken=None, through=0):
+                forbidden=(), seccomp=False, catches=0, taken=None,
+                through=0):
     """Return the Window for a jump at site, an instruction of function.
 
     branches        BranchScan of the module, best with function_at
@@ -2924,7 +2988,7 @@ def plan_window(function, site, branches, read=None, is_executable=None,
     is_executable   vaddr -> bool; default: a segment of branches holds it
     forbidden       ((low, high, reason), ...) where nothing may be displaced
     seccomp         a filter may look at the address of a syscall
-    catches_faults  a handler may look at the address of a fault
+    catches         mask of the faults whose address a handler may look at
     taken           ByteRanges of other patches; Window.ranges is to be added
     through         the vaddr of an instruction to be displaced with the rest
     Raises RefusalError. Whether rip-relative operands reach is not known
@@ -2932,7 +2996,7 @@ def plan_window(function, site, branches, read=None, is_executable=None,
     """
     limits = _Limits(branches, read or branches.read,
                      is_executable or branches.is_executable,
-                     tuple(forbidden), seccomp, catches_faults,
+                     tuple(forbidden), seccomp, catches,
                      ByteRanges() if taken is None else taken, through)
     analysis = branches.analysis(function)
     insn = analysis.at(site)
@@ -2946,15 +3010,80 @@ def plan_window(function, site, branches, read=None, is_executable=None,
     if critical:
         limits = limits._replace(forbidden=limits.forbidden + critical)
     try:
+        window = _best_window(analysis, site, limits)
+    except RefusalError as refusal:
+        window = _behind_kept(analysis, site, limits, refusal)
+    dead_regs, flags_dead = liveness(analysis, window.site)
+    return Window(window.site, window.size, window.insns, window.slot,
+                  dead_regs, flags_dead, site in analysis.targets,
+                  kept=window.kept)
+
+
+def _best_window(analysis, site, limits):
+    """Return the Window whose jump is at site: of five bytes, or of two."""
+    try:
         window = _window(analysis, site, JUMP_SIZE, limits)
         if len(window.insns) > 1 and window.insns[-1].flow in (CALL,
                                                                CALL_IND):
             window = _without_call(analysis, window, limits)
+        return window
     except RefusalError as refusal:
-        window = _ladder(analysis, site, limits, refusal)
-    dead_regs, flags_dead = liveness(analysis, site)
-    return Window(window.site, window.size, window.insns, window.slot,
-                  dead_regs, flags_dead, site in analysis.targets)
+        return _ladder(analysis, site, limits, refusal)
+
+
+_MOST_KEPT = 12
+
+
+def _behind_kept(analysis, site, limits, refusal):
+    """Return a Window behind site's instruction, which stays in place.
+
+    What only that instruction leads to runs as often as it does, unless it
+    faults. So loads that must not be displaced take a probe, and what lies
+    across a page. The body finds what the kept instructions have computed:
+    kept_changes() tells. refusal is raised if there is none.
+    """
+    kept, vaddr, limits = [], site, limits._replace(first=site)
+    while len(kept) < _MOST_KEPT and not limits.through:
+        insn = analysis.at(vaddr)
+        if (insn is None or insn.flow != NEXT or not _can_keep(insn)
+                or limits.taken.overlap(vaddr, vaddr + insn.size)):
+            break
+        kept.append(insn)
+        vaddr += insn.size
+        try:
+            _refuse_arrivals(analysis, site, vaddr + 1, 2, limits)
+        except RefusalError:
+            break
+        try:
+            return _best_window(analysis, vaddr, limits)._replace(
+                kept=tuple(kept))
+        except RefusalError:
+            continue
+    raise refusal
+
+
+def _can_keep(insn):
+    """Tell whether it is known what insn writes, and rsp stays a stack's.
+    """
+    if insn.opcode not in _CALM and insn.opcode not in _SSE:
+        return False
+    return (not _may_write(insn) >> _SP & 1 or insn.opcode & ~7 == 0x50
+            or insn.opcode in (0x81, 0x83) and insn.modrm == 0xec)  # push, sub
+
+
+def kept_changes(window, site):
+    """Return (mask of registers, whether memory) that instructions which
+    a Window keeps may change between site and its jump."""
+    registers, is_written = 0, False
+    for insn in window.kept:
+        if insn.vaddr < site:
+            continue
+        registers |= _may_write(insn)
+        operands = _operands(insn)
+        is_written |= insn.opcode & ~7 == 0x50 or not (
+            operands is None or operands.rm >= 0
+            or insn.opcode in _NO_ACCESS or _only_loads(insn))
+    return registers, is_written
 
 
 _INT_0X80 = b"\xcd\x80"          # the system call of 32-bit programs
@@ -2971,7 +3100,7 @@ def plan_trap(site, function, branches, forbidden=(), seccomp=False,
     and RelocationError for what runs nowhere else.
     """
     limits = _Limits(branches, branches.read, branches.is_executable,
-                     tuple(forbidden), seccomp, False, taken or ByteRanges())
+                     tuple(forbidden), seccomp, 0, taken or ByteRanges())
     insn = decode(branches.read(site, 15) or b"", site)
     relocate_trapped(insn, site)        # raises for what stays
     if branches.has_rseq:
@@ -3075,7 +3204,8 @@ def _ladder(analysis, site, limits, refusal):
 def _slot(analysis, site, size, limits):
     """Return the vaddr of five dead bytes that `eb` at site reaches, or 0.
 
-    On the site's page, so that one write never tears the two jumps apart.
+    On the site's page, so that one write never tears the two jumps apart;
+    at the end of a padding, as a jump at the ret in front needs its begin.
     """
     page = site & -PAGE_SIZE
     low = max(site + SHORT_JUMP_SIZE - 128, page)
@@ -3084,17 +3214,17 @@ def _slot(analysis, site, size, limits):
         # Behind a nop that control arrives at, none is dead.
         last = min([high, last] + [target for _, target in
                                    limits.branches.entering(first, last)])
-        slot = max(first, low)
-        while slot + JUMP_SIZE <= last:
+        first, slot = max(first, low), last - JUMP_SIZE
+        while first <= slot:
             end = slot + JUMP_SIZE
-            blocks = [other for start, other, _ in limits.forbidden
+            blocks = [start for start, other, _ in limits.forbidden
                       if start < end and slot < other]
-            blocks += (limits.taken.overlap(slot, end) or ())[1:]
+            blocks += (limits.taken.overlap(slot, end) or ())[:1]
             if slot < site + size and site < end:
-                blocks.append(site + size)
+                blocks.append(site)
             if not blocks:
                 return slot
-            slot = max(blocks)
+            slot = min(blocks) - JUMP_SIZE
     return 0
 
 
@@ -3246,8 +3376,10 @@ def _refuse_place(analysis, site, jump_size, end, limits):
 
 def _refuse_insns(analysis, insns, limits):
     """Refuse instructions that must run where they are."""
-    is_watched = limits.catches_faults or analysis.function.has_lsda
-    for place, insn in enumerate(insns):
+    if len(insns) > MAX_DISPLACED:
+        raise RefusalError("too many", "a window of %d instructions"
+                           % len(insns), insns[0].vaddr)
+    for insn in insns:
         if insn.flow in (CALL, CALL_IND) and insn is not insns[-1]:
             raise RefusalError("call not last", "%s would return into the "
                                "window" % _shown(insn), insn.vaddr)
@@ -3258,7 +3390,7 @@ def _refuse_insns(analysis, insns, limits):
             raise RefusalError("syscall under seccomp", "%s: the filter may "
                                "look at its address" % _shown(insn),
                                insn.vaddr)
-        if is_watched and not _cannot_fault(insn, limits.read):
+        if _is_watched(analysis, insn, limits):
             raise RefusalError("may fault", "%s may fault, and a handler "
                                "look at its address" % _shown(insn),
                                insn.vaddr)
@@ -3267,6 +3399,15 @@ def _refuse_insns(analysis, insns, limits):
         except RelocationError as error:
             raise RefusalError(error.rule, "%s: %s" % (
                 _shown(insn), error), insn.vaddr) from error
+
+
+def _is_watched(analysis, insn, limits):
+    """Tell whether insn may fault and somebody look at where."""
+    watched = limits.catches
+    if any(low < insn.vaddr + insn.size and insn.vaddr < high
+           for low, high in analysis.function.guarded):
+        watched = _ANY_FAULT
+    return bool(watched and _faults(insn, limits.read) & watched)
 
 
 def _refuse_arrivals(analysis, site, end, n_insns, limits):
@@ -3331,6 +3472,7 @@ def _refuse_unresolved(analysis, owner, site, end, limits):
     and no table that the jump's function names leads into it."""
     jumps = resolve_jumps(owner, limits.read, limits.is_executable)
     vaddr, low = jumps.unresolved[0], analysis.function.vaddr
+    site = limits.first or site         # all from there on is entered there
     if site not in (low, low + len(ENDBR64)) or site != low and \
             analysis.at(low).code != ENDBR64:
         raise RefusalError("unresolved jump table", "where the jump at 0x%x "
@@ -4616,6 +4758,8 @@ def input_registers(spec):
     if spec.action == "call":
         return (1 << 16) - 1
     names = set(STACK_REGISTERS) if spec.stack_size or spec.depth else set()
+    if spec.action == "enter" or spec.is_exit:
+        names.add("rsp")                # frames are known by it
     for each in (spec.when,) + spec.keys + spec.values:
         names |= each.names if each else frozenset()
     mask = 0
@@ -4624,9 +4768,13 @@ def input_registers(spec):
             mask |= 1 << REGISTERS.index(name)
         elif name == "ret":
             mask |= 1 << RAX
+        elif name == "caller":
+            mask |= 1 << RSP
         elif name.startswith("arg") and not spec.is_exit \
                 and int(name[3:]) < len(_ARG_REGISTERS):
             mask |= 1 << _ARG_REGISTERS[int(name[3:])]
+        elif name.startswith("arg"):
+            mask |= 1 << RSP
     return mask
 
 

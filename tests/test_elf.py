@@ -397,13 +397,22 @@ class Judged(unittest.TestCase):
             words = line.split()
             labels[words[-1]] = words[0]
         with open(listing) as file:
-            pads = re.findall(r"\.uleb128 (\.L\d+)-\.LFB\d+\n"
-                              r"\t\.uleb128 0x[0-9a-f]+\n", file.read())
+            text = file.read()
+        pads = re.findall(r"\.uleb128 (\.L\d+)-\.LFB\d+\n"
+                          r"\t\.uleb128 0x[0-9a-f]+\n", text)
+        sites = re.findall(r"\.uleb128 (\.LEHB\d+)-\.LFB\d+\n"
+                           r"\t\.uleb128 (\.LEHE\d+)-\.LEHB\d+\n", text)
         module = from_file(path)
         symbol = module.named("catches(int)")[0]
         self.assertEqual(symbol.name, "catches")
-        self.assertTrue(module.has_lsda(symbol.vaddr))
-        self.assertFalse(module.has_lsda(module.named("plain")[0].vaddr))
+        end, plain = symbol.vaddr + symbol.size, module.named("plain")[0]
+        guarded = module.guarded(symbol.vaddr, end)
+        self.assertTrue(guarded)
+        self.assertLessEqual(set(guarded), {
+            tuple(int(labels[name], 16) + module.bias for name in names)
+            for names in sites})
+        self.assertEqual(module.guarded(plain.vaddr, plain.vaddr
+                                        + plain.size), ())
         stripped = path + ".stripped"
         tool("strip", "-o", stripped, path)
         bare = from_file(stripped)
@@ -755,7 +764,7 @@ class Hostile(unittest.TestCase):
             module.function_at(bias + vaddr)
             module.bounds(bias + vaddr)
             module.fde(bias + vaddr)
-            module.has_lsda(bias + vaddr)
+            module.guarded(bias + vaddr, bias + vaddr + 99)
         module.entries_in(bias + low, bias + low + 4096)
         module.parts("one")
         ubp._debuglink(elf)
