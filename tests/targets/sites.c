@@ -1,0 +1,146 @@
+/* sites SIGNALS: a function in which every instruction is a probe's site.
+ *
+ * Threads call site_all() all the time and compare what it returns with what
+ * it returned before anything was probed. With SIGNALS a timer interrupts
+ * them every so many microseconds.
+ *
+ * Commands: r run again; s stand still, answers when nobody runs it;
+ * g call it CALLS times from here; t tell how often each of its instructions
+ * runs in one call, as the CPU's trap flag saw it before any probe; q quit.
+ */
+#include "target.h"
+#include <sys/time.h>
+#include <ucontext.h>
+
+#define CALLS 50
+#define ROOM 4096
+
+/* One byte to nine; blocks shorter than a jump; a loop, calls, a red zone,
+ * flags that live across sites, padding within and behind. */
+FUNCTION(site_all,
+    "push %rbx\n push %rbp\n mov %rdi,%rbx\n xor %eax,%eax\n"
+    "push %r12\n lea site_word(%rip),%rbp\n mov $5,%ecx\n"
+    "1: add %rcx,%rax\n test $1,%cl\n jz 2f\n inc %rax\n"
+    "2: add (%rbp),%rax\n dec %ecx\n jnz 1b\n"
+    "stc\n adc $0,%rax\n cmp $3,%rbx\n jb 3f\n clc\n cmc\n rcl $1,%rax\n"
+    "3: nop\n push %rax\n mov %ebx,%edi\n call site_leaf\n pop %rdx\n"
+    "xor %rdx,%rax\n lea site_leaf(%rip),%r12\n mov %rax,%rdi\n call *%r12\n"
+    "jmp 4f\n .byte 0x66,0x90,0x0f,0x1f,0x40,0x00\n"
+    "4: imul $0x1000193,%rax,%rax\n bswap %rax\n pop %r12\n pop %rbp\n"
+    "pop %rbx\n ret\n .balign 32, 0x90");
+FUNCTION(site_leaf,
+    "mov %rdi,-8(%rsp)\n rol $7,%rdi\n test %dil,%dil\n js 1f\n"
+    "add $3,%rdi\n1: mov %rdi,%rax\n sub -8(%rsp),%rax\n ret\n"
+    ".balign 32, 0xcc");
+__asm__(".data\n site_word: .quad 0x123456789\n.text");
+long site_all(long), site_leaf(long);
+
+static atomic_int still, n_still;
+static atomic_long n_calls, n_signals;
+static uint32_t counts[2 * ROOM];
+static long wanted[8];
+
+static char *base(void)
+{
+    char *a = (char *)site_all, *b = (char *)site_leaf;
+    return a < b ? a : b;
+}
+
+static void trapped(int signo, siginfo_t *info, void *context)
+{
+    ucontext_t *u = context;
+    long at = (char *)u->uc_mcontext.gregs[REG_RIP] - base();
+    (void)signo, (void)info;
+    if (at >= 0 && at < 2 * ROOM)
+        counts[at]++;
+}
+
+static void alarmed(int signo)
+{
+    (void)signo;
+    n_signals++;
+}
+
+static void *work(void *number)
+{
+    for (long i = (long)number; !quitting; i++) {
+        if (still) {
+            n_still++;
+            while (still && !quitting)
+                nap_us(200);
+            n_still--;
+        }
+        long got = site_all(i & 7);
+        if (got != wanted[i & 7])
+            wrong("site_all(%ld) is %lx, was %lx", i & 7, got,
+                  wanted[i & 7]);
+        n_calls++;
+    }
+    return NULL;
+}
+
+/* Run it once under the trap flag; the stack below is not touched by it. */
+static void trace(long argument)
+{
+    struct sigaction action = { .sa_sigaction = trapped,
+                                .sa_flags = SA_SIGINFO };
+    sigaction(SIGTRAP, &action, NULL);
+    __asm__ volatile("pushfq\n orq $0x100,(%%rsp)\n popfq" ::: "memory");
+    long got = site_all(argument);
+    __asm__ volatile("pushfq\n andq $~0x100,(%%rsp)\n popfq" ::: "memory");
+    signal(SIGTRAP, SIG_DFL);
+    if (got != wanted[argument])
+        wrong("the trap flag changed the result");
+}
+
+int main(int argc, char **argv)
+{
+    pthread_t threads[3];
+    long us = argc > 1 ? atol(argv[1]) : 0;
+
+    bounded();
+    for (long i = 0; i < 8; i++)
+        wanted[i] = site_all(i);
+    for (long i = 0; i < 8; i++)
+        trace(i);
+    for (long i = 0; i < 3; i++)
+        pthread_create(&threads[i], NULL, work, (void *)i);
+    if (us) {
+        struct sigaction action = { .sa_handler = alarmed,
+                                    .sa_flags = SA_RESTART };
+        struct itimerval every = { { 0, us }, { 0, us } };
+        sigaction(SIGVTALRM, &action, NULL);
+        setitimer(ITIMER_VIRTUAL, &every, NULL);
+    }
+    say("ready all=%ld leaf=%ld", (char *)site_all - base(),
+        (char *)site_leaf - base());
+    for (char c; read(0, &c, 1) == 1 && c != 'q';) {
+        if (c == 's') {
+            still = 1;
+            while (n_still < 3)
+                nap_us(100);
+            say("still=1 calls=%ld", (long)n_calls);
+        } else if (c == 'r') {
+            still = 0;
+            say("still=0");
+        } else if (c == 'g') {
+            for (long i = 0; i < 8 * CALLS; i++)
+                if (site_all(i & 7) != wanted[i & 7])
+                    wrong("site_all(%ld) differs", i & 7);
+            say("times=%d", CALLS);
+        } else if (c == 't') {
+            char line[3500];
+            int n = 0;
+            for (int at = 0; at < 2 * ROOM && n < 3400; at++)
+                if (counts[at])
+                    n += sprintf(line + n, "%d=%u ", at, counts[at]);
+            say("%s", line);
+        }
+    }
+    quitting = 1;
+    for (int i = 0; i < 3; i++)
+        pthread_join(threads[i], NULL);
+    say("calls=%ld signals=%ld wrong=%ld", (long)n_calls, (long)n_signals,
+        (long)n_wrong);
+    return n_wrong != 0;
+}

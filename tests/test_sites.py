@@ -1,0 +1,128 @@
+"""Every instruction of a function is a site, armed and removed in any order.
+
+The judges: the program, which compares what its threads compute with what
+they did before; the CPU, whose trap flag told how often each instruction
+runs in a call; and its text afterwards.
+"""
+import random
+import sys
+import unittest
+
+import live
+import ubp
+
+ACTIONS = (ubp.Count, lambda: ubp.Hist("rdi"), lambda: ubp.Count(sum="rbx"),
+           lambda: ubp.Count(by="rcx & 1"))
+
+
+class Model:
+    """What is armed by random steps, and what must have been counted."""
+
+    def __init__(self, test, target, child, seed):
+        self.test, self.target, self.child = test, target, child
+        self.random, self.probes = random.Random(seed), []
+        ready, sites = child.ready, child.ask("t")
+        self.sites = {}
+        for name in ("leaf", "all"):
+            for at, n in sites.items():
+                at = int(at) - int(ready[name])
+                if 0 <= at < 128:
+                    self.sites.setdefault(
+                        "exe:site_%s+0x%x" % (name, at), n)
+        self.n_asked = self.n_armed = 0
+
+    def arm(self, names):
+        action = self.random.choice(ACTIONS)()
+        self.n_asked += len(names)
+        try:
+            probe = self.target.probe(names, action, timeout=10)
+        except ubp.ProbeError:          # each of them was refused
+            return
+        self.n_armed += len(probe.sites)
+        self.probes.append(probe)
+
+    def step(self):
+        """Arm one to four sites, or remove a probe."""
+        rand = self.random
+        if self.probes and rand.random() < 0.4 or len(self.probes) > 25:
+            probe = self.probes.pop(rand.randrange(len(self.probes)))
+            probe.remove(timeout=10)
+        else:
+            self.arm(rand.sample(sorted(self.sites), rand.randint(1, 4)))
+
+    def counts(self):
+        return {(n, name(site)): reading.hits
+                for n, probe in enumerate(self.probes)
+                for site, reading in probe.readings().items()}
+
+    def check(self):
+        """Count while nobody else calls the function."""
+        self.child.ask("s")
+        before = self.counts()
+        times = self.child.ask("g")["times"]
+        after = self.counts()
+        self.child.ask("r")
+        self.test.assertEqual(
+            {key: after[key] - before[key] for key in after},
+            {(n, where): times * self.sites[where] for n, where in after})
+
+    def remove_all(self):
+        self.random.shuffle(self.probes)
+        while self.probes:
+            self.probes.pop().remove(timeout=10)
+
+
+def name(site):
+    return "exe:%s+0x%x" % (site.function.name, site.offset)
+
+
+class AnyOrder(unittest.TestCase):
+
+    def run_model(self, us, seed, play):
+        with live.Target("sites", us, seconds=60) as child, \
+                ubp.attach(child.pid) as target:
+            model = Model(self, target, child, seed)
+            with self.subTest(seed=seed):
+                play(model)
+                model.remove_all()
+                target.close()
+                self.assertEqual(live.changed_text(child.pid), [])
+                child.quit()
+        return model
+
+    def test_random_steps(self):
+        for seed in range(3):
+            def play(model):
+                for n in range(28):
+                    model.step()
+                    if n % 4 == 3:
+                        model.check()
+            model = self.run_model(300 if seed % 2 else 0, seed, play)
+            self.assertGreater(model.n_armed, 0.85 * model.n_asked)
+
+    def test_one_by_one_in_each_direction(self):
+        """The number that takes a probe hardly depends on the order."""
+        armed = {}
+        for order in "down", "shuffled", "together":
+            def play(model):
+                names = sorted(model.sites, key=lambda text: (
+                    text[:10], int(text.split("+")[1], 16)))
+                if order == "down":
+                    names.reverse()
+                elif order == "shuffled":
+                    model.random.shuffle(names)
+                groups = [names] if order == "together" else [
+                    [each] for each in names]
+                for group in groups:
+                    model.arm(group)
+                model.check()
+            model = self.run_model(0, 1, play)
+            armed[order] = model.n_armed / model.n_asked
+        sys.stderr.write("\nevery instruction of two functions: %s\n" % (
+            ", ".join("%s %.0f %%" % (order, 100 * share)
+                      for order, share in armed.items())))
+        self.assertGreaterEqual(min(armed.values()), 0.9, armed)
+
+
+if __name__ == "__main__":
+    unittest.main()
