@@ -12085,9 +12085,8 @@ class Target:
                 self._planner.patches = self._installer.patches
             self._look([each for each in (spec, entry) if each], strategies,
                        timeout)
-            plans = self._planner.settle(_by_address(
-                sites, lambda n, site: self._plan(
-                    site, spec, n, len(sites), entry, strategies)))
+            plans = _by_address(sites, lambda n, site: self._plan(
+                site, spec, n, len(sites), entry, strategies))
             self._arm_plans(probe, plans, timeout, [probe])
             if self._follows and self._guardian is None:
                 self._with_ptrace(lambda: None, timeout)
@@ -12110,6 +12109,7 @@ class Target:
 
     def _arm_plans(self, probe, plans, timeout, new=()):
         """Arm what was planned; new: probes to take out if that fails."""
+        plans = self._planner.settle(plans)
         probe.refused += [plan for plan in plans if not plan.strategy]
         self._arm_hardware(probe, [plan.site for plan in plans
                                    if plan.strategy == "hw"], timeout)
@@ -12342,7 +12342,6 @@ class Target:
         plans = [self._plan(site, probe._spec, first + n, 2, probe._entry,
                             probe._strategies)
                  for n, site in enumerate(sites.values())]
-        plans = self._planner.settle(plans)
         n_before = len(probe.sites)
         self._arm_plans(probe, plans, timeout)
         self._planner.keep_only(self._installer.patches)
