@@ -599,6 +599,33 @@ class Int3(unittest.TestCase):
                 self.unchanged(process)
                 process.quit()
 
+    def test_entry_by_jump_and_exits_by_int3_share_their_frames(self):
+        with live.Target("traps", seconds=90) as process:
+            with ubp.attach(process.pid) as target:
+                with self.assertRaises(ubp.ProbeError) as caught:
+                    target.probe("exe:odd_exit", ubp.Latency())
+                self.assertIn("its exit at +0x9", str(caught.exception))
+                both = "jump,int3"
+                took = target.probe("exe:odd_exit", ubp.Latency(), None, both)
+                kept = target.probe("exe:odd_exit%return", ubp.Trace(
+                    "arg0", "ret"), "arg0 % 2", both)
+                sums = target.probe("exe:odd_exit%return", ubp.Count(
+                    by="ret - arg0", sum="arg0"), None, both)
+                changed = {vaddr: new for _, vaddr, _, new
+                           in live.changed_text(process.pid)}
+                entry = took.sites[0].vaddr
+                self.assertEqual((0xe9, 0xcc), (changed[entry],
+                                                changed[entry + 9]))
+                n = sum(process.ask(c)["n"] for c in "cmbhf")
+                self.assertEqual((n, n), (took.read().count,
+                                          sums.read()[1].count))
+                values = [event.values for event in target.events(0.3)]
+                self.assertTrue(all(a % 2 and r == a + 1 for a, r in values))
+                self.assertEqual(kept.hits, len(values))
+                self.assertEqual(0, took.reading().unfinished)
+            self.unchanged(process)
+            process.quit()
+
     def test_a_launched_program_runs_as_it_would(self):
         path = live.build("launched")
         for how, code in (("exit 7", 7), ("kill 9", -9), ("kill 15", -15)):
@@ -773,6 +800,95 @@ class Int3(unittest.TestCase):
             process.ask("p")
             self.unchanged(process)
             process.quit()
+
+
+class Differential(unittest.TestCase):
+    """Every action computes by int3 what it computes by jump."""
+
+    # what is probed in actions.c | what | if
+    ACTIONS = """
+    exe:work          | Count()                                        |
+    exe:work          | Count(by="arg1, arg0 % 5")                     | arg0 % 7
+    exe:work          | Count(by="u8[arg2]", sum="arg0 * arg1")        |
+    exe:work          | Hist("arg0 - 50", by="arg1")                   |
+    exe:work          | Trace("arg0", "str(arg2)", "buf(arg2, 3)")     | arg0 % 3 == 0
+    exe:work          | Trace("arg0", stack=True)                      | arg0 % 9 == 0
+    exe:work+0        | Trace("rdi", "rsp % 16", "caller > 0")         | cpu >= 0
+    exe:work          | Stack()                                        | arg0 % 9 == 0
+    exe:work          | Stack(sum="arg0")                              | arg0 % 9 == 1
+    exe:deep          | Latency()                                      |
+    exe:deep          | Latency(by="arg0")                             | arg0 > 1
+    exe:deep%return   | Hist("ret + arg0")                             |
+    exe:deep%return   | Trace("ret", "arg0", "elapsed > 0")            |
+    exe:jumper        | Latency()                                      |
+    exe:jumper%return | Count(by="ret")                                |
+    exe:other%return  | Trace("arg0")                                  |
+    exe:tail%return   | Trace("arg0", "ret")                           |
+    """
+
+    def computed(self, strategy, where, action, when):
+        action = eval("ubp." + action)
+        with live.Target("actions", "2", "101") as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe(where, action, when or None, strategy)
+                self.assertEqual([strategy], list(probe.strategies()))
+                for command in "gfr":
+                    process.ask(command)
+                value = probe.read()
+                if isinstance(action, ubp.Trace):
+                    value = sorted(repr((
+                        event.values, event.kind, event.site.offset,
+                        event.tid == event.pid == process.pid,
+                        [frame.function for frame in event.stack]))
+                        for event in target.events(0.3))
+                elif isinstance(action, ubp.Stack):
+                    value = {tuple(frame.function for frame in frames): n
+                             for frames, n in value.items()}
+                elif isinstance(action, ubp.Latency):
+                    value = {key: each.count for key, each in (
+                        value if action.by else {0: value}).items()}
+                told = probe.reading()._replace(value=value)
+            self.assertEqual([], live.changed_text(process.pid))
+            process.quit()
+        return told
+
+    def test_every_action_computes_what_a_jump_computes(self):
+        for line in self.ACTIONS.strip().splitlines():
+            what = [word.strip() for word in line.split("|")]
+            with self.subTest(line):
+                by_jump = self.computed("jump", *what)
+                self.assertGreater(by_jump.recorded, 20)
+                self.assertEqual(by_jump, self.computed("int3", *what))
+
+    def test_the_command_prints_the_same_lines(self):
+        for options in (["trace", "-e", "arg0, str(arg2)", "--hits", "30"],
+                        ["trace", "-e", "arg0", "--until", "arg0 == 50"],
+                        ["hist", "-e", "arg0"],
+                        ["count", "--by", "arg0 % 3, arg1 < 9"]):
+            with self.subTest(options):
+                by_jump, by_int3 = (self.printed(options, strategy)
+                                    for strategy in ("jump", "int3"))
+                self.assertEqual(by_jump, by_int3)
+                self.assertGreater(len(by_jump), 2)
+
+    def printed(self, options, strategy):
+        with live.Target("actions", "1", "101") as process:
+            with live.Process([
+                    sys.executable, TOP + "/ubp.py", options[0], "-p",
+                    process.pid, "exe:work", "--strategy", strategy]
+                    + options[1:]) as front:
+                self.assertTrue(live.settled(
+                    lambda: "Ctrl-C removes" in front.stderr(), 20))
+                process.ask("g")
+                if not live.settled(front.has_ended, 1):
+                    front.process.send_signal(signal.SIGINT)
+                lines = front.process.stdout.read().decode().splitlines()
+                self.assertEqual(0, front.wait())
+            process.quit()
+        # Without times, rates and thread numbers.
+        return [re.sub(r"^[0-9:.]+ +\d+ ", "", re.sub(
+            r"( *\d+) +[0-9.]+( +[0-9.]+%)", r"\1\2", line))
+            for line in lines]
 
 
 class Guardian(unittest.TestCase):

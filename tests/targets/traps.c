@@ -18,6 +18,7 @@ CALLED long step(long a, long b) { return a * 3 + b; }
 /* One instruction of every kind that has to be moved with care. */
 long odd_call(long), odd_jump(long), odd_loop(long), odd_rip(long);
 long odd_indirect(long), odd_push(long), odd_ret(long), odd_tight(long);
+long odd_exit(long);
 FUNCTION(odd_call, "sub $8,%rsp\n call odd_ret\n add $8,%rsp\n ret");
 FUNCTION(odd_jump, "test %rdi,%rdi\n jz 1f\n lea 1(%rdi),%rax\n ret\n"
          "1: mov $1,%eax\n ret");
@@ -31,9 +32,13 @@ FUNCTION(odd_ret, "lea 1(%rdi),%rax\n ret");
 /* No jump fits at +11: a call before it, a branch's target behind it. */
 FUNCTION(odd_tight, "sub $8,%rsp\n xor %ecx,%ecx\n call odd_ret\n nop\n"
          "1: dec %rcx\n jz 1b\n add $8,%rsp\n ret");
+/* Its one exit takes no jump: a branch leads to it, another behind it. */
+FUNCTION(odd_exit, "lea 1(%rdi),%rax\n test %rdi,%rdi\n js 2f\n 1: ret\n"
+         "2: dec %rax\n inc %rax\n jmp 1b");
 long odd_word = 1;
 static long (*odd[])(long) = {odd_call, odd_jump, odd_loop, odd_rip,
-                              odd_tight, odd_indirect, odd_push, odd_ret};
+                              odd_tight, odd_indirect, odd_push, odd_exit,
+                              odd_ret};
 
 static atomic_long n_caught, n_in_handler;
 static sigjmp_buf back;
