@@ -136,6 +136,10 @@ class ProbeError(UbpError):
     """A probe that is malformed, not built yet, or could not be armed."""
 
 
+class InjectionRefused(ProbeError):
+    """A syscall that was to be injected is forbidden to the target."""
+
+
 class UbpTimeout(UbpError):
     """Not done within the time allowed; the target has been released."""
 
@@ -658,6 +662,7 @@ class Segment(NamedTuple):
     offset: int
     vaddr: int
     size: int               # bytes in the file
+    memory_size: int = 0    # and in memory
 
 
 class Section(NamedTuple):
@@ -826,8 +831,8 @@ class Elf:
             return []
         data = self.image.read(self._phoff, self._phnum * 56)
         rows = PROGRAM_HEADER.iter_unpack(data[:len(data) // 56 * 56])
-        return [Segment(kind, flags, offset, vaddr, size)
-                for kind, flags, offset, vaddr, _, size, _, _ in rows
+        return [Segment(kind, flags, offset, vaddr, size, in_memory)
+                for kind, flags, offset, vaddr, _, size, in_memory, _ in rows
                 if vaddr + size < VADDR_END]
 
     @_Lazy
@@ -5224,7 +5229,7 @@ class Injection:
         for nr, values in ((number, args), (ubp_x86.NR_RT_SIGRETURN, ())):
             if mode != "2" or not _filters_allow(tid, nr, self._gadget + 2,
                                                  values):
-                raise ProbeError(
+                raise InjectionRefused(
                     "inject a syscall into", self.tracer.name(),
                     "its seccomp filter forbids syscall %d, or cannot be "
                     "read (that takes CAP_SYS_ADMIN)" % nr,
@@ -5770,12 +5775,13 @@ class ArenaView(NamedTuple):
     header: Optional[Header]        # None: mapped, but never written
     records: tuple
     n_bad: int              # records that failed validation
+    slack: tuple = ()       # ((start, end), …) of slack that it is in
 
 
 def find_arenas(pid, maps=None):
     """The arenas mapped in a process, from its maps alone. -> [ArenaView]
 
-    A memfd names itself; anonymous arenas are known by their magic.
+    A memfd names itself; others are known by their magic.
     """
     groups, found = {}, []
     memory = memory_tid(pid)
@@ -5792,7 +5798,9 @@ def find_arenas(pid, maps=None):
         view = _view(memory, inode, mappings, maps)._replace(pid=pid)
         if view.header is not None or inode:
             found.append(view)
-    return found
+    return found + [view for mapping in maps if mapping.perms == "r-xp"
+                    and mapping.inode
+                    for view in _slack_views(pid, memory, mapping)]
 
 
 def _view(pid, inode, mappings, maps):
@@ -5956,7 +5964,10 @@ class Arena:
 
     memory   a shared mapping of our own, or None for anonymous memory,
              which is written through /proc/PID/mem
+    slack    ((start, end), …) if it is in memory that was there anyway
     """
+
+    slack = ()
 
     def __init__(self, tracer, base, layout, shards, memory, inode):
         self.tracer, self.base, self.shards = tracer, base, shards
@@ -6174,6 +6185,17 @@ class Arena:
         """Its process is another program now: look there no more."""
         self._kept_private = self._kept_private or b""
         self._is_lost = True
+
+    def n_fitting(self, items, need_of, span_of):
+        """How many of the first of items there is room for.
+
+        need_of, span_of   the Need, and the [low, high) of code, of items
+        """
+        n = len(items)
+        while n and not self.has_room(*span_of(items[:n]),
+                                      need_of(items[:n])):
+            n //= 2
+        return n
 
     def own_rings(self):
         """The vaddr of the word that tells waiting hits of our death."""
@@ -6540,6 +6562,385 @@ def unmap(tracer, ranges, timeout):
     tracer.pause(action, timeout, "unmap")
 
 
+# -- the slack arena ----------------------------------------------------------
+#
+# Where no syscall may be injected, nothing can be mapped. But the kernel maps
+# whole pages, and a module seldom fills its last ones: the code goes behind
+# the end of its text, one shard of data behind the end of its data, or of the
+# program's. Both are private to the process, writable to a tracer, and zero
+# again afterwards.
+#
+#     text  r-x   end of the segment
+#                 trampolines, upwards
+#                 records, downwards             28 and 4 for each copy
+#                 header                         SLACK, 88 bytes
+#           page's end
+#     data  rw-   end of the segment, and its bss
+#                 the shard
+#           page's end
+#
+#     record     -1      copies                     1
+#                -28     site slot trampoline       3 x 4, from the header
+#                        size index window's size   2 2 1
+#                        kind of block, flags       1 1
+#                        the bytes that were there  8: slot, site
+#                before  copies: offset size moved moved_size   4 x 1 each
+
+SLACK_MAGIC = b"ubp\x7fSLCK"
+SLACK = struct.Struct("<8sHHIQQQQQQQQI4x")
+_SLACK_RECORD = struct.Struct("<iiiHHBBB8sB")
+_SLACK_COPY = struct.Struct("<BBBB")
+_SLACK_LITERAL = 72             # of the vaddr of the shard, in SLACK
+_SLACK_LOOKS, _SLACK_LOOK_S = 6, 0.02   # does anybody use it?
+_GONE, _VOID, _TRAP = 1, 2, 4           # flags of a record
+_LEAST_SLACK = 100              # bytes; few sites take less
+_START_BRK = 44                 # of proc(5)'s fields, from the third on
+
+
+class SlackHeader(NamedTuple):
+    """The last bytes of a slack arena's page, in the order of SLACK."""
+    magic: bytes
+    version: int
+    flags: int
+    n_records: int
+    low: int                # where the slack of the text begins
+    nonce: int
+    owner_pid: int
+    owner_birth: int
+    owner_namespace: int    # inode of the owner's pid namespace
+    target: int
+    time_ns: int            # CLOCK_REALTIME
+    data: int               # vaddr of the shard
+    data_size: int
+    base: int = 0           # of this header; not in it
+
+    # As status() and restore() ask a Header.
+    shard_mask, shard_shift, scratch = 0, 12, 0
+
+    @property
+    def code_size(self):
+        """From here to the shard: data may lie before the code, too."""
+        return self.data - self.base
+
+
+assert SLACK.size == 88
+
+
+def unpack_slack(data, base):
+    """A SlackHeader from hostile bytes, or None if it is none."""
+    if data[:len(SLACK_MAGIC)] != SLACK_MAGIC or len(data) < SLACK.size:
+        return None
+    header = SlackHeader(*SLACK.unpack_from(data), base=base)
+    page = base & -PAGE
+    if (header.version != VERSION or base + SLACK.size != page + PAGE
+            or not page <= header.low < base
+            or header.data_size > PAGE or header.data % 8
+            or header.data // PAGE != (header.data + header.data_size - 1)
+            // PAGE or header.n_records > PAGE // _SLACK_RECORD.size):
+        return None
+    return header
+
+
+def _pack_slack_record(record, base, flags):
+    """The bytes of a Record; its window has no more than 8 to put back."""
+    old = b"".join(old for _, old, _ in record.patches)
+    flags |= _GONE * record.is_gone | _TRAP * (
+        record.patches[-1][2] == ubp_x86.BREAKPOINT)
+    return b"".join(_SLACK_COPY.pack(*copy[:4])
+                    for copy in record.copies) + _SLACK_RECORD.pack(
+        record.site - base, record.slot and record.slot - base,
+        record.trampoline - base, record.size, record.index,
+        record.window_size, KINDS.index(record.kind), flags, old,
+        len(record.copies))
+
+
+def _unpack_slack_record(data, end, header):
+    """(Record or None, flags, start) of one that ends at data[end - 1]."""
+    at = end - _SLACK_RECORD.size
+    if at < 0:
+        return None, 0, 0
+    (site, slot, trampoline, size, index, window_size, kind, flags, old,
+     n) = _SLACK_RECORD.unpack_from(data, at)
+    base, start = header.base, at - _SLACK_COPY.size * n
+    site, trampoline = base + site, base + trampoline
+    slot = slot and base + slot
+    if (start < 0 or not 1 <= n <= 8 or kind >= len(KINDS)
+            or not header.low <= trampoline <= trampoline + size <= base
+            or not 0 < site < _TASK_SIZE or not 0 <= slot < _TASK_SIZE
+            or not window_size or 8 * index + 8 > header.data_size):
+        return None, flags, start
+    window = collections.namedtuple("Jump", "site slot is_trap")(
+        site, slot, flags & _TRAP)
+    try:
+        jumps = ubp_x86.window_patches(window, trampoline)
+    except RelocationError:
+        return None, flags, start
+    patches, used = [], 0
+    for vaddr, new in jumps:
+        patches.append((vaddr, old[used:used + len(new)], new))
+        used += len(new)
+    copies = tuple(ubp_x86.Copy(*_SLACK_COPY.unpack_from(
+        data, start + _SLACK_COPY.size * each), back=0) for each in range(n))
+    return Record(site, slot, trampoline, size, index, window_size,
+                  tuple(patches), copies, "", "", "", KINDS[kind],
+                  bool(flags & _GONE)), flags, start
+
+
+def _slack_views(pid, memory, mapping):
+    """The ArenaView of the slack arena at the end of some text, if any."""
+    base = mapping.end - SLACK.size
+    header = unpack_slack(_peek(memory, base, SLACK.size), base)
+    if header is None:
+        return []
+    data = _peek(memory, header.low, base - header.low)
+    records, end, n_bad = [], len(data), 0
+    for _ in range(header.n_records if data else 0):
+        record, flags, end = _unpack_slack_record(data, end, header)
+        if record is None or record.kind == "table":
+            n_bad += 1
+        elif not flags & _VOID:
+            records.append(record)
+    low, high = mapping.start, mapping.end
+    good = [record for record in records if all(
+        low <= vaddr < header.low for vaddr, _, _ in record.patches)]
+    try:
+        every = modules(pid)
+    except SymbolError:
+        return []
+    try:
+        module = next((m for m in every if m.low <= low < m.high), None)
+        maps = read_maps(memory)
+        if module is None or text_slack(module, maps) != (header.low, high):
+            return []
+        data = header.data, header.data + header.data_size
+        if not any(start <= data[0] and data[1] <= end for start, end
+                   in data_slacks(pid, every, every, maps)):
+            return []
+        named = tuple(_named_record(record, module) for record in good)
+    finally:
+        for each in every:
+            each.close()
+    return [ArenaView(pid, ((header.low, high),), 0, header, named,
+                      n_bad + len(records) - len(good),
+                      ((header.low, high), data))]
+
+
+def _named_record(record, module):
+    """A Record with the names that there was no room for."""
+    symbol = module.function_at(record.site)
+    name = "0x%x" % record.site
+    if symbol is not None:
+        name = symbol.name + ("+0x%x" % (record.site - symbol.vaddr)
+                              if record.site > symbol.vaddr else "")
+    return record._replace(build_id=module.build_id, module=module.name,
+                           function=name)
+
+
+def text_slack(module, maps):
+    """[low, high) of the last page of a module's text that is behind it.
+
+    None where there is none: the page must be private, and of its file.
+    """
+    loads = [load for load in module.elf.loads if load.flags & PF_X]
+    if not loads or not module.has_file or module.shared_text:
+        return None
+    low = module.bias + loads[-1].vaddr + loads[-1].size
+    high = low + PAGE - 1 & -PAGE
+    for m in maps:
+        if m.start < low and m.end == high and m.perms == "r-xp" and m.inode:
+            return (low, high) if low < high else None
+    return None
+
+
+def data_slacks(pid, wanted, every, maps):
+    """[(low, high)] of the pages with the last data of modules, behind it.
+
+    None under musl, whose malloc takes all of it, nor of the loader, whose
+    own takes that; and not where brk begins in that page.
+    """
+    names = [module.soname or module.name for module in every]
+    if (any("musl" in name for name in names)
+            or not any(name.startswith("libc.so") for name in names)):
+        return []
+    fields = read_stat(pid)
+    brk = int(fields[_START_BRK]) if len(fields) > _START_BRK else 0
+    found = []
+    for module in wanted:
+        loads = [load for load in module.elf.loads if load.flags & PF_W]
+        if not loads or (module.soname or module.name).startswith("ld-"):
+            continue
+        end = module.bias + loads[-1].vaddr + loads[-1].memory_size
+        low, high = end + 15 & -16, end + PAGE - 1 & -PAGE
+        if low + 8 <= high and not end <= brk < high and any(
+                m.start <= low - 1 and high <= m.end and m.perms == "rw-p"
+                for m in maps):
+            found.append((low, high))
+    return found
+
+
+class SlackArena(Arena):
+    """An Arena in the slack of a module's text, and of some data.
+
+    low, high   of the text;   data   (low, high) of the shard
+    """
+
+    memory, inode, ring_owner = None, 0, None
+
+    def __init__(self, tracer, text, data):
+        self.tracer, (self._low, self._high) = tracer, text
+        self.base = self._high - SLACK.size
+        self.size = self.code_size = self.base - self._low
+        self.layout = ArenaLayout(0, 0, 0, 12, 0)
+        self.shards = ubp_x86.Shards(ubp_x86.CPU_NONE, data[0], 0, 12,
+                                     self.base + _SLACK_LITERAL)
+        self.slack, self.next = (text, data), self._low
+        self.records, self._void, self._end = [], set(), self.base
+        self._places = []           # (start, size) of each record
+        self._used, self._flags, self._last = 0, 0, {}
+        self._kept = self._kept_last = self._kept_private = None
+        self._is_lost = False
+        self.nonce = int.from_bytes(os.urandom(8), "little")
+        self._write_header()
+
+    @property
+    def range(self):
+        return self._low, self._high
+
+    private = 0
+
+    @property
+    def n_free(self):
+        """Bytes between the trampolines and the records."""
+        return self._end - self.next
+
+    def _write_header(self):
+        self.store(0, SLACK.pack(
+            SLACK_MAGIC, VERSION, self._flags, len(self.records), self._low,
+            self.nonce, os.getpid(), start_time(os.getpid()),
+            _pid_namespace(), self.tracer.tgid, int(time.time() * 1e9),
+            self.slack[1][0], self.slack[1][1] - self.slack[1][0]))
+
+    def shard_at(self, cpu):
+        return self.slack[1][0] - self.base
+
+    def n_fitting(self, items, need_of, span_of):
+        """As many as fit, of those whose text this is behind."""
+        at, end, used, n = self.next, self._end, self._used, 0
+        for item in items:
+            low, high = span_of([item])
+            need, is_here = need_of([item]), self._serves(item)
+            parts = getattr(item, "all_parts", ())
+            spec = getattr(item, "spec", None)
+            if spec == _PLAIN_COUNT and len(parts) == 1:
+                window = item.window
+                need = Need(1, len(ubp_x86.count_trampoline(
+                    window, window.site & -PAGE, 0, self.shards._replace(
+                        rseq_offset=window.site)).code), 8, need.private)
+            at += need.code
+            end -= need.n_records * (_SLACK_RECORD.size + 5 * 4)
+            used = _aligned(used, need.block) + need.block
+            if (not is_here or at > end or need.private or need.calls
+                    or used > self.slack[1][1] - self.slack[1][0]):
+                break
+            n += 1
+        return n
+
+    def _serves(self, item):
+        """Is an item's text the one that ends here? Then it is there as
+        long as its trampolines."""
+        module = item.site.module
+        return module.low <= self._low < module.high
+
+    def add(self, window, old, names, block, make):
+        made = make(self.next)
+        if any(copy.back for copy in made.copies):
+            raise RelocationError("a syscall in slack", window.site,
+                                  "out of reach")
+        record = Record(
+            window.site, window.slot, self.next, len(made.code),
+            block[1] // 8, window.size,
+            tuple((vaddr, old[vaddr][:len(new)], new) for vaddr, new
+                  in ubp_x86.window_patches(window, self.next)),
+            made.copies, names[0], names[1], names[2], block[0])
+        size = len(_pack_slack_record(record, self.base, 0))
+        if self.next + len(made.code) > self._end - size:
+            raise RelocationError("its arena is full", window.site,
+                                  "out of reach")
+        self.store(self.next - self.base, made.code)
+        self.next += len(made.code)
+        self._end -= size
+        self._places.append(self._end)
+        self.records.append(record)
+        self._write_record(len(self.records) - 1)
+        return record
+
+    def _write_record(self, n):
+        record, flags = self.records[n], 0
+        if record is None:
+            at = self._places[n]
+            end = self._places[n - 1] if n else self.base
+            data = bytearray(read_memory(self.tracer.vm_tid(), at, end - at))
+            data[-10] |= _VOID
+            self.store(at - self.base, bytes(data))
+            return
+        self.store(self._places[n] - self.base,
+                   _pack_slack_record(record, self.base, flags))
+
+    def store(self, offset, data):
+        try:
+            super().store(offset, data)
+        except OSError:             # proc_mem.force_override: if traced only
+            self.tracer.pause(lambda: self.tracer.write_text(
+                self.base + offset, data), 5, "write")
+
+
+def make_slack_arena(tracer, item):
+    """An arena in the slack of the module that a plan's site is in.
+
+    -> SlackArena. Raises ProbeError, which says what it lacks.
+    """
+    module = item.site.module
+
+    def refuse(why):
+        raise ProbeError("probe %s in the slack of" % site_name(item.site),
+                         tracer.name(), why)
+    maps = read_maps(tracer.vm_tid())
+    text = text_slack(module, maps)
+    if text is None or text[1] - text[0] < SLACK.size + 64:
+        refuse("%s has no unused bytes behind its text" % module.name)
+    every = modules(tracer.tgid)
+    try:
+        places = data_slacks(tracer.tgid, [
+            m for m in every if m.is_exe or m.low == module.low], every, maps)
+    finally:
+        for each in every:
+            each.close()
+    first, last = ubp_x86.reach(module.low, module.high)
+    places = [(low, high) for low, high in places
+              if first <= low and high <= last]
+    tid = tracer.vm_tid()
+    for _ in range(_SLACK_LOOKS):
+        if not _is_zero(tid, *text):
+            refuse("the bytes behind the text of %s are in use" % module.name)
+        places = [place for place in places if _is_zero(tid, *place)]
+        time.sleep(_SLACK_LOOK_S)
+    if not places:
+        refuse("no bytes behind the data of %s or of the program are unused"
+               % module.name)
+    return SlackArena(tracer, text, max(
+        places, key=lambda place: place[1] - place[0]))
+
+
+def _is_zero(tid, low, high):
+    return _peek(tid, low, high - low) == bytes(high - low)
+
+
+def processes_in_slack(base, nonce):
+    """The pids of processes that have a slack arena, by fork. -> [pid]"""
+    return [pid for pid in _process_ids() if getattr(unpack_slack(
+        _peek(pid, base, SLACK.size), base), "nonce", None) == nonce]
+
+
 # -- patching and restoring, with all threads stopped -----------------------
 
 class Patches:
@@ -6760,7 +7161,8 @@ def check_arena(tracer, base, nonce):
     """
     header = None
     try:
-        header = unpack_header(tracer.read(base, HEADER.size))
+        header = (unpack_slack(tracer.read(base, SLACK.size), base)
+                  or unpack_header(tracer.read(base, HEADER.size)))
     except OSError:
         pass
     if header is None or header.nonce != nonce:
@@ -6907,6 +7309,7 @@ class Installed(NamedTuple):
     inode: int              # 0: anonymous memory, in one process only
     ranges: tuple           # ((start, end), …) to be unmapped; () : it stays
     records: tuple          # whose sites are to be put back
+    slack: tuple = ()       # ((start, end), …) to be zero instead
 
 
 class Restored(NamedTuple):
@@ -7103,6 +7506,8 @@ def restore(tracer, arenas, timeout, last_look=lambda: None):
         if not there and not steps.finds_own():
             check_arena(tracer, arenas[0].base, arenas[0].nonce)
         ranges = [each for arena in there for each in arena.ranges]
+        mapped = [each for arena in there if not arena.slack
+                  for each in arena.ranges]
         steps.write()
         # Only to text that is back: at a foreign site a thread stays.
         rips = move_threads(tracer, moves_out(steps.restored), {},
@@ -7112,9 +7517,14 @@ def restore(tracer, arenas, timeout, last_look=lambda: None):
         if any(low <= rip < high for rip in rips for low, high in ranges):
             raise Again("a thread is inside a trampoline")
         last_look()
-        with Injection(tracer) as injection:
-            for low, high in ranges:
-                injection.call(SYS_munmap, low, high - low)
+        if mapped:
+            with Injection(tracer) as injection:
+                for low, high in mapped:
+                    injection.call(SYS_munmap, low, high - low)
+        for arena in there:
+            # Its data first: the header, which tells of them, last.
+            for low, high in arena.slack[::-1] if arena.ranges else ():
+                tracer.write_text(low, bytes(high - low))
         return True
 
     try:
@@ -9694,6 +10104,23 @@ class Calls:
 
 # -- what is in a target -----------------------------------------------------
 
+class SlackFull(ProbeError):
+    """The slack of a module has no room for a site."""
+
+    is_for_all = True           # or for any other of the module
+
+
+def _without_slack(probe, plans, error):
+    """Refuse the first of plans, or all of its module. -> the others"""
+    module, rest = plans[0].site.module, []
+    for n, plan in enumerate(plans):
+        if n == 0 or error.is_for_all and plan.site.module is module:
+            probe._refuse(plan, "slack", error.why)
+        else:
+            rest.append(plan)
+    return rest
+
+
 class Installer:
     """What is in one target: arenas, patches, and which probe uses them.
 
@@ -9710,6 +10137,7 @@ class Installer:
         self.offers = ubp_x86.Place(_DUMMY_SHARDS, 0)
         self._looked = set()        # what was asked of the target already
         self.calls = None           # Calls, when there are any
+        self._forbidden = None      # InjectionRefused, of the first arena
 
     def look(self, spec, limit):
         """Find out what the target offers to a spec, before it is planned.
@@ -9753,7 +10181,12 @@ class Installer:
             steps = []
             for group in _by_reach(plans):
                 while group:
-                    arena, part = self._room_for(group, self._need_of, limit)
+                    try:
+                        arena, part = self._room_for(group, self._need_of,
+                                                     limit)
+                    except SlackFull as error:
+                        group = _without_slack(probe, group, error)
+                        continue
                     group = group[len(part):]
                     if arena.layout.calls_size and self.calls is None:
                         self.calls = Calls(arena, self.note)
@@ -9777,22 +10210,53 @@ class Installer:
         -> (Arena, those of plans that it has room for); it is made if
         there is none.
         """
-        low, high = self._span(plans)
         for arena in self.arenas:
-            n = len(plans)
-            while n and not arena.has_room(*self._span(plans[:n]),
-                                           need_of(plans[:n])):
-                n //= 2
+            n = arena.n_fitting(plans, need_of, self._span)
             if n:
                 return arena, plans[:n]
-        arena = make_arena(self.tracer, low, high, need_of(plans),
-                           max(0.1, limit - time.monotonic()), self.kind)
+        try:
+            if self._forbidden or self.kind == "slack":
+                return self._slack_for(plans, need_of)
+            arena = make_arena(self.tracer, *self._span(plans),
+                               need_of(plans), max(
+                                   0.1, limit - time.monotonic()), self.kind)
+        except InjectionRefused as error:
+            if self.kind != "auto":
+                raise
+            self._forbidden = error
+            return self._slack_for(plans, need_of)
         self.arenas.append(arena)
         if arena.memory is None:
             self.note("its memory is private: calls in processes that it "
                       "forks from now on are not counted, nor, if it ends, "
                       "those since it was last read")
         return arena, plans
+
+    def _slack_for(self, plans, need_of):
+        """_room_for, where nothing may be injected. Raises SlackFull."""
+        why = "its module's slack has no room for more"
+        own = [arena for arena in self.arenas if isinstance(arena, SlackArena)
+               and arena._serves(plans[0])]
+        if not own:
+            try:
+                arena = make_slack_arena(self.tracer, plans[0])
+                self.arenas.append(arena)
+            except ProbeError as error:
+                why = error.why
+            else:
+                n = arena.n_fitting(plans, need_of, self._span)
+                self.note("no syscall may be injected into it: its probes "
+                          "are in unused bytes behind the text and the data "
+                          "of %s; calls in processes that it forks are not "
+                          "counted" % plans[0].site.module.name)
+                if n:
+                    return arena, plans[:n]
+                why = "what it does needs more than its module's slack"
+        error = SlackFull("probe", site_name(plans[0].site), (
+            "%s, and %s" % (self._forbidden.why, why) if self._forbidden
+            else why), getattr(self._forbidden, "hint", ""))
+        error.is_for_all = all(arena.n_free < _LEAST_SLACK for arena in own)
+        raise error
 
     def _span(self, plans):
         """[low, high) of what code of plans refers to: their windows, and
@@ -9951,13 +10415,15 @@ class Installer:
                 if all(body.probe in gone for body in patch.bodies)]
         records = [pair for patch in done for pair in patch.records]
         unused = self._unused(done)
-        total = _restore_everywhere(self.tracer, [Installed(
+        installed = [Installed(
             arena.base, arena.nonce, arena.inode,
             (arena.range,) if arena in unused else (),
             tuple(each for each in arena.records if each)
             if arena in unused else
-            tuple(record for each, record in records if each is arena))
-            for arena in self.arenas], limit, lambda: _keep(unused)) \
+            tuple(record for each, record in records if each is arena),
+            arena.slack) for arena in self.arenas]
+        total = _restore_everywhere(
+            self.tracer, installed, limit, lambda: _keep(unused)) \
             if done or unused else Removal(0, 0, 0, 0, (), ())
         for patch in done:
             self.patches.pop(patch.window.site, None)
@@ -12508,10 +12974,10 @@ class Target:
 
     def _arm(self, probe, plans, timeout):
         """In the worker: all of it, or, if that fails, nothing."""
-        self._warn_of_seccomp()
         self._tracer.starts_raw_threads = _starts_raw_threads(
             self._get_modules())
         self._installer.install(probe, plans, time.monotonic() + timeout)
+        self._warn_of_seccomp()
 
     # -- events -------------------------------------------------------------
 
@@ -12589,7 +13055,8 @@ class Target:
         return Stack(action.depth, action.sum, "fp" if is_fp else "cfi")
 
     def _warn_of_seccomp(self):
-        if read_status(self.pid).get("Seccomp", "0") != "0":
+        if (read_status(self.pid).get("Seccomp", "0") != "0"
+                and not all(arena.slack for arena in self._installer.arenas)):
             self._note("it has a seccomp filter, which was found to allow "
                        "what ubp injects; removal injects munmap")
 
@@ -12885,6 +13352,11 @@ def _restore_everywhere(tracer, arenas, limit, last_look=lambda: None):
                 if pid not in seen:
                     pending.setdefault(pid, []).extend(
                         a for a in arenas if a.inode == inode)
+        for arena in arenas:
+            for pid in (processes_in_slack(arena.base, arena.nonce)
+                        if arena.slack else ()):
+                if pid not in seen:
+                    pending.setdefault(pid, []).append(arena)
     return total
 
 
@@ -13508,7 +13980,7 @@ def _clean(tracer, take_all, timeout):
         else:
             owners.setdefault(header.owner_pid, []).append(Installed(
                 header.base, header.nonce, view.inode, view.ranges,
-                view.records))
+                view.records, view.slack))
     for arenas in owners.values():
         total += _restore_everywhere(tracer, arenas, limit)
     for stub in waiting_stubs(tracer.tgid):

@@ -3587,6 +3587,11 @@ def lock_inc_m64(reg, disp):
         + sib + _S32.pack(disp)
 
 
+def lock_inc_m64_rip(vaddr, target):
+    """F0 REX.W FF /0, [rip + disp32]"""
+    return b"\xf0\x48\xff\x05" + rel32(target - (vaddr + 8), vaddr)
+
+
 def add_rsp_128():
     """REX.W 83 /5 ib: sub rsp, -128, shorter than lea; clobbers the flags"""
     return b"\x48\x83\xec\x80"
@@ -6745,6 +6750,7 @@ def body(spec, place, window, vaddr):
 # densely and skips to the next line only where one would straddle.
 
 CPU_FROM_RSEQ, CPU_FROM_RDPID, CPU_FROM_LSL = "rseq", "rdpid", "lsl"
+CPU_NONE = "none"               # there is one shard for all of them
 _CPU_SELECTOR = 0x7b            # __CPUNODE_SEG, <asm/segment.h>
 _CPU_BITS = 0xfff               # VDSO_CPUNODE_MASK, <asm/segment.h>
 _SCRATCH_ORDER = (RAX, RCX, RDX, RSI, RDI, 8, 9, 10, 11, RBX, 12, 13, 14, 15,
@@ -6755,8 +6761,9 @@ _LOAD_FLAGS = b"\x04\x7f\x9e"           # add al,0x7f; sahf
 
 class Shards(NamedTuple):
     """Where the counter of each processor is, and how a body learns it."""
-    source: str         # CPU_FROM_RSEQ, CPU_FROM_RDPID or CPU_FROM_LSL
-    rseq_offset: int    # of rseq.cpu_id from the fs base, for CPU_FROM_RSEQ
+    source: str         # CPU_FROM_RSEQ, CPU_FROM_RDPID, CPU_FROM_LSL, CPU_NONE
+    rseq_offset: int    # of rseq.cpu_id from the fs base, for CPU_FROM_RSEQ;
+    #                     for CPU_NONE the vaddr of the only shard
     mask: int           # number of shards - 1; a power of two, less one
     shift: int          # a shard is 1 << shift bytes
     base: int           # vaddr of a word that holds the vaddr of shard 0
@@ -6788,6 +6795,8 @@ def cpu_number(reg, shards):
         code = mov_r32_fs_disp32(reg, shards.rseq_offset)
     elif shards.source == CPU_FROM_RDPID:
         code = rdpid_r64(reg)
+    elif shards.source == CPU_NONE:
+        code = mov_r32_imm32(reg, 0)
     else:
         code = mov_r32_imm32(reg, _CPU_SELECTOR) + lsl_r32_r32(reg, reg)
     return code + and_r32_imm(reg, shards.mask & _CPU_BITS)
@@ -6817,6 +6826,9 @@ def count_body(window, vaddr, index, shards):
     and adding 0x7f to al overflows exactly where OF was set.
     """
     flags_live = not window.flags_dead
+    if shards.source == CPU_NONE:
+        return _count_in_one_word(window, vaddr,
+                                  shards.rseq_offset + 8 * index)
     # With live flags rax holds them, and is no register to count with.
     usable = window.dead_regs & ~(1 << RSP | flags_live << RAX)
     (reg,), saved = scratch_registers(1, usable)
@@ -6835,6 +6847,16 @@ def count_body(window, vaddr, index, shards):
     if saved:
         code += lea_rsp_disp(128) if flags_live else add_rsp_128()
     return code
+
+
+def _count_in_one_word(window, vaddr, counter):
+    """count_body where all processors share a counter. -> bytes"""
+    saves = not (window.flags_dead or window.dead_regs >> RAX & 1)
+    code = lea_rsp_disp(-128) + push_r64(RAX) if saves else b""
+    code += b"" if window.flags_dead else _SAVE_FLAGS
+    code += lock_inc_m64_rip(vaddr + len(code), counter)
+    code += b"" if window.flags_dead else _LOAD_FLAGS
+    return code + (pop_r64(RAX) + lea_rsp_disp(128) if saves else b"")
 
 
 def count_trampoline(window, vaddr, index, shards):

@@ -1596,7 +1596,7 @@ class Seccomp(unittest.TestCase):
                 with ubp.attach(process.pid) as target:
                     if mode != "memfd":
                         with self.assertRaises(ubp.ProbeError) as caught:
-                            target.probe("exe:hot", ubp.Count())
+                            target.probe("exe:hot", ubp.Hist("arg0"))
                         self.assertIn("--suspend-seccomp",
                                       caught.exception.hint)
                 self.assertEqual(10007, self.served(process))

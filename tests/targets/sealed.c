@@ -4,6 +4,7 @@
  *   strict   SECCOMP_MODE_STRICT
  *   kill     a filter that kills at any call but read, write, exit, nanosleep
  *   errno    the same, with EPERM instead
+ *   trap     the same, with a SIGSYS that is caught, as browsers do
  *   allow    a filter that allows everything
  *
  * Commands: r report; q quit. */
@@ -14,6 +15,11 @@
 
 CALLED long hot(long x) { return (x ^ 0x5bd1e995) * 31 + (x >> 7); }
 static long n_hot;
+
+static void on_sigsys(int signo)
+{
+    wrong("signal %d", signo);
+}
 
 static void filter(uint32_t otherwise)
 {
@@ -47,7 +53,9 @@ int main(int argc, char **argv)
         if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_STRICT))
             wrong("seccomp: %s", strerror(errno));
     } else {
-        filter(mode[0] == 'k' ? SECCOMP_RET_KILL_PROCESS
+        signal(SIGSYS, on_sigsys);
+        filter(mode[0] == 't' ? SECCOMP_RET_TRAP
+               : mode[0] == 'k' ? SECCOMP_RET_KILL_PROCESS
                : mode[0] == 'e' ? SECCOMP_RET_ERRNO | EPERM
                : SECCOMP_RET_ALLOW);
     }
