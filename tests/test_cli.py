@@ -26,6 +26,10 @@ import ubp
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 UBP = os.path.join(TOP, "ubp.py")
+# The command as `python3 -m ubp` and an installed one run it. A script is
+# compiled anew at each start; a few tests below take that.
+COMMAND = [sys.executable, "-c", "import sys; sys.path.insert(0, %r); "
+           "sys.argv[0] = 'ubp'; import ubp; ubp.run()" % TOP]
 N_THREADS, PRIME = 2, 100003            # what tests/targets/busy.c calls
 
 
@@ -41,7 +45,7 @@ def start(*words, **options):
     arguments = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                      stderr=subprocess.PIPE, preexec_fn=fresh_signals)
     arguments.update(options)
-    command = arguments.pop("command", [sys.executable, UBP])
+    command = arguments.pop("command", COMMAND)
     return subprocess.Popen(command + [str(word) for word in words],
                             **arguments)
 
@@ -937,7 +941,7 @@ class Terminal(Live):
             options.get("verb", "count"), "-p", self.pid, *words,
             stdin=slave, stdout=slave, stderr=slave, preexec_fn=prepare,
             env=environment, command=options.get(
-                "command", [sys.executable, UBP]))
+                "command", COMMAND))
         os.close(slave)
         self.addCleanup(os.close, self.master)
         self.addCleanup(self.end, process)

@@ -22,9 +22,11 @@ import unittest
 from unittest import mock
 
 import live
+import test_cli
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 UBP = os.path.join(TOP, "ubp.py")
+COMMAND = test_cli.COMMAND
 MUSL_SPECS = "/usr/lib/x86_64-linux-musl/musl-gcc.specs"
 NOBODY = 65534
 PATIENCE = 30                       # s; the machine may be loaded
@@ -123,7 +125,7 @@ def kinds(*flags):
     return live.build("kinds", flags)
 
 
-def run(*words, command=(sys.executable, UBP), **options):
+def run(*words, command=COMMAND, **options):
     """Run ubp's command line. -> (exit status, stdout, stderr)"""
     process = subprocess.Popen(
         list(command) + [str(word) for word in words],
