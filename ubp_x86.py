@@ -4484,12 +4484,15 @@ def parse_expressions(text, is_exit=False):
 #             +8   idle            1: the tracer sleeps on it; a futex
 #             +16  late            1: a hit was not answered in time, and
 #                                  the tracer has not been back since
+#             +24  spins           how often a thread looks at its word,
+#                                  before it sleeps; the tracer learns
 #             +64  asked           a bit for each slot: look at it
 #             +256 N_CALLS slots of CALL_SIZE bytes:
 #                  +0   word       its state (32 bits), a futex; see below
 #                  +4   answer     what the word will be when it is answered
 #                  +8   site index, tid (32 bits each)
 #                  +16  outcome    CALL_SKIP …; written by the tracer
+#                  +20  sleeps     1: to be woken, not only answered
 #                  +24  flags      in ah as lahf has them, overflow in al
 #                  +32  caller     what is at rsp
 #                  +40  registers  in the order of REGISTERS
@@ -4534,9 +4537,10 @@ MAX_DEPTH_WALKED = 64           # frames of a stack walked in the body
 MAX_CODE = 4096                 # bytes of a body
 N_CALLS, CALL_SIZE = 256, 256   # slots, and bytes of each and of the head
 CALLS_SIZE = CALL_SIZE * (1 + N_CALLS)
-CALLS_OWNER, CALLS_IDLE, CALLS_LATE, CALLS_ASKED = 0, 8, 16, 64
+CALLS_OWNER, CALLS_IDLE, CALLS_LATE, CALLS_SPINS = 0, 8, 16, 24
+CALLS_ASKED = 64
 CALL_WORD, CALL_ANSWER, CALL_SITE, CALL_TID = 0, 4, 8, 12
-CALL_OUTCOME, CALL_FLAGS, CALL_CALLER = 16, 24, 32
+CALL_OUTCOME, CALL_SLEEPS, CALL_FLAGS, CALL_CALLER = 16, 20, 24, 32
 CALL_REGISTERS, CALL_ARGS = 40, 168
 CALL_SKIP, CALL_FAULT, CALL_DROP = 1, 2, 4      # bits of an outcome
 (CALL_FREE, CALL_FILLING, CALL_ANSWERED, CALL_COLLECTING,
@@ -6509,34 +6513,21 @@ class _Body(_Values):
         code.store(Mem(slot, CALL_TID), RAX, 4)
 
     def wait_for_answer(self, base, slot, answer, asked, no):
-        """Ask, wake the tracer if it sleeps, and wait. eax = the word.
-
-        The owner is looked at once more when the word is there: it may
-        have died in between, and then nobody wakes us.
-        """
+        """Ask, and wait: awake for a little while. eax = the word."""
         code = self.code
-        wait, answered, awake, give_up, gone = [
+        wait, answered, give_up, gone, spin = [
             code.label() for _ in range(5)]
-        code.mov(RAX, asked)
-        code.op(b"\x87", RAX, Mem(slot), 4)             # xchg: a fence
-        code.mov(RAX, Mem(base, CALLS_OWNER), 4)
-        code.op(b"\x0f\xba", 5, RAX, 4, b"\x1f")        # bts $31
+        self.ask(base, slot, asked, gone)
+        code.mov(RCX, Mem(base, CALLS_SPINS), 4)
+        code.mark(spin)
+        code.mov(RAX, Mem(slot), 4)
         code.alu(CMP, RAX, asked, 4)
-        code.jump(gone, _NE)
-        code.mov(RCX, slot)
-        code.alu(SUB, RCX, base)
-        code.shift(SHR, RCX, 8)
+        code.jump(answered, _NE)
+        code.put(b"\xf3\x90")                           # pause
         code.alu_imm(SUB, RCX, 1)
-        code.op(b"\x0f\xab", RCX, Mem(base, CALLS_ASKED), 8, b"", b"\xf0")
-        code.alu_imm(CMP, Mem(base, CALLS_IDLE), 0, 4)  # lock bts, above
-        code.jump(awake, _E)
-        code.clear(RAX)
-        code.op(b"\x87", RAX, Mem(base, CALLS_IDLE), 4)
-        code.test(RAX)
-        code.jump(awake, _E)
-        self.futex(Mem(base, CALLS_IDLE), _FUTEX_WAKE, lambda: code.set(
-            RDX, 1))
-        code.mark(awake)
+        code.jump(spin, _G)
+        code.set(RAX, 1)
+        code.op(b"\x87", RAX, Mem(slot, CALL_SLEEPS), 4)        # xchg
         self.deadline(give_up)
         code.mark(wait)
         code.mov(RAX, Mem(slot), 4)
@@ -6561,6 +6552,34 @@ class _Body(_Values):
         self.withdraw(slot, answer, asked, CALL_FREE)
         code.jump(no, _E)
         code.mark(answered)
+
+    def ask(self, base, slot, asked, gone):
+        """The word and the bit of a slot; wake the tracer if it sleeps.
+
+        The owner is looked at once more when the word is there: it may
+        have died in between, and then nobody wakes us.
+        """
+        code, awake = self.code, self.code.label()
+        code.mov(RAX, asked)
+        code.op(b"\x87", RAX, Mem(slot), 4)             # xchg: a fence
+        code.mov(RAX, Mem(base, CALLS_OWNER), 4)
+        code.op(b"\x0f\xba", 5, RAX, 4, b"\x1f")        # bts $31
+        code.alu(CMP, RAX, asked, 4)
+        code.jump(gone, _NE)
+        code.mov(RCX, slot)
+        code.alu(SUB, RCX, base)
+        code.shift(SHR, RCX, 8)
+        code.alu_imm(SUB, RCX, 1)
+        code.op(b"\x0f\xab", RCX, Mem(base, CALLS_ASKED), 8, b"", b"\xf0")
+        code.alu_imm(CMP, Mem(base, CALLS_IDLE), 0, 4)  # lock bts, above
+        code.jump(awake, _E)
+        code.clear(RAX)
+        code.op(b"\x87", RAX, Mem(base, CALLS_IDLE), 4)
+        code.test(RAX)
+        code.jump(awake, _E)
+        self.futex(Mem(base, CALLS_IDLE), _FUTEX_WAKE, lambda: code.set(
+            RDX, 1))
+        code.mark(awake)
 
     def withdraw(self, slot, answer, asked, kind):
         """From asked to another kind of word, or eax is what it is."""
@@ -6616,7 +6635,7 @@ class _Body(_Values):
                 code.store(self.site_value(reg), RAX)
         code.mov(RAX, Mem(slot, CALL_FLAGS))
         code.store(self.stack(self.flags_at), RAX)
-        code.mov(RSI, Mem(slot, CALL_OUTCOME))
+        code.mov(RSI, Mem(slot, CALL_OUTCOME), 4)
         code.mov(RCX, answer)
         code.alu_imm(XOR, RCX, CALL_ANSWERED ^ CALL_FREE, 4)
         code.store(Mem(slot), RCX, 4)
@@ -7816,6 +7835,12 @@ READ_TSC = b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0\xc3"
 # the one of 32 bits that was compared, mov %esi,%eax; lock cmpxchg
 # %edx,(%rdi); ret
 EXCHANGE = b"\x48\x89\xf0\x48\x87\x07\xc3"
+# And one (vaddr, n) that looks, n times at most, until a bit is set in the
+# 32 bytes there:   1: mov (%rdi),%rax; or 8(%rdi),%rax; or 16(%rdi),%rax;
+# or 24(%rdi),%rax; jne 2f; pause; dec %rsi; jne 1b;   2: ret
+LOOK = (b"\x48\x8b\x07\x48\x0b\x47\x08\x48\x0b\x47\x10\x48\x0b\x47\x18"
+        b"\x75\x07\xf3\x90\x48\xff\xce\x75\xe8\xc3")
+assert N_CALLS == 8 * 32
 COMPARE_EXCHANGE = b"\x89\xf0\xf0\x0f\xb1\x17\xc3"
 
 
