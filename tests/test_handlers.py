@@ -276,24 +276,23 @@ def tracer(process, where="exe:add", timeout=30, strategy="jump"):
                        strategy)
 
 
+def are_waiting(process, n):
+    """Wait until n threads sleep in a futex of the arena. -> do they?"""
+    low = min(m.start for m in live.arenas(process.pid))
+    high = max(m.end for m in live.arenas(process.pid))
+
+    def count():
+        found = 0
+        for tid in live.threads(process.pid):
+            with open("/proc/%d/task/%d/syscall" % (process.pid, tid)) as f:
+                words = f.read().split()
+            found += words[0] == "202" and low <= int(words[1], 16) < high
+        return found == n
+    return live.settled(count, PATIENCE)
+
+
 class Death(unittest.TestCase):
     """A tracer that dies, hangs or is stopped lets each thread go on."""
-
-    def waiting(self, process, n):
-        """Wait until n threads sleep in a futex of the arena."""
-        low = min(m.start for m in live.arenas(process.pid))
-        high = max(m.end for m in live.arenas(process.pid))
-
-        def count():
-            found = 0
-            for tid in live.threads(process.pid):
-                with open("/proc/%d/task/%d/syscall" % (
-                        process.pid, tid)) as f:
-                    words = f.read().split()
-                found += (words[0] == "202"
-                          and low <= int(words[1], 16) < high)
-            return found == n
-        self.assertTrue(live.settled(count, PATIENCE))
 
     def test_kill_9_wakes_every_waiter(self):
         """At once, though they would wait for 30 s."""
@@ -305,7 +304,7 @@ class Death(unittest.TestCase):
                     self.assertEqual(1, other.answer(PATIENCE)["armed"])
                     process.send("g")
                     self.assertEqual(1, other.answer(PATIENCE)["hit"])
-                    self.waiting(process, 8)
+                    self.assertTrue(are_waiting(process, 8))
                     start = time.monotonic()
                     other.kill()
                 answer = process.answer(PATIENCE)
@@ -454,10 +453,7 @@ class Removal(unittest.TestCase):
                 probe = target.probe(where, ubp.Call(
                     lambda hit: event.wait(20), timeout=30))
                 process.send("g")
-                self.assertTrue(live.settled(lambda: sum(
-                    "futex" in open("/proc/%d/task/%d/wchan" % (
-                        process.pid, tid)).read()
-                    for tid in live.threads(process.pid)) >= 6))
+                self.assertTrue(are_waiting(process, 6))
                 start = time.monotonic()
                 probe.remove()
                 self.assertLess(time.monotonic() - start, 5)
