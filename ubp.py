@@ -229,6 +229,7 @@ PERF_FLAG_FD_CLOEXEC   = 8
 PERF_EVENT_IOC_ENABLE, PERF_EVENT_IOC_DISABLE = 0x2400, 0x2401
 PERF_EVENT_IOC_SET_OUTPUT = 0x2405
 PERF_EVENT_IOC_ID      = 0x80082407
+PERF_RECORD_LOST       = 2
 PERF_RECORD_SAMPLE     = 9
 HW_BREAKPOINT_W, HW_BREAKPOINT_RW, HW_BREAKPOINT_X = 2, 3, 4
 #                          <linux/hw_breakpoint.h>
@@ -8699,8 +8700,12 @@ class Planner:
                 first = first or refusal
         raise first
 
-    def _plan_return(self, site, spec, index, entry, strategies):
-        """The SitePlan of all exits of a function, and of its entry."""
+    def exits(self, site, entry):
+        """The ubp_x86.Exits of the function that a site begins.
+
+        entry   what is done at the entry for them, or None
+        Raises RefusalError where they are not known, or not its own.
+        """
         module, function = site.module, self.function(site.module, site.vaddr)
         if self._is_go(module):
             raise RefusalError("Go", "a goroutine's stack moves, so an exit "
@@ -8720,6 +8725,11 @@ class Planner:
             raise RefusalError("exit", "it shares an exit with other "
                                "functions, at 0x%x" % leaves[-1].vaddr,
                                site.vaddr)
+        return leaves
+
+    def _plan_return(self, site, spec, index, entry, strategies):
+        """The SitePlan of all exits of a function, and of its entry."""
+        leaves = self.exits(site, entry)
         todo = [(site, entry, None)] * (entry is not None) + [
             (site._replace(vaddr=leave.vaddr, offset=leave.vaddr
                            - site.vaddr), spec, leave) for leave in leaves]
@@ -9494,6 +9504,9 @@ class Probe:
                 found[site] = self._named(site, reading)
         for part in self._parts:
             found.update(part.readings())
+            for site in part.tallies if self._is_of_stacks else ():
+                found[site] = found[site]._replace(
+                    value=self._named_stacks(site))
         for block in self._blocks if found else ():
             if block.frames:        # a table for all of the block's sites
                 first = block.sites[0][0]
@@ -9525,18 +9538,22 @@ class Probe:
     def _tell_stacks(self, found):
         """Put the stacks that were copied into {Site: Reading}."""
         self._target._collect()
-        names = self._target._reader.names
         for site in self.sites:
-            stacks = {}
-            for walk, value in list(self._stacks.get(site, {}).items()):
-                frames = names.symbols.frames(walk)
-                stacks[frames] = stacks[frames] + value \
-                    if frames in stacks else value
-            found[site] = found[site]._replace(value=stacks)
+            found[site] = found[site]._replace(
+                value=self._named_stacks(site))
         reading = sum((ring.reading() for ring in self._rings), Reading(0))
         found[self.sites[0]] = found[self.sites[0]]._replace(
             recorded=reading.recorded - self._n_faults,
             faults=reading.faults + self._n_faults)
+
+    def _named_stacks(self, site):
+        """{(Frame, …): n or sum} of the stacks that were copied at a site."""
+        names, stacks = self._target._reader.names, {}
+        for walk, value in list(self._stacks.get(site, {}).items()):
+            frames = names.symbols.frames(walk)
+            stacks[frames] = stacks[frames] + value \
+                if frames in stacks else value
+        return stacks
 
     def _named(self, site, reading):
         """A Reading whose keys are addresses, with Frames instead."""
@@ -10740,7 +10757,8 @@ class Tally:
         more    {name: value} of what else is known: old, new
         """
         self.n_seen += 1
-        spec, values = self.spec, self._inputs(hit, read)
+        spec, values = self.spec, self._inputs(hit, read,
+                                               self.names.difference(more))
         if values is not None:
             values.update(more)
             if not self.names <= set(values):
@@ -10766,9 +10784,8 @@ class Tally:
         self._record(key, got)
         return None
 
-    def _inputs(self, hit, read):
-        """{name: value} of what the expressions use, or None: a fault."""
-        names = self.names
+    def _inputs(self, hit, read, names):
+        """{name: value} of what expressions use, or None: a fault."""
         values = {"tid": hit.tid, "pid": hit.pid, "cpu": hit.cpu,
                   "nsecs": hit.time, "caller": hit.vaddr}
         if not hit.regs:
@@ -10824,6 +10841,66 @@ class Tally:
         if self.spec.action == "trace":
             value = self.n_recorded
         return Reading(value, self.n_recorded, self.n_faults, n_dropped)
+
+
+_MAX_FRAMES = 1 << 16           # of a site, entered and not left
+
+
+class FrameTally(Tally):
+    """A Tally of a function's exits, which may need what its entry knew.
+
+    A frame is named by its thread and rsp, which at an exit is what it was
+    at the entry, as in the frames of a jump.
+    """
+
+    def __init__(self, site, spec, entry):
+        super().__init__(site, spec)
+        self.entry = entry          # the Spec of its entry, or None
+        self.frames = collections.OrderedDict()     # {(tid, rsp): (ns, {})}
+        self.n_unmatched = self.n_abandoned = self.n_crowded = 0
+
+    def enter(self, hit, read):
+        """A Trap at the function's entry."""
+        key = hit.tid, hit.regs and ubp_x86.stack_pointer(hit.regs)
+        if self.frames.pop(key, None):
+            self.n_abandoned += 1
+        names = set(self.entry.kept) | (
+            self.entry.when.names if self.entry.when else set())
+        values = self._inputs(hit, read, names)
+        if values is None:
+            self.n_faults += 1
+            return
+        if self.entry.when is not None:
+            is_wanted = ubp_x86.evaluate(self.entry.when, values, read)
+            if not is_wanted:
+                self.n_skipped += is_wanted is not None
+                self.n_faults += is_wanted is None
+                self.frames[key] = ()       # its exit is not wanted either
+                return
+        if len(self.frames) >= _MAX_FRAMES and self.frames.popitem(False)[1]:
+            self.n_crowded += 1
+        self.frames[key] = hit.time, {name: values[name]
+                                      for name in self.entry.kept}
+
+    def add(self, hit, read, more=()):
+        values = dict(more)
+        if self.entry is not None:
+            frame = self.frames.pop((hit.tid, hit.regs and
+                                     ubp_x86.stack_pointer(hit.regs)), None)
+            if not frame:
+                self.n_seen += 1
+                self.n_unmatched += frame is None
+                return None
+            values.update(frame[1], elapsed=hit.time - frame[0])
+        if hit.regs:
+            values["ret"] = ubp_x86.register_inputs(hit.regs, ("rax",))["rax"]
+        return super().add(hit, read, values)
+
+    def reading(self, n_dropped):
+        return super().reading(n_dropped)._replace(
+            unmatched=self.n_unmatched, abandoned=self.n_abandoned,
+            crowded=self.n_crowded, skipped=self.n_skipped,
+            unfinished=sum(map(bool, list(self.frames.values()))))
 
 
 _SAMPLE = struct.Struct("<QQIIQI4xQ")   # perf_event_open(2), in its order
@@ -10932,24 +11009,36 @@ class HardwarePart:
 
     name = "hw"
 
-    def __init__(self, sites, spec, tracer, insn_before=lambda vaddr: None):
-        self.sites, self.notes, self.tracer = list(sites), [], tracer
+    def __init__(self, plans, spec, tracer, insn_before=lambda vaddr: None,
+                 entry=None, on_stack=None):
+        self.sites = [plan.site for plan in plans]
+        self.notes, self.tracer = [], tracer
+        # {Site of a register: (Site that it is for, is it its entry)}
+        self.registers = collections.OrderedDict(
+            (part.site, (plan.site, entry is not None and n == 0))
+            for plan in plans for n, part in enumerate(plan.all_parts))
         self.tallies = collections.OrderedDict(
-            (site, Tally(site, spec)) for site in sites)
+            (site, FrameTally(site, spec, entry) if spec.is_exit
+             else Tally(site, spec)) for site in self.sites)
         self._insn_before = insn_before     # vaddr -> Insn that ends there
+        self._on_stack = on_stack   # told of each hit, if stacks are counted
+        self._has_frames, self._held = entry is not None, []
         self._wants_values = any(tally.names & set(ubp_x86.WATCH_NAMES)
                                  for tally in self.tallies.values())
         self._last = {}             # {(Site, pid): its value, if it is known}
-        self._is_sampled = bool(spec.keys or spec.when
+        self._is_sampled = bool(spec.keys or spec.when or entry
                                 or spec.action != "count")
         self._stack_size = _stack_bytes(self.tallies.values())
         self._rings = {}            # processor: Ring
         self._events = {}           # descriptor: Site
         self._ids = {}              # the kernel's number of an event: Site
         self._kept = []             # (Trap, Site, values) for events()
-        self._lost = {site: 0 for site in sites}
+        self._lost = {site: 0 for site in self.sites}
+        self._n_entries = dict.fromkeys(self.sites, 0)
         self._is_removed, self._lock = False, threading.Lock()
+        self._is_last = False       # nothing is recorded any more
         self._owner, self._reader = os.getpid(), None
+        self._depth, self.names = 64, lambda: None
 
     # -- putting in ---------------------------------------------------------
 
@@ -10995,7 +11084,7 @@ class HardwarePart:
             self._reader.start()
 
     def _open(self, tids):
-        for site in self.sites:
+        for site in self.registers:
             attr = _breakpoint_attr(site)
             if self._is_sampled:
                 attr.flags |= PERF_DISABLED | PERF_USE_CLOCKID
@@ -11060,9 +11149,16 @@ class HardwarePart:
     def _read(self):
         """What was counted first: it may not exceed what was sampled."""
         counts = dict.fromkeys(self.sites, 0)
-        for fd, site in self._events.items():
-            counts[site] += int.from_bytes(os.read(fd, 8), "little")
+        entries = dict(counts)
+        for fd, register in self._events.items():
+            site, is_entry = self.registers[register]
+            (entries if is_entry else counts)[site] += int.from_bytes(
+                os.read(fd, 8), "little")
         self._drain()
+        for site, n in entries.items() if self._has_frames else ():
+            # An exit without its entry, if that found no room.
+            self.tallies[site].n_crowded = max(
+                self.tallies[site].n_crowded, n - self._n_entries[site])
         for site, n in counts.items():
             tally = self.tallies[site]
             if self._is_sampled:
@@ -11071,9 +11167,14 @@ class HardwarePart:
                 tally.n_recorded = n
                 tally.found = {(): n}
 
-    def _drain(self):
-        """Compute what the samples in the rings stand for, in their order."""
-        hits = []
+    def _take_hits(self):
+        """[(time, n, Trap, Site of its register)] since, in their order.
+
+        The rings are read one after the other: where an exit must come
+        behind its entry, what is younger than this look waits.
+        """
+        began = int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e9)
+        hits, self._held = self._held, []
         for ring in self._rings.values():
             for kind, data in ring.take():
                 if kind == PERF_RECORD_SAMPLE:
@@ -11081,21 +11182,51 @@ class HardwarePart:
                     if number in self._ids:
                         hits.append((hit.time, len(hits), hit,
                                      self._ids[number]))
-        hits.sort()
+                elif kind == PERF_RECORD_LOST:
+                    for tally in self.tallies.values():
+                        if self._has_frames:    # whose exit may be lost
+                            tally.n_abandoned += len(tally.frames)
+                            tally.frames.clear()
+        hits.sort(key=operator.itemgetter(0, 1))
+        if self._has_frames and not self._is_last:
+            at = bisect.bisect_right(hits, (began, len(hits)))
+            hits, self._held = hits[:at], hits[at:]
+        return hits
+
+    def _drain(self):
+        """Compute what the samples in the rings stand for, in their order."""
+        hits = self._take_hits()
         last = {(site, hit.pid): n for _, n, hit, site in hits}
-        n_seen = collections.Counter(site for _, _, _, site in hits)
+        n_seen = collections.Counter(
+            self.registers[site][0] for _, _, _, site in hits)
         for site in n_seen:
             n_seen[site] += self.tallies[site].n_seen
-        for _, n, hit, site in hits:
+        for _, n, hit, register in hits:
+            site, is_entry = self.registers[register]
             tally, more = self.tallies[site], ()
+            if is_entry:
+                self._n_entries[site] += 1
+                tally.enter(hit, _reader_of(hit))
+                continue
             if self._wants_values:
                 more = self._values_of(site, hit, n_seen[site] if last[
                     site, hit.pid] == n else 0)
             if tally.spec.action == "trace" and len(self._kept) >= _MAX_KEPT:
                 continue                # lost: seen by the kernel only
             values = tally.add(hit, _reader_of(hit), more)
-            if values is not None:
+            if values is not None and self._on_stack is not None:
+                self._add_stack(tally, hit, values)
+            elif values is not None:
                 self._kept.append((hit, site, values))
+
+    def _add_stack(self, tally, hit, values):
+        """Count the stack of a hit."""
+        walk = None if None in values else self._walk(hit)
+        if walk is None:
+            tally.n_recorded -= 1
+            tally.n_faults += 1
+        else:
+            self._on_stack(tally.site, walk, values[0] if values else 1)
 
     def _values_of(self, site, hit, n_seen):
         """{"old": …, "new": …} of a watched range, what is known for sure.
@@ -11159,20 +11290,27 @@ class HardwarePart:
                          for tally in self.tallies.values())
         names = probe._target._reader.names if taken and has_stacks else None
         return [Event(hit.time + since, hit.tid, hit.cpu, hit.pid, site,
+                      "exit" if site.is_return else
                       "hit" if site.offset or is_watch(site) else "entry",
                       values, self._frames(hit, names) if names else (),
                       probe) for hit, site, values in taken]
 
     def _frames(self, hit, names):
         """The stack of a hit, from the copy of it in the sample."""
-        if not hit.regs:
-            return ()
+        return names.symbols.frames(self._walk(hit, names)) \
+            if hit.regs else ()
+
+    def _walk(self, hit, names=None):
+        """The Walk of a hit's stack; None if there is no copy of it."""
+        names = names or self.names()
+        if not hit.regs or names is None:
+            return None
         known = ubp_x86.register_inputs(hit.regs, ubp_x86.STACK_REGISTERS)
         registers = {number: known[name] for name, number in zip(
             ubp_x86.STACK_REGISTERS, _STACK_REGISTERS)}
-        return names.symbols.frames(names.unwinder.walk(
+        return names.unwinder.walk(
             ubp_x86.program_counter(hit.regs), registers,
-            registers[RSP], hit.stack))
+            registers[RSP], hit.stack, self._depth)
 
     # -- taking out ---------------------------------------------------------
 
@@ -11181,8 +11319,8 @@ class HardwarePart:
         with self._lock:
             if self._is_removed:
                 return
-            for fd in self._events:
-                ioctl(fd, PERF_EVENT_IOC_DISABLE, 0)
+            self._disable(self._events)
+            self._is_last = True
             self._read()
             self._is_removed = True
         if self._reader is not None:
@@ -11194,14 +11332,24 @@ class HardwarePart:
         with self._lock:
             if self._is_removed or site not in self.sites:
                 return
-            fds = [fd for fd, each in self._events.items() if each == site]
-            for fd in fds:
-                ioctl(fd, PERF_EVENT_IOC_DISABLE, 0)
+            fds = [fd for fd, each in self._events.items()
+                   if self.registers[each][0] == site]
+            self._disable(fds)
             self._read()
             for fd in fds:
                 os.close(fd)
                 del self._events[fd]
             self.sites.remove(site)
+
+    def _disable(self, fds):
+        for fd in fds:
+            ioctl(fd, PERF_EVENT_IOC_DISABLE, 0)
+
+    @property
+    def taken(self):
+        """The Sites of the registers that are in use."""
+        return [register for register, (site, _) in self.registers.items()
+                if site in self.sites]
 
     def _close_events(self):
         for fd in self._events:
@@ -12564,7 +12712,7 @@ class Target:
             if len(exits) > 1:
                 raise ProbeError("probe", _where_text(where), "entries and "
                                  "exits in one probe", "use two probes")
-            spec, entry = make_specs(self._chosen(action), when,
+            spec, entry = make_specs(self._chosen(action, strategies), when,
                                      True in exits)
             _check_hardware(action, spec, sites, strategies, where)
             if len(sites) > max_sites:
@@ -12572,6 +12720,7 @@ class Target:
                     "probe", str(where), "it matches %d functions, more "
                     "than %d" % (len(sites), max_sites), "--max-sites N")
             probe = Probe(self, where, action, spec)
+            probe._entry, probe._strategies = entry, strategies
             self._max_rate = min(self._max_rate, max_rate or self._max_rate)
             self._traced += [probe] * (spec.action == "trace")
             if self._planner is None:
@@ -12595,7 +12744,6 @@ class Target:
             if probe._is_of_stacks and probe._rings:
                 threading.Thread(target=self._keep_collecting, daemon=True,
                                  name="ubp-stacks-%d" % self.pid).start()
-            probe._entry, probe._strategies = entry, strategies
             if self._watcher is None:
                 self._watcher = LibraryWatcher(self, LinkMap(
                     self.pid, self._read, self._get_modules()))
@@ -12605,7 +12753,7 @@ class Target:
         """Arm what was planned; new: probes to take out if that fails."""
         plans = self._planner.settle(plans)
         probe.refused += [plan for plan in plans if not plan.strategy]
-        self._arm_hardware(probe, [plan.site for plan in plans
+        self._arm_hardware(probe, [plan for plan in plans
                                    if plan.strategy == "hw"], timeout)
         good = [plan for plan in plans if plan.strategy in ("jump", "int3")]
         if good:
@@ -12845,26 +12993,31 @@ class Target:
                                   in sites.values()})),
                 time.strftime("%H:%M:%S"), len(probe.sites) - n_before))
 
-    def _arm_hardware(self, probe, sites, timeout):
-        """Debug registers for sites: for all of them, or none."""
-        if not sites:
+    def _arm_hardware(self, probe, plans, timeout):
+        """Debug registers for plans: for all of them, or none."""
+        if not plans:
             return
         taken = [site for other in self._probes for part in other._parts
-                 for site in part.sites]
+                 for site in part.taken]
+        sites = [part.site for plan in plans for part in plan.all_parts]
         if len(taken + sites) > N_DEBUG_REGISTERS:
             raise no_register_left(probe.where, taken, sites)
 
         def in_pause(action):
             self._worker.call(lambda: self._tracer.pause(
                 action, timeout, "arm"), timeout)
-        part = HardwarePart(sites, probe._spec, self._tracer,
-                            self._insn_before)
+        part = HardwarePart(
+            plans, probe._spec, self._tracer, self._insn_before, probe._entry,
+            probe._add_stack if probe._is_of_stacks else None)
+        if probe._is_of_stacks:
+            part._depth = probe.action.depth
+            part.names = lambda: self._reader.names
         try:
             part.arm(in_pause)
         except OSError as error:
             raise no_register_left(probe.where, taken, sites, error)
         probe._parts.append(part)
-        probe.sites += sites
+        probe.sites += part.sites
         for note in part.notes:
             self._note(note)
 
@@ -13071,12 +13224,12 @@ class Target:
             self._collect()
             time.sleep(0.004)
 
-    def _chosen(self, action):
+    def _chosen(self, action, strategies):
         """The action, with the way to unwind stacks if that was left open:
         by frame pointers only where all code has them."""
         if not isinstance(action, Stack) or action.unwind:
             return action
-        is_fp = not self._follows and all(
+        is_fp = not self._follows and "hw" not in strategies and all(
             has_frame_pointers(module) is not False
             for module in self._get_modules()
             if module.text and module.name != VDSO)
@@ -13216,7 +13369,7 @@ def _plan_site(planner, site, strategies, spec=_PLAIN_COUNT, index=0,
     in_text = [name for name in strategies if name != "hw"]
     for name in strategies:
         if name == "hw":
-            plan = _plan_hardware(site, spec, entry)
+            plan = _plan_hardware(planner, site, spec, entry)
         elif not in_text:
             continue
         else:
@@ -13229,10 +13382,11 @@ def _plan_site(planner, site, strategies, spec=_PLAIN_COUNT, index=0,
 
 
 def _check_hardware(action, spec, sites, strategies, where):
-    """Refuse stacks by debug registers, and old and new without a watch."""
-    if isinstance(action, Stack) and "hw" in strategies:
-        raise ProbeError("count stacks of", _where_text(where), "not by hw",
-                         "Trace(stack=True): trace --stack --strategy hw")
+    """Refuse walks that hw cannot do, and old and new without a watch."""
+    if (isinstance(action, Stack) and "hw" in strategies
+            and action.unwind == "fp"):
+        raise ProbeError("walk stacks of", _where_text(where), "by hw they "
+                         "are unwound from copies", "--unwind cfi")
     used = frozenset().union(*(each.names for each in (spec.when,)
                                + spec.keys + spec.values if each))
     if used & set(ubp_x86.WATCH_NAMES) and not all(map(is_watch, sites)):
@@ -13256,17 +13410,31 @@ def _last_insn(module, vaddr):
     return insn if at and at == vaddr - bounds[0] else None
 
 
-def _plan_hardware(site, spec, entry):
-    """The SitePlan of a debug register."""
-    if spec.is_exit or entry is not None:
-        why = "a debug register watches one instruction, not all exits"
-    elif spec.action == "stack":
-        why = "stacks are walked in the target; trace them with --stack"
-    elif spec.action == "call":
-        why = "a debug register tells of a hit when the thread has gone on"
-    else:
-        return SitePlan(site, "hw", None, 0, "", "", (), spec)
-    return SitePlan(site, "", None, 0, "hw", why, ())
+def _plan_hardware(planner, site, spec, entry):
+    """The SitePlan of a debug register, or of those of all exits."""
+    plan = SitePlan(site, "hw", None, 0, "", "", (), spec)
+    if not spec.is_exit:
+        return plan
+
+    def refused(rule, why):
+        return SitePlan(site, "", None, 0, rule, why, ())
+    try:
+        leaves = planner.exits(site, entry)
+    except RefusalError as refusal:
+        return refused(refusal.rule, refusal.why)
+    for leave in leaves:
+        if leave.is_conditional:
+            return refused("hw", "a debug register does not tell whether the "
+                           "tail jump at 0x%x is taken" % leave.vaddr)
+    n = len(leaves) + (entry is not None)
+    if n > N_DEBUG_REGISTERS:
+        return refused("hw", "%s%s would take %d debug registers of %d" % (
+            plural(len(leaves), "exit"), " and its entry" if entry else "",
+            n, N_DEBUG_REGISTERS))
+    vaddrs = [site.vaddr] * (entry is not None) + [
+        leave.vaddr for leave in leaves]
+    return plan._replace(parts=tuple(plan._replace(site=site._replace(
+        vaddr=vaddr, offset=vaddr - site.vaddr)) for vaddr in vaddrs))
 
 
 def _patterns(where):
@@ -16247,7 +16415,9 @@ def plan_text(plan):
         return head + "    refused, %s: %s\n" % (escape(plan.rule),
                                                  escape(plan.why))
     if plan.strategy == "hw":
-        return head + "    hw: a debug register of each thread\n"
+        return head + "    hw: %s of each thread\n" % (
+            "a debug register" if len(plan.all_parts) == 1 else
+            "%d debug registers" % len(plan.all_parts))
     if plan.strategy == "int3":
         return head + ("    int3 at %s, moved to a trampoline of %s; a stop "
                        "per hit; killed with its guardian by kill -9, ubp "

@@ -136,12 +136,110 @@ class Hardware(unittest.TestCase):
         self.assertEqual(*seen)
         self.assertEqual(504 + 153, len(seen[0]))
 
-    def test_exits_take_no_debug_register(self):
+    EXITS = """
+    exe:step%return         | Count                       |
+    exe:step%return         | Hist ret                    | arg0 % 5 == 2
+    exe:step%return         | Hist ret - arg0 * 3 - arg1  |
+    exe:step%return         | Count by arg0 % 3, ret & 1  | ret > 900
+    exe:step%return         | Count sum ret               | arg0 < 99
+    exe:step                | Latency                     | arg0 % 7 == 1
+    exe:step%return         | Count                       | elapsed >= 0
+    """
+
+    def test_exits_compute_what_those_of_a_jump_do(self):
+        actions = {"Count": lambda text: ubp.Count(),
+                   "Count by": lambda text: ubp.Count(by=text),
+                   "Count sum": lambda text: ubp.Count(sum=text),
+                   "Hist": ubp.Hist, "Latency": lambda text: ubp.Latency()}
+        for line in self.EXITS.strip().splitlines():
+            where, what, when = [w.strip() for w in line.split("|")]
+            name = re.match("Count by|Count sum|[A-Z][a-z]+", what).group()
+            action = actions[name](what[len(name):].strip())
+            with self.subTest(line), live.Target("life") as process, \
+                    ubp.attach(process.pid) as target:
+                by_hw = target.probe(where, action, when or None, "hw")
+                by_jump = target.probe(where, action, when or None)
+                for command in "ct":
+                    process.ask(command)
+                self.assertGreater(by_jump.hits, 50)
+                self.assertEqual(by_jump.hits, by_hw.hits)
+                self.assertEqual((0, 0), (by_jump.dropped, by_hw.dropped))
+                if name == "Latency":
+                    self.assertEqual(by_jump.read().count,
+                                     by_hw.read().count)
+                    self.assertGreater(by_hw.read().min, 0)
+                elif "elapsed" not in when:
+                    self.assertEqual(by_jump.read(), by_hw.read())
+                reading = by_hw.reading()
+                self.assertEqual((0, 0, 0), (
+                    reading.unmatched, reading.abandoned,
+                    reading.unfinished))
+                target.close()
+                process.quit()
+
+    def test_exits_that_need_more_registers_than_there_are(self):
         with live.Target("life") as process, \
                 ubp.attach(process.pid) as target:
             with self.assertRaises(ubp.ProbeError) as caught:
+                target.probe("libc:strlen", ubp.Latency(), strategy="hw")
+            self.assertRegex(str(caught.exception),
+                             r"\d+ exits and its entry would take \d+ "
+                             "debug registers of 4")
+            target.probe("exe:step", ubp.Latency(), strategy="hw")
+            target.probe("mem:counter", ubp.Count(), strategy="hw")
+            with self.assertRaises(ubp.ProbeError) as caught:
                 target.probe("exe:step", ubp.Latency(), strategy="hw")
-            self.assertIn("one instruction", str(caught.exception))
+            self.assertIn("step, step+0x", str(caught.exception))
+            process.quit()
+
+    def test_stacks_are_counted_as_by_a_jump(self):
+        for make in (lambda: ubp.Stack(unwind="cfi"),
+                     lambda: ubp.Stack(sum="arg0", unwind="cfi"),
+                     lambda: ubp.Stack(2, unwind="cfi")):
+            with self.subTest(repr(make())), live.Target("life") as process, \
+                    ubp.attach(process.pid) as target:
+                by_hw = target.probe("exe:step", make(), strategy="hw")
+                by_jump = target.probe("exe:step", make())
+                process.ask("c")
+                self.assertEqual((1009, 1009), (by_jump.hits, by_hw.hits))
+                names = [{tuple(frame.function for frame in stack): n
+                          for stack, n in probe.read().items()}
+                         for probe in (by_jump, by_hw)]
+                self.assertEqual(*names)
+                target.close()
+                process.quit()
+
+    def test_stacks_of_who_writes_a_variable(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            probe = target.probe("mem:counter", ubp.Stack(), "new >= 70",
+                                 "hw")
+            process.ask("w")
+            [(stack, n)] = probe.read().items()
+            self.assertEqual(("main", 91), (stack[0].function, n))
+            self.assertEqual((91, 0), (probe.hits, probe.dropped))
+            process.quit()
+
+    def test_the_command_tells_who_writes_a_variable(self):
+        for words, wanted in (
+                (["count", "--by", "caller"], r"101 .*main\+0x"),
+                (["stack"], r"main"),
+                (["trace", "-e", "old, new", "--stack"],
+                 r"(?s)old=63 new=70.*main")):
+            with self.subTest(words[0]), live.Target("life") as process:
+                with live.Process([sys.executable, TOP + "/ubp.py", *words,
+                                   "-p", process.pid, "mem:counter",
+                                   "--strategy", "hw"]) as command:
+                    self.assertTrue(live.settled(
+                        lambda: "by hw" in command.stderr(), 10))
+                    process.ask("w")
+                    time.sleep(0.2)
+                    command.process.send_signal(signal.SIGINT)
+                    self.assertEqual(0, command.wait())
+                    text = command.process.stdout.read().decode()
+                    self.assertIn("hits 101 = recorded 101", command.stderr())
+                self.assertRegex(text, wanted)
+                process.quit()
 
     def test_a_watch_knows_the_value_before_and_after(self):
         with live.Target("life") as process, \
@@ -193,8 +291,6 @@ class Hardware(unittest.TestCase):
             for each in names[1:]:
                 self.assertEqual("step", each[0])
                 self.assertIn("in_thread", each)
-            with self.assertRaises(ubp.ProbeError):
-                target.probe("exe:step", ubp.Stack(), strategy="hw")
             process.quit()
 
     def test_old_and_new_need_a_watch(self):
