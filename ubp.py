@@ -8107,19 +8107,20 @@ class TraceRing:
         """Copy the slots of tickets that lie behind each other."""
         size = self.layout.entry_size
         at = self._slots + first % self.layout.n_entries * size
-        sequences, data, after = [
+        before, data, after = [
             self.arena.load(self.cpu, at, (last - first) * size)
             for _ in range(3)]
-        step, words = size // 8, (1 << 64) - 1
-        want = [2 * ticket + 2 & words for ticket in range(first, last)]
-        before = memoryview(sequences).cast("Q")[::step].tolist()
-        after = memoryview(after).cast("Q")[::step].tolist()
-        if before == after == want:
+        before, after = [memoryview(each).cast("Q")[::size // 8]
+                         for each in (before, after)]
+        before = before.tolist()
+        if (before == list(range(2 * first + 2, 2 * last + 2, 2))
+                and after.tolist() == before):
             found.append(data)
             self.n_read += last - first
             return
-        for n, right in enumerate(want):
-            if before[n] == after[n] == right:
+        words = (1 << 64) - 1
+        for n, ticket in enumerate(range(first, last)):
+            if before[n] == after[n] == 2 * ticket + 2 & words:
                 found.append(data[n * size:(n + 1) * size])
                 self.n_read += 1
             else:
@@ -9204,8 +9205,8 @@ class RecordForm:
         halves, step = memoryview(data).cast("I"), self.records.size // 8
         times = words[1::step].tolist()
         indexes = halves[6::2 * step].tolist()
-        if (any(halves[7::2 * step].tolist()) or min(times) < tscs[0]
-                or max(times) > tscs[1]
+        if (halves[7::2 * step].tobytes().strip(b"\0")
+                or min(times) < tscs[0] or max(times) > tscs[1]
                 or not self.sites.keys() >= set(indexes)):
             return None
         tsc0, ns0, rate = clock.anchor
@@ -9215,7 +9216,7 @@ class RecordForm:
         return Columns(
             [ns0 + int((tsc - tsc0) * rate) for tsc in times], tids,
             halves[5::2 * step].tolist(),
-            [pids[tid] for tid in tids], indexes,
+            list(map(pids.__getitem__, tids)), indexes,
             [memoryview(data).cast(
                 "Q" if each.is_unsigned else "q")[4 + n::step].tolist()
              for n, each in enumerate(self.values)])
@@ -17131,18 +17132,29 @@ class EventLines:
         """Return the columns of what stands in front of a line's values."""
         if self.is_json:
             return times, pids, tids, cpus
-        seconds = [time_ns // 10 ** 9 for time_ns in times]
-        clocks = {second: self._clock(second) for second in set(seconds)}
-        return ([clocks[second] for second in seconds],
-                [time_ns // 1000 % 10 ** 6 for time_ns in times],
-                ["%d/%d" % both for both in zip(pids, tids)]
-                if self.has_pid else tids)
+        threads = list(zip(pids, tids)) if self.has_pid else tids
+        names = {thread: self._thread(thread) for thread in set(threads)}
+        first, last = min(times) // 10 ** 9, max(times) // 10 ** 9
+        if first == last:               # numbers below 2^30 are cheaper
+            base, clocks = first * 10 ** 9, itertools.repeat(
+                self._clock(first))
+            micros = [(time_ns - base) // 1000 for time_ns in times]
+        else:
+            seconds = [time_ns // 10 ** 9 for time_ns in times]
+            each = {second: self._clock(second) for second in set(seconds)}
+            clocks = map(each.__getitem__, seconds)
+            micros = [time_ns // 1000 % 10 ** 6 for time_ns in times]
+        return clocks, micros, map(names.__getitem__, threads)
 
     def _clock(self, second):
         """Return "12:34:56." for a second of CLOCK_REALTIME."""
         if second != self.second:
             self.second, self.clock = second, clock(second * 10 ** 9)[:-6]
         return self.clock
+
+    def _thread(self, thread):
+        """Return what a line has for a tid, or for (pid, tid)."""
+        return "%7s" % ("%d/%d" % thread if self.has_pid else thread)
 
     def _line(self, event):
         """Return the line of one Event."""
@@ -17158,7 +17170,7 @@ class EventLines:
             return template % ((time_ns, pid, tid, cpu) + values)
         return template % ((
             self._clock(time_ns // 10 ** 9), time_ns // 1000 % 10 ** 6,
-            "%d/%d" % (pid, tid) if self.has_pid else tid) + values)
+            self._thread((pid, tid) if self.has_pid else tid)) + values)
 
     def _maker(self, event):
         """Return (template, converters, Watched, …) of a site, kept."""
@@ -17177,7 +17189,7 @@ class EventLines:
         else:
             words = [escape(name).replace("%", "%%") + "=%s"
                      for name in names]
-            template = "%s%06d  %7s  " + "  ".join(
+            template = "%s%06d  %s  " + "  ".join(
                 [hit_label(hit).replace("%", "%%")]
                 + [" ".join(words)] * bool(words)) + "\n"
         made = (template, converters if any(converters) else None, watched,
