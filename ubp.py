@@ -208,7 +208,7 @@ SYSCALL_EVENT_SIGNAL = signal.SIGTRAP | 0x80    # ptrace(2), TRACESYSGOOD
 # <asm/unistd_64.h>; those that are injected, and those libc may not wrap
 SYS_close, SYS_stat, SYS_mmap, SYS_munmap, SYS_madvise = 3, 4, 9, 11, 28
 SYS_rt_sigaction, SYS_rt_tgsigqueueinfo = 13, 297
-SYS_sched_setscheduler, SYS_gettid, SYS_tgkill = 144, 186, 234
+SYS_gettid, SYS_tgkill = 186, 234
 SYS_getdents64, SYS_kcmp, SYS_memfd_create = 217, 312, 319
 SYS_perf_event_open = 298
 SYS_prctl, SYS_process_vm_readv = 157, 310
@@ -348,10 +348,6 @@ def ptrace(request, tid, addr=0, data=0):
     one tracer *thread*; any other gets ESRCH, as if the tracee had died.
     """
     return _check(_ptrace(request, tid, addr, data))
-
-
-_wait_status = ctypes.c_int()
-_wait_status_ref = ctypes.addressof(_wait_status)
 
 
 def wait_nohang(tid, status=None):
@@ -15856,8 +15852,7 @@ OPTIONS = collections.OrderedDict([
         action="store_true",
         help="take out also what a running ubp of others put in"))),
 ])
-# What is said once for each group of probes; a lone + begins another group.
-GROUP_OPTIONS = "exprs when by sum stack unwind depth until".split()
+# Said once for each group of probes; a lone + begins another group.
 _EXPRESSION_OPTIONS = ("-e", "--if", "--by", "--sum", "--until")
 USAGE = {
     "list": "list -p PID[,PID...] PROBE...",

@@ -6903,11 +6903,6 @@ def _with_copies(window, vaddr, code):
     return Trampoline(vaddr, code, tuple(copies))
 
 
-def bare_trampoline(window, vaddr):
-    """The displaced instructions and the way back, no body. -> Trampoline"""
-    return _with_copies(window, vaddr, b"")
-
-
 _templates = {}
 
 
