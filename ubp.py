@@ -2660,7 +2660,7 @@ _NOT_BUILT = (              # (pattern, what it is)
     (re.compile(r"usdt:"), "static probes (usdt:)"),
     (re.compile(r".*[^:]:[0-9]+$"), "probing source lines (FILE:LINE)"))
 _ADDRESS = re.compile(r"0[xX][0-9a-fA-F]{1,16}$")
-_OFFSET = re.compile(r"(.+)\+(0[xX][0-9a-fA-F]{1,8}|[0-9]{1,9})$", re.S)
+_OFFSET = re.compile(r"(.+)\+(0[xX][0-9a-fA-F]{1,16}|[0-9]{1,19})$", re.S)
 _MODULE = re.compile(r"(?<!:):(?!:)")
 _MEMORY = re.compile(r"mem:(.*?)(?:/([0-9]{1,9}))?(?::(w|rw))?$", re.S)
 
@@ -12642,15 +12642,18 @@ class Target:
         action, when   as in probe(); None: a count
         """
         planner = Planner(self.pid, self._read)
-        sites, spec, entry = self._sites(pattern), _PLAIN_COUNT, None
-        if action is not None:
-            spec, entry = make_specs(self._chosen(action), when, any(
-                site.is_return for site in sites))
+        sites, action = self._sites(pattern), self._chosen(
+            Count() if action is None else action)
+        specs = {is_return: make_specs(action, when, is_return)
+                 for is_return in {site.is_return for site in sites}}
+
+        def look(n, site):
+            spec, entry = specs[site.is_return]
+            return _plan_site(planner, site, strategies_of(strategy),
+                              spec._replace(is_inside=bool(site.offset)), n,
+                              entry)
         try:
-            return planner.settle(_by_address(
-                sites, lambda n, site: _plan_site(
-                    planner, site, strategies_of(strategy), spec._replace(
-                        is_inside=bool(site.offset)), n, entry)))
+            return planner.settle(_by_address(sites, look))
         finally:
             planner.close()
 
@@ -16367,7 +16370,8 @@ def verb_plan(options, signals):
         if len(options.pids) > 1:
             out.write(escape(name) + "\n")
         for plan in plans:
-            out.write(plan_text(plan))
+            for part in plan.parts or (plan,):
+                out.write(plan_text(part))
         out.write(plan_summary(plans))
         for text in reading_expressions(options.groups):
             out.write("%s reads memory by a pointer: a system call, about "
