@@ -6058,7 +6058,7 @@ class Arena:
         """The offset of a processor's shard in the arena."""
         return self.code_size + (cpu << self.shards.shift)
 
-    def add(self, window, old, names, block, make):
+    def add(self, window, old, names, block, make, size=0):
         """Write a trampoline and its record for a window. -> Record
 
         old     {vaddr: bytes} that were there before any probe
@@ -6066,12 +6066,14 @@ class Arena:
         block   (kind, offset, table) of the data that the record is about
         make    makes a ubp_x86.Trampoline for a vaddr; its size is the same
                 for each of them
+        size    of it, if that is known
         Nothing refers to it yet. Raises RelocationError if an operand is
         out of reach from here.
         """
-        made = make(self.next)
-        start = ubp_x86.line_start(self.next, len(made.code))
-        if start != self.next:
+        first = ubp_x86.line_start(self.next, size)
+        made = make(first)
+        start = ubp_x86.line_start(first, len(made.code))
+        if start != first:
             made = make(start)
         if start + len(made.code) > self.base + self.code_size:
             raise RelocationError("its arena is full", window.site,
@@ -7242,12 +7244,21 @@ class _Arming:
     def __init__(self, tracer, changes):
         self.tracer, self.changes = tracer, changes
         self.refused, self.patches = [], None
+        self.inside, self.behind, self.lost = {}, {}, []    # for threads
 
     def survey(self):
-        """Compare the text with what was planned, and plan the writes."""
+        """Compare the text with what was planned; plan moves and writes."""
         found = [change.patches(self.tracer) for change in self.changes]
         self.refused = [change for change, patches
                         in zip(self.changes, found) if patches is None]
+        good = [change for change, patches in zip(self.changes, found)
+                if patches is not None]
+        self.inside, self.behind = moves_in([each.record for each in good])
+        self.lost = []
+        for change in good:
+            if change.before:
+                self.inside.update(moves_over(change.before, change.record))
+                self.lost += change.lost_ranges()
         self.patches = Patches(self.tracer, [
             patch for patches in found for patch in patches or ()])
 
@@ -7264,16 +7275,9 @@ class _Arming:
         except (Again, OSError):
             self.patches = None
             raise Again("its text changes")
-        good = [change for change in self.changes
-                if change not in self.refused]
-        inside, behind = moves_in([change.record for change in good])
-        lost = []
-        for change in good:
-            inside.update(moves_over(change.before, change.record))
-            lost += change.lost_ranges()
-        rips = move_threads(self.tracer, inside, behind)
-        if lost and any(low <= rip < high for rip in rips
-                        for low, high in lost):
+        rips = move_threads(self.tracer, self.inside, self.behind)
+        if self.lost and any(low <= rip < high for rip in rips
+                             for low, high in self.lost):
             raise Again("a thread is inside a trampoline")
         self.patches.write()
 
@@ -10378,7 +10382,8 @@ class Installer:
             patch.window, patch.old, (site.module.build_id, site.module.name,
                                       site_name(site)), block,
             lambda vaddr: assemble(patch.window, vaddr,
-                                   [body.part for body in bodies]))
+                                   [body.part for body in bodies]),
+            bodies[0].part_plan.trampoline_size if len(bodies) == 1 else 0)
         self._links.update((arena, body.arena) for body in bodies)
         self._links.update((arena, self.calls.arena) for body in bodies
                            if body.part[0].action == "call")
@@ -10418,10 +10423,14 @@ class Installer:
             if plan.parts:          # some of its exits are armed: no times
                 raise ProbeError("probe", site_name(plan.site),
                                  "the text of an exit changed meanwhile")
+        probes = {body.probe for patch, _ in steps for body in patch.bodies}
+        known = {(probe, site.vaddr) for probe in probes
+                 for site in probe.sites}
         for patch, change in steps:
             for body in patch.bodies:
-                if (body.record is change.record and body.plan.site
-                        not in body.probe.sites):
+                key = body.probe, body.plan.site.vaddr
+                if body.record is change.record and key not in known:
+                    known.add(key)
                     body.probe.sites.append(body.plan.site)
 
     def traps(self):

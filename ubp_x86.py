@@ -6844,6 +6844,22 @@ def count_body(window, vaddr, index, shards):
     V ABI, 3.2.2). Flags travel in ax: lahf takes all but OF, seto takes OF,
     and adding 0x7f to al overflows exactly where OF was set.
     """
+    key = window.dead_regs, window.flags_dead, shards[:4]
+    if key not in _count_bodies:
+        if len(_count_bodies) > 1000:
+            _count_bodies.clear()
+        _count_bodies[key] = _count_parts(window, shards)
+    head, middle, tail = _count_bodies[key]
+    return (head + rel32(shards.base - vaddr - len(head) - 4, vaddr) + middle
+            + _S32.pack(8 * index) + tail)
+
+
+_count_bodies = {}
+
+
+def _count_parts(window, shards):
+    """count_body in three parts: between them are the displacement of the
+    shards' address and that of the counter, the ends of their forms."""
     flags_live = not window.flags_dead
     if shards.source == CPU_NONE:
         return _count_in_one_word(window, vaddr,
@@ -6855,17 +6871,16 @@ def count_body(window, vaddr, index, shards):
         reg, saved = RCX, [RCX]
     if flags_live and not window.dead_regs >> RAX & 1:
         saved = [RAX] + saved
-    code = lea_rsp_disp(-128) if saved else b""
-    code += b"".join(push_r64(each) for each in saved)
-    code += _SAVE_FLAGS if flags_live else b""
-    code += shard_index(reg, shards)
-    code += add_r64_m64_rip(reg, vaddr + len(code), shards.base)
-    code += lock_inc_m64(reg, 8 * index)
-    code += _LOAD_FLAGS if flags_live else b""
-    code += b"".join(pop_r64(each) for each in reversed(saved))
+    head = lea_rsp_disp(-128) if saved else b""
+    head += b"".join(push_r64(each) for each in saved)
+    head += _SAVE_FLAGS if flags_live else b""
+    head += shard_index(reg, shards)
+    head += add_r64_m64_rip(reg, 0, 0)[:-4]
+    tail = _LOAD_FLAGS if flags_live else b""
+    tail += b"".join(pop_r64(each) for each in reversed(saved))
     if saved:
-        code += lea_rsp_disp(128) if flags_live else add_rsp_128()
-    return code
+        tail += lea_rsp_disp(128) if flags_live else add_rsp_128()
+    return head, lock_inc_m64(reg, 0)[:-4], tail
 
 
 def _count_in_one_word(window, vaddr, counter):
