@@ -92,6 +92,38 @@ def row_pause_busy(is_quick):
                      5, 100, 50, "exe:pf_555", 3 if is_quick else 9)
 
 
+def row_arm_10000(is_quick):
+    """Arm 10 000 functions that are planned: data, trampolines, the pause."""
+    times, pauses, plans, removals = [], [], [], []
+    for _ in range(1 if is_quick else 3):
+        with servers.Python() as server, ubp.attach(server.pid) as target:
+            sites = target._sites("*")[:10000]
+            target._sites = lambda where: sites
+            install, began = target._installer.install, time.process_time()
+
+            def timed_install(*args):
+                plans.append(time.process_time() - began)
+                install(*args)
+                times.append(time.process_time() - began - plans[-1])
+            target._installer.install = timed_install
+            probe = target.probe("*", ubp.Count(), timeout=60)
+            pauses.append(target._tracer.pauses["patch"] / 1e3)
+            began = time.process_time()
+            probe.remove(timeout=60)
+            removals.append(time.process_time() - began)
+    ours = statistics.median(times)
+    return Result("arm-10000", "arm 10 000 functions, planned", "s CPU",
+                  times, "<= 2", tuple(
+                      Yardstick("%s, %g %s" % (name, statistics.median(
+                          samples), unit), statistics.median(samples),
+                          statistics.median(samples) / ours)
+                      for name, samples, unit in (
+                          ("its pause (goal 50)", pauses, "ms"),
+                          ("to plan them", plans, "s CPU"),
+                          ("to remove them", removals, "s CPU"))),
+                  "%d sites" % len(probe.sites))
+
+
 # ---- rows: ubp itself ------------------------------------------------------
 
 def first_output(argv, env, folder=None):
@@ -330,7 +362,8 @@ ROWS = collections.OrderedDict()
 ROWS.update(actions.ROWS)
 ROWS.update([
     ("pause-1", row_pause_1), ("pause-1000", row_pause_1000),
-    ("pause-busy", row_pause_busy), ("first", row_first),
+    ("pause-busy", row_pause_busy), ("arm-10000", row_arm_10000),
+    ("first", row_first),
     ("import", row_import), ("decode", row_decode),
     ("elf-libc", row_elf_libc), ("elf-500k", row_elf_500k),
     ("plan-libc", row_plan_libc), ("plan-python", row_plan_python),
