@@ -8540,6 +8540,7 @@ _CANCELLATION = ("__syscall_cancel_arch", "__syscall_cp_asm", "__cp_begin",
                  "__syscall_cp_internal")
 
 
+_MOST_REMEMBERED = 1000         # functions planned at a time
 _MOST_BEFORE_SITE = 16          # bytes in front of a site to be displaced
 
 
@@ -8776,6 +8777,15 @@ class Planner:
         A scan asks its planner for functions: each keeps the other.
         """
         self._scans.clear()
+
+    def forget(self):
+        """Let go of what is known of functions: it can be found again.
+
+        Python's collector else looks at all of it, again and again, while
+        many sites are armed.
+        """
+        for scan in self._scans.values():
+            scan.forget()
 
     def keep_only(self, patches):
         """Give back the bytes of every window but those of {…: Patch}."""
@@ -12761,6 +12771,8 @@ class Target:
     def _arm_plans(self, probe, plans, timeout, new=()):
         """Arm what was planned; new: probes to take out if that fails."""
         plans = self._planner.settle(plans)
+        if len(plans) > _MOST_REMEMBERED:
+            self._planner.forget()
         probe.refused += [plan for plan in plans if not plan.strategy]
         self._arm_hardware(probe, [plan for plan in plans
                                    if plan.strategy == "hw"], timeout)

@@ -1934,6 +1934,11 @@ class BranchScan:
         self._analyses, self._proofs = {}, {}       # by Function.vaddr
         self.has_rseq = any(_has_rseq(code) for _, code in self.segments)
 
+    def forget(self):
+        """Let go of the functions' analyses; the table of branches stays."""
+        self._analyses.clear()
+        self._proofs.clear()
+
     def is_executable(self, vaddr):
         """Tell whether vaddr is in one of the segments."""
         for base, code in self.segments:
