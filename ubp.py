@@ -7338,6 +7338,7 @@ class _Restoring:
         self.maps = []
         self.n_sites, self.foreign = 0, []
         self.restored = []          # records of sites with their old bytes
+        self.outside, self.ways_back = {}, None     # for threads inside
 
     def survey(self):
         """Compare the text with the journal, and plan the writes.
@@ -7373,6 +7374,8 @@ class _Restoring:
                 self.restored += records
             elif not self._is_of_another_ubp(records[-1]):
                 self.foreign.append(records[-1])
+        self.outside = moves_out(self.restored)
+        self.ways_back = WaysBack(self.tracer, self.restored)
 
     def _is_beneath(self, records, ranges):
         """Is what differs at a site the patch of another, in ranges?"""
@@ -7511,8 +7514,7 @@ def restore(tracer, arenas, timeout, last_look=lambda: None):
                   for each in arena.ranges]
         steps.write()
         # Only to text that is back: at a foreign site a thread stays.
-        rips = move_threads(tracer, moves_out(steps.restored), {},
-                            WaysBack(tracer, steps.restored))
+        rips = move_threads(tracer, steps.outside, {}, steps.ways_back)
         if not ranges or steps.foreign:
             return False
         if any(low <= rip < high for rip in rips for low, high in ranges):
