@@ -9477,6 +9477,7 @@ class Probe:
     """One probe: its sites, and what they computed.
 
     sites     [Site] that are, or were, armed;   refused   [SitePlan]
+    error     what the function of its Call raised, or None
     """
 
     def __init__(self, target, where, action, spec):

@@ -6451,9 +6451,7 @@ class _Body(_Values):
         self.require(place.calls, "a handler")
         self.require(place.private, "a handler")
         again, other, found = [code.label() for _ in range(3)]
-        code.mov(RAX, Mem(RIP, place.private))
-        code.test(RAX)
-        code.jump(no, _E)                       # a forked child
+        self.leave_if_forked(no)
         code.set_wide(base, place.calls)
         code.mov(asked, Mem(base, CALLS_OWNER), 4)
         code.lea(RCX, Mem(asked, -1))
@@ -6490,6 +6488,13 @@ class _Body(_Values):
         code.mark(found)
         code.alu_imm(OR, answer, CALL_ANSWERED, 4)
 
+    def leave_if_forked(self, no):
+        """A forked child never waits. If a signal handler forked while we
+        did, the slot is the parent's alone. rcx is lost."""
+        self.code.mov(RCX, Mem(RIP, self.place.private))
+        self.code.test(RCX)
+        self.code.jump(no, _E)
+
     def swap(self, slot, reg):
         """lock cmpxchg of a slot's word: if it is eax, it will be reg."""
         self.code.op(b"\x0f\xb1", reg, Mem(slot), 4, b"", b"\xf0")
@@ -6522,6 +6527,7 @@ class _Body(_Values):
         code = self.code
         wait, answered, give_up, gone, spin = [
             code.label() for _ in range(5)]
+        self.leave_if_forked(no)
         self.ask(base, slot, asked, gone)
         code.mov(RCX, Mem(base, CALLS_SPINS), 4)
         code.mark(spin)
@@ -6535,6 +6541,7 @@ class _Body(_Values):
         code.op(b"\x87", RAX, Mem(slot, CALL_SLEEPS), 4)        # xchg
         self.deadline(give_up)
         code.mark(wait)
+        self.leave_if_forked(no)
         code.mov(RAX, Mem(slot), 4)
         code.alu(CMP, RAX, asked, 4)
         code.jump(answered, _NE)
@@ -6548,6 +6555,7 @@ class _Body(_Values):
             code.jump(wait, _E)
         # Late is said first: whoever sees that we gave up takes it back.
         code.mark(give_up)
+        self.leave_if_forked(no)
         code.store_imm(Mem(base, CALLS_LATE), 1, 4)
         self.withdraw(slot, answer, asked, CALL_GAVE_UP)
         code.jump(no, _E)
@@ -6628,6 +6636,7 @@ class _Body(_Values):
         """The answer's registers to where ours were pushed; rsi = outcome.
         """
         code = self.code
+        self.leave_if_forked(no)
         code.alu(CMP, RAX, answer, 4)
         code.jump(no, _NE)
         code.mov(RCX, answer)

@@ -30,7 +30,7 @@ LIVE = ["tests/test_cli.py::" + name
         "test_the_host_is_left_as_it_was", "test_any_thread_may_use_a_target",
         "test_an_asyncio_host_with_children_of_its_own")] + [
     "tests/test_actions.py::Exact", "tests/test_expressions.py::Meaning",
-    "tests/test_bodies.py::Histograms",
+    "tests/test_bodies.py::Histograms", "tests/test_handlers.py::What",
     "tests/test_life.py::Hardware", "tests/test_stacks.py::Hostile",
     "tests/test_stacks.py::Names", "tests/test_verbs.py::Groups",
     "tests/test_verbs.py::Lines"]

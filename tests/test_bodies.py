@@ -354,6 +354,31 @@ class Memory(Runs):
         with self.assertRaisesRegex(RuntimeError, "-31"):       # SIGSYS
             self.page.run([Case(allowed, cases[0].regs, WINDOW)], "forbid")
 
+    def test_nobody_waits_for_a_tracer_that_does_not_answer(self):
+        """A call makes no syscall where none lives, or it was late, or in
+        a forked child; nor does it touch a register."""
+        at, tid = bodies.DATA + 0x800, 4242
+        rows = (("nobody", bodies.PID, 0, 0),
+                ("dead", bodies.PID, 0x40000000, 0),
+                ("dead, and somebody waited", bodies.PID, 0xc0000000, 0),
+                ("late", bodies.PID, tid, 1),
+                ("forked", bodies.DATA + 0x700, tid, 0))
+        for what, private, owner, late in rows:
+            self.setUp()
+            self.page.data[0x800:0x804] = owner.to_bytes(4, "little")
+            self.page.data[0x800 + x86.CALLS_LATE] = late
+            for spec in (x86.Spec("call"), x86.Spec("call", parse(
+                    "arg0 != 1")[0])):
+                with self.subTest(what, when=spec.when):
+                    place = self.page.place(spec, private=private, calls=at)
+                    cases = [Case(code, registers(self.pick), w)
+                             for code, w in self.at_windows(spec, place)]
+                    data = self.run_cases(cases, "forbid")
+                    self.assertEqual((0, len(cases)), words(
+                        data, place, x86.HEAD_FAULTS, 2))
+                    self.assertEqual((0,), words(
+                        data, place, x86.HEAD_SIZE, 1))
+
     def test_a_proven_range_is_read_without_a_syscall(self):
         text = "u32[%d]" % (bodies.DATA + 0x700)
         spec = x86.Spec("sum", values=parse(text))

@@ -496,6 +496,30 @@ class Removal(unittest.TestCase):
             self.assertEqual(1200, probe.hits)
             self.assertEqual([], target.notes)
 
+    def test_a_function_arms_another_probe(self):
+        def look(hit):
+            if not counts:
+                counts.append(target.probe("exe:add", ubp.Count()))
+        counts = []
+        with attached("2", "50", test=self) as (process, target):
+            probe = target.probe("exe:add%return", ubp.Call(
+                look, timeout=30), "arg0 > 9")
+            process.ask("g", 60)
+            process.ask("g", 60)
+            self.assertEqual((160, 0), (probe.read(), probe.dropped))
+            self.assertGreaterEqual(counts[0].read(), 100)
+
+    def test_a_launched_program_is_answered_from_its_first_call(self):
+        with ubp.launch(["/bin/sh", "-c", "exec /bin/sleep 0 2>&-"]) as (
+                target):
+            seen = []
+            target.probe("libc:execve", ubp.Call(
+                lambda hit: seen.append((hit.str(hit.arg0)[-5:],
+                                         hit.skip(0)))))
+            self.assertTrue(target.wait(PATIENCE))
+            self.assertEqual([("sleep", None)], seen)
+            self.assertIn(target.returncode, (2, 126, 127))
+
     def test_again_and_again(self):
         with attached("2", "50", test=self) as (process, target):
             process.ask("b")
@@ -543,6 +567,18 @@ class Processes(unittest.TestCase):
             process.send("f")               # the busy ones end first
             self.assertEqual(0, process.answer(PATIENCE)["status"])
             self.assertEqual(1009, probe.dropped)
+
+    def test_a_signal_handler_forks_while_its_thread_waits(self):
+        """The parent gets the answer; the child goes on as if unprobed."""
+        with attached("1", "300", test=self) as (process, target):
+            probe = target.probe("exe:add", ubp.Call(
+                lambda hit: (time.sleep(0.003), hit.skip(ENOMEM))))
+            answer = process.ask("o", 60)
+            self.assertGreater(answer["children"], 20)
+            self.assertEqual((0, 300, 300), tuple(
+                answer[key] for key in ("wrong", "calls", "failed")))
+            self.assertEqual((300, answer["children"]),
+                             (probe.read(), probe.dropped))
 
     def test_a_vforked_child_is_answered(self):
         with attached("1", "1", test=self) as (process, target):

@@ -11,7 +11,8 @@
  * handler calls add, too, while the main thread does CALLS times; l as often
  * leaves add, from that handler, by siglongjmp; k text("alpha"), deep(5) and
  * tail(3); c a thread is cancelled in add; v vfork, where the child calls
- * add; e exec this program anew; q quit. */
+ * add; o as s, but its handler forks, and the child goes on with the call
+ * and ends; e exec this program anew; q quit. */
 #include "target.h"
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -158,6 +159,25 @@ static void handler(int signo)
         siglongjmp(back, 1);
 }
 
+/* Forks, now and then, in whatever was interrupted: the child goes on with
+ * that, and ends. */
+static atomic_int must_fork, is_child;
+static pid_t children[MOST];
+static int n_children;
+
+static void forking(int signo)
+{
+    int error = errno;
+    if (is_inside && n_children < MOST && !is_child) {
+        pid_t pid = fork();
+        if (pid == 0)
+            is_child = 1;
+        else
+            children[n_children++] = pid;
+    }
+    errno = error;
+}
+
 static void timer(long us)
 {
     struct itimerval value = {{0, us}, {0, us}};
@@ -167,7 +187,8 @@ static void timer(long us)
 
 static void with_signals(int jumps)
 {
-    struct sigaction action = {.sa_handler = handler};
+    struct sigaction action = {.sa_handler = must_fork ? forking : handler};
+    long failed = n_failed;
     unsigned seconds = alarm(0);
     sigaction(SIGALRM, &action, NULL);
     must_jump = jumps;
@@ -178,6 +199,9 @@ static void with_signals(int jumps)
             is_inside = 1;
             call(n, 0);
             is_inside = 0;
+            if (is_child)
+                _exit(n_failed != failed);
+            failed = n_failed;
         }
     timer(0);
     is_inside = 0;
@@ -300,6 +324,20 @@ int main(int argc, char **argv)
             with_signals(what == 'l');
             report(since);
             break;
+        case 'o': {
+            int status = 0, n_wrong_ones = 0;
+            must_fork = 1;
+            n_children = 0;
+            with_signals(0);
+            must_fork = 0;
+            for (int n = 0; n < n_children; n++)
+                if (waitpid(children[n], &status, 0) < 0 || status)
+                    n_wrong_ones++;
+            say("children=%d wrong=%d calls=%ld failed=%ld", n_children,
+                n_wrong_ones, atomic_exchange(&n_done, 0),
+                atomic_exchange(&n_failed, 0));
+            break;
+        }
         case 'f': {
             pid_t pid = fork();
             if (pid == 0)
