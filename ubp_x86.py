@@ -6890,10 +6890,13 @@ def _count_parts(window, shards):
     head += _SAVE_FLAGS if flags_live else b""
     head += shard_index(reg, shards)
     head += add_r64_m64_rip(reg, 0, 0)[:-4]
-    tail = _LOAD_FLAGS if flags_live else b""
-    tail += b"".join(pop_r64(each) for each in reversed(saved))
-    if saved:
-        tail += lea_rsp_disp(128) if flags_live else add_rsp_128()
+    tail = b"".join(pop_r64(each) for each in reversed(saved))
+    if RAX in saved:                    # it holds the flags till the end
+        tail = (_LOAD_FLAGS + tail + lea_rsp_disp(128) if flags_live
+                else tail + add_rsp_128())
+    else:
+        tail += add_rsp_128() if saved else b""
+        tail += _LOAD_FLAGS if flags_live else b""
     return head, lock_inc_m64(reg, 0)[:-4], tail
 
 
