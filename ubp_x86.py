@@ -6858,6 +6858,9 @@ def count_body(window, vaddr, index, shards):
     V ABI, 3.2.2). Flags travel in ax: lahf takes all but OF, seto takes OF,
     and adding 0x7f to al overflows exactly where OF was set.
     """
+    if shards.source == CPU_NONE:
+        return _count_in_one_word(window, vaddr,
+                                  shards.rseq_offset + 8 * index)
     key = window.dead_regs, window.flags_dead, shards[:4]
     if key not in _count_bodies:
         if len(_count_bodies) > 1000:
@@ -6875,9 +6878,6 @@ def _count_parts(window, shards):
     """count_body in three parts: between them are the displacement of the
     shards' address and that of the counter, the ends of their forms."""
     flags_live = not window.flags_dead
-    if shards.source == CPU_NONE:
-        return _count_in_one_word(window, vaddr,
-                                  shards.rseq_offset + 8 * index)
     # With live flags rax holds them, and is no register to count with.
     usable = window.dead_regs & ~(1 << RSP | flags_live << RAX)
     (reg,), saved = scratch_registers(1, usable)
