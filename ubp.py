@@ -154,7 +154,7 @@ class UbpTimeout(UbpError):
 libc = ctypes.PyDLL(None, use_errno=True)
 
 PTRACE_POKEDATA   = 5            # <linux/ptrace.h>
-PTRACE_POKEUSER   = 6
+PTRACE_PEEKUSER, PTRACE_POKEUSER = 3, 6
 PTRACE_CONT       = 7
 PTRACE_DETACH     = 17
 PTRACE_SYSCALL    = 24
@@ -8270,7 +8270,8 @@ class Event(NamedTuple):
 
 # As measured on one machine: the README's tables.
 _COSTS = {"jump": "less than 20 ns", "int3": "a stop by the guardian, some "
-          "75 us", "hw": "a trap in the kernel, some 10 us"}
+          "75 us", "hw": "a trap in the kernel, some 10 us", "hw-ptrace":
+          "a stop by the guardian, some 100 us"}
 
 
 class SitePlan(NamedTuple):
@@ -9623,10 +9624,13 @@ class Probe:
                    in self._target._installer.patches.values()
                    if patch.window.is_trap for body in patch.bodies
                    if body.probe is self}
-        n_hw = sum(len(part.sites) for part in self._parts)
-        found = collections.OrderedDict((
+        by_part = collections.Counter()
+        for part in self._parts:
+            by_part[part.name] += len(part.sites)
+        n_hw = sum(by_part.values())
+        found = collections.OrderedDict([
             ("jump", len(self.sites) - n_hw - len(trapped)),
-            ("int3", len(trapped)), ("hw", n_hw)))
+            ("int3", len(trapped))] + sorted(by_part.items()))
         return collections.OrderedDict(
             (name, n) for name, n in found.items() if n)
 
@@ -10636,7 +10640,8 @@ def _keep(arenas):
 # strategy gives the same results. Invariant: hits = recorded + dropped is
 # counted by the kernel, not by whoever reads the records.
 
-STRATEGIES = ("jump", "int3", "hw")
+STRATEGIES = ("jump", "int3", "hw", "hw-ptrace")
+HARDWARE = ("hw", "hw-ptrace")  # of them: those that write no text
 N_DEBUG_REGISTERS = 4           # DR0 to DR3, SDM 18.2.1
 _OPEN_ATTEMPTS = 8              # before a target that starts threads all the
 #                                 time is stopped while they are equipped
@@ -11382,6 +11387,90 @@ class HardwarePart:
         self._rings = {}
 
 
+class PtracePart(HardwarePart):
+    """The same, with debug registers that ptrace sets: by name only.
+
+    The guardian stops at each hit, and tells of it. What it sets is still
+    there when it is killed, and then the next hit kills the target.
+    """
+
+    name = "hw-ptrace"
+
+    def __init__(self, *args, fetch, **options):
+        super().__init__(*args, **options)
+        self._fetch, self.fed = fetch, collections.deque()
+        self._n_counted = dict.fromkeys(self.registers, 0)
+        self._after = {}            # {(time, tid): bytes, just after a hit}
+
+    def watches(self):
+        """{what Guard.do_arm is asked for: Site of the register}"""
+        size = self._stack_size if self._is_sampled else -1
+        return {(register.vaddr,) + (
+            (register.function.kind, register.function.size)
+            if is_watch(register) else ("x", 1)) + (size,): register
+            for register in self.taken}
+
+    def arm(self, in_pause):
+        """Begin to read: it is the guardian that arms."""
+        for site in self.sites if self._wants_values else ():
+            try:
+                data = read_memory(self.tracer.vm_tid(), site.vaddr,
+                                   site.function.size)
+                self._last[site, self.tracer.tgid] = int.from_bytes(
+                    data, "little")
+            except OSError:
+                continue
+        self._reader = threading.Thread(target=self._keep_reading,
+                                        daemon=True, name="ubp-hw-%d"
+                                        % self.tracer.tgid)
+        self._reader.start()
+
+    def feed(self, hits, counts):
+        """Take from what the guardian tells what is of these registers."""
+        wanted = self.watches()
+        for watch, n in counts.items():
+            if watch in wanted:
+                self._n_counted[wanted[watch]] += n
+        for watch, data, hit in hits:
+            if watch in wanted:
+                self.fed.append((Trap(*hit), wanted[watch], data))
+
+    def _take_hits(self):
+        self._fetch()
+        hits = []
+        while self.fed:
+            hit, register, data = self.fed.popleft()
+            self._after[hit.time, hit.tid] = data
+            hits.append((hit.time, len(hits), hit, register))
+        return hits
+
+    def _values_of(self, site, hit, n_seen):
+        data = self._after.pop((hit.time, hit.tid), b"")
+        key = site, hit.pid
+        more = {"old": self._last.get(key)}
+        if data:
+            more["new"] = int.from_bytes(data, "little")
+        self._last[key] = more.get("new")
+        return {name: value for name, value in more.items()
+                if value is not None}
+
+    def _read(self):
+        self._drain()
+        self._after.clear()
+        n_seen = {site: tally.n_seen for site, tally in self.tallies.items()}
+        counts = dict.fromkeys(self.tallies, 0)
+        for register, n in self._n_counted.items():
+            site, is_entry = self.registers[register]
+            if not is_entry:
+                counts[site] += n
+        for site, tally in self.tallies.items():
+            if self._is_sampled:
+                self._lost[site] = max(0, counts[site] - n_seen[site])
+            else:
+                tally.n_recorded = counts[site]
+                tally.found = {(): counts[site]}
+
+
 def _stack_bytes(tallies):
     """How much of the stack's top a sample must hold for expressions."""
     for tally in tallies:
@@ -11453,6 +11542,8 @@ def _where_text(where):
 #     takes the arenas out            -
 
 _SI_KERNEL = 0x80               # si_code of an int3, <asm-generic/siginfo.h>
+_TRAP_HWBKPT = 4                # and of a debug register
+_MAX_WATCH_BYTES = 32 << 20     # of hits that wait for the front end
 _TRAP_BIT = 1 << signal.SIGTRAP - 1
 _SIGACTION_SIZE = 32            # struct kernel_sigaction, <asm/signal.h>
 # Who blocks all of these has blocked everything: SIGTRAP too, which the
@@ -11499,6 +11590,7 @@ class Keeper(Tracer):
         self.guard, self.sites = guard, guard.sites
         self.is_leaving = False
         self.blocked = set()        # tids that block SIGTRAP
+        self.equipped = set()       # tids whose debug registers are ours
         self.action = b""           # of SIGTRAP, if there is a handler
         self._info = ctypes.create_string_buffer(128)
         self._mask = ctypes.create_string_buffer(8)
@@ -11512,21 +11604,27 @@ class Keeper(Tracer):
         """
         regs = self.get_regs(tid)
         site = self.sites.get(ubp_x86.program_counter(regs) - 1)
-        if site is None:
+        if site is None and tid not in self.equipped:
             return None
         ptrace(PTRACE_GETSIGINFO, tid, 0, ctypes.addressof(self._info))
-        is_own = struct.unpack_from("<i", self._info, 8)[0] == _SI_KERNEL
+        is_own = struct.unpack_from("<i", self._info, 8)[0] in (
+            _SI_KERNEL, _TRAP_HWBKPT)
+        is_watch_hit = self._note_watch(tid, regs)
+        if site is None and not is_watch_hit:
+            return None
         ptrace(PTRACE_GETSIGMASK, tid, 8, ctypes.addressof(self._mask))
         mask = int.from_bytes(self._mask.raw, "little")
         was_reset = bool(self.action) and not self._is_caught(tid)
         was_blocked = (tid in self.blocked or was_reset
                        or mask & _FULL_MASK == _FULL_MASK)
-        if not is_own and not was_blocked and site.size == 1:
+        if not (is_own or was_blocked or is_watch_hit) and site.size == 1:
             return None         # it is at site + 1, and a SIGTRAP was sent
         if was_blocked:
             self._mask.raw = (mask | _TRAP_BIT).to_bytes(8, "little")
             ptrace(PTRACE_SETSIGMASK, tid, 8, ctypes.addressof(self._mask))
-        if site.insn is not None:
+        if is_watch_hit:
+            self.guard.n_hits += 1
+        elif site.insn is not None:
             self._emulate(tid, regs, site)
         else:
             ptrace(PTRACE_POKEUSER, tid, ubp_x86.PROGRAM_COUNTER_OFFSET,
@@ -11541,6 +11639,33 @@ class Keeper(Tracer):
         # Of signals of one number that wait only the first is kept: this
         # one was blocked, and is queued again.
         return 0 if is_own else signal.SIGTRAP
+
+    def _note_watch(self, tid, regs):
+        """Has a debug register of ours stopped a thread?"""
+        if tid not in self.equipped:
+            return False
+        status = ptrace(PTRACE_PEEKUSER, tid, ubp_x86.DEBUG_STATUS)
+        ptrace(PTRACE_POKEUSER, tid, ubp_x86.DEBUG_STATUS, 0)
+        hits = [watch for n, watch in enumerate(self.guard.watches)
+                if status >> n & 1]
+        for watch in hits:
+            self.guard.note_hit(self, tid, regs, watch)
+        return bool(hits)
+
+    def _equip(self, tid, watches):
+        """Give a stopped thread debug registers, or take them from it."""
+        try:
+            # Cleared first: the kernel checks each word as it is written.
+            ptrace(PTRACE_POKEUSER, tid, ubp_x86.DEBUG_CONTROL, 0)
+            for n, watch in enumerate(watches):
+                ptrace(PTRACE_POKEUSER, tid, ubp_x86.DEBUG_OFFSET + 8 * n,
+                       watch[0])
+            ptrace(PTRACE_POKEUSER, tid, ubp_x86.DEBUG_CONTROL,
+                   ubp_x86.debug_control([each[:3] for each in watches]))
+            (self.equipped.add if watches else self.equipped.discard)(tid)
+        except OSError as error:
+            if error.errno != errno.ESRCH:
+                self.guard.lacking = error
 
     def _emulate(self, tid, regs, site):
         """Do what an instruction does that no copy of it could. Where it
@@ -11752,7 +11877,9 @@ class Keeper(Tracer):
 
         A stop that was asked for is reported before any signal is.
         """
-        if ubp_x86.program_counter(self.get_regs(tid)) - 1 not in self.sites:
+        if (ubp_x86.program_counter(self.get_regs(tid)) - 1
+                not in self.sites and not (tid in self.equipped and ptrace(
+                    PTRACE_PEEKUSER, tid, ubp_x86.DEBUG_STATUS) & 15)):
             return False
         pending = re.search(rb"^SigPnd:\s*([0-9a-f]+)",
                             read_proc("/proc/%d/status" % tid), re.M)
@@ -11766,6 +11893,10 @@ class Keeper(Tracer):
 
     def _free(self, thread):
         """Let it run, traced; for good only when the text is back."""
+        if thread.tid in self.equipped if self.is_leaving else (
+                self.guard.watches and thread.tid not in self.equipped):
+            self._equip(thread.tid, () if self.is_leaving
+                        else self.guard.watches)
         if self.is_leaving:
             super()._free(thread)
             return
@@ -11778,6 +11909,7 @@ class Keeper(Tracer):
 
     def lose(self, tid):
         self.blocked.discard(tid)
+        self.equipped.discard(tid)
         super().lose(tid)
 
     def _await_transfers(self, tids, limit):
@@ -11823,6 +11955,13 @@ class Keeper(Tracer):
         self.close()
 
 
+def clear_debug_registers(tracer):
+    """Take what a killed guardian has left in them. All are stopped."""
+    for tid, thread in list(tracer.threads.items()):
+        if thread.state == STOPPED:
+            ptrace(PTRACE_POKEUSER, tid, ubp_x86.DEBUG_CONTROL, 0)
+
+
 class Guard:
     """The guardian's side: ptrace in the main thread, requests by another.
 
@@ -11841,6 +11980,8 @@ class Guard:
         self.is_left = False        # on purpose: the front end has gone
         self._armed = ()            # what do_arm was asked last
         self.follows, self.held = False, None   # what hold_at_entry did
+        self.watches, self.lacking = (), None   # debug registers: do_arm
+        self.watched, self.n_watched, self._watch_bytes = [], {}, 0
         self._status = ctypes.c_int()
 
     def main(self):
@@ -12007,29 +12148,38 @@ class Guard:
 
     # -- requests -----------------------------------------------------------
 
-    def do_arm(self, arenas, timeout, max_rate, follows=False):
+    def do_arm(self, arenas, timeout, max_rate, follows=False, watches=()):
         """Write int3 to the sites of records. -> ([refused], stopped, us)
 
         arenas     [(base, nonce, inode, [record as a tuple])]
         max_rate   hits a second; who has more is taken out
         follows    hold the program that it becomes by exec at its entry
+        watches    [(vaddr, "x" or "w" or "rw", size, bytes of the stack that
+                   a hit is to hold, or -1 for the number of hits alone)]:
+                   debug registers of every thread
         """
         self.max_rate, self.follows = max_rate, follows
-        self._armed = arenas, timeout, max_rate, follows
+        self.watches, self.lacking = tuple(watches), None
+        self._armed = arenas, timeout, max_rate, follows, watches
         self.arenas = [Installed(base, nonce, inode, (), tuple(
             Record(*record) for record in records))
             for base, nonce, inode, records in arenas]
         changes = [Change(record, ()) for arena in self.arenas
                    for record in arena.records]
         keeper = Keeper(self.tgid, self)
-        if not arenas:              # an exec is all that is waited for
+        if not (arenas or watches):     # an exec is all that is awaited
             keeper.options &= ~(PTRACE_O_TRACEFORK | PTRACE_O_TRACEVFORK)
         self.keepers = [keeper]
         try:
             self._learn_sites(keeper)
-            if arenas:
+            if arenas or watches:
                 keeper.learn_action(timeout)
             refused = arm(keeper, [], changes, timeout)
+            if self.lacking:
+                raise ProbeError(
+                    "set debug registers in", keeper.name(), "PTRACE_POKEUSER"
+                    ": " + errno.errorcode.get(self.lacking.errno, "?"),
+                    "others hold them")
         except BaseException:
             keeper.leave(timeout)
             self.keepers = []
@@ -12090,6 +12240,31 @@ class Guard:
         """Go on without the front end, until the targets end or a SIGTERM.
         """
         self.is_left, self.follows = True, False
+
+    def note_hit(self, keeper, tid, regs, watch):
+        """Keep what is known of a hit of a debug register, while the thread
+        is stopped."""
+        self.n_watched[watch] = self.n_watched.get(watch, 0) + 1
+        vaddr, kind, size, stack_size = watch
+        if stack_size < 0 or self._watch_bytes > _MAX_WATCH_BYTES:
+            return
+        now = int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e9)
+        stack = _peek(tid, ubp_x86.stack_pointer(regs), stack_size)
+        data = _peek(tid, vaddr, size) if kind != "x" else b""
+        fields = read_stat(tid)
+        self.watched.append((watch, data, (
+            now, tid, keeper.threads[tid].tgid
+            if tid in keeper.threads else keeper.tgid,
+            int(fields[36]) if len(fields) > 36 else 0,
+            ubp_x86.program_counter(regs), bytes(regs), stack)))
+        self._watch_bytes += 512 + len(stack)
+
+    def do_watched(self):
+        """What debug registers have hit since. -> ([…], {watch: hits})"""
+        found = self.watched, self.n_watched
+        self.watched, self.n_watched, self._watch_bytes = [], {}, 0
+        return found
+
     def hold(self):
         """The target is another program, in the stop of its exec."""
         try:
@@ -12585,6 +12760,7 @@ class Target:
         self._is_other = False      # than the one that was attached to
         self._is_kept = False       # launched, at its entry point, by SIGSTOP
         self._max_rate = float("inf")       # of hits by int3 or hw
+        self._fetching = threading.Lock()
         self._rates = {}            # {(HardwarePart, Site): hits before}
 
     def _begin(self, tracer):
@@ -12752,24 +12928,45 @@ class Target:
                        timeout)
             plans = _by_address(sites, lambda n, site: self._plan(
                 site, spec, n, len(sites), entry, strategies))
-            self._arm_plans(probe, plans, timeout, [probe])
+            try:
+                self._arm_plans(probe, plans, timeout, [probe])
+            except BaseException:
+                self._give_up(probe, timeout)
+                raise
             if self._follows and self._guardian is None:
                 self._with_ptrace(lambda: None, timeout)
             if self._planner is not None:
                 self._planner.keep_only(self._installer.patches)
             if not (probe.sites or self._follows):
                 raise _none_armed(where, probe.refused)
-            self._probes.append(probe)
-            if probe._rings and (probe._is_of_stacks
-                                 or getattr(action, "stack", False)):
-                self._reader.names  # while it lives
-            if probe._is_of_stacks and probe._rings:
-                threading.Thread(target=self._keep_collecting, daemon=True,
-                                 name="ubp-stacks-%d" % self.pid).start()
-            if self._watcher is None:
-                self._watcher = LibraryWatcher(self, LinkMap(
-                    self.pid, self._read, self._get_modules()))
+            self._look_after(probe)
             return probe
+
+    def _look_after(self, probe):
+        """A probe is armed: begin what goes on until it is taken out."""
+        if probe not in self._probes:
+            self._probes.append(probe)
+        if probe._rings and (probe._is_of_stacks
+                             or getattr(probe.action, "stack", False)):
+            self._reader.names      # while it lives
+        if probe._is_of_stacks and probe._rings:
+            threading.Thread(target=self._keep_collecting, daemon=True,
+                             name="ubp-stacks-%d" % self.pid).start()
+        if self._watcher is None:
+            self._watcher = LibraryWatcher(self, LinkMap(
+                self.pid, self._read, self._get_modules()))
+
+    def _give_up(self, probe, timeout):
+        """Some of a probe could not be armed: its debug registers go, too."""
+        was_traced = any(isinstance(part, PtracePart)
+                         for part in probe._parts)
+        for part in probe._parts:
+            part.remove()
+        probe._parts = []
+        if probe in self._probes:
+            self._probes.remove(probe)
+        if was_traced:
+            self._with_ptrace(lambda: None, timeout)
 
     def _arm_plans(self, probe, plans, timeout, new=()):
         """Arm what was planned; new: probes to take out if that fails."""
@@ -12777,8 +12974,9 @@ class Target:
         if len(plans) > _MOST_REMEMBERED:
             self._planner.forget()
         probe.refused += [plan for plan in plans if not plan.strategy]
-        self._arm_hardware(probe, [plan for plan in plans
-                                   if plan.strategy == "hw"], timeout)
+        for name in HARDWARE:
+            self._arm_hardware(probe, [plan for plan in plans
+                                       if plan.strategy == name], timeout)
         good = [plan for plan in plans if plan.strategy in ("jump", "int3")]
         if good:
             self._with_ptrace(lambda: self._arm(probe, good, timeout),
@@ -12803,8 +13001,10 @@ class Target:
                         if (before is not None and site in part.sites
                                 and reading.hits - before > most * seconds):
                             part.drop(site)
+                            if isinstance(part, PtracePart):
+                                self._with_ptrace(lambda: None, 5)
                             self._too_often(probe, SitePlan(
-                                site, "hw", None, 0, "", "", ()))
+                                site, part.name, None, 0, "", "", ()))
 
     def _too_often(self, probe, plan):
         """Say that a site was taken out, and why."""
@@ -13030,7 +13230,10 @@ class Target:
         def in_pause(action):
             self._worker.call(lambda: self._tracer.pause(
                 action, timeout, "arm"), timeout)
-        part = HardwarePart(
+        is_traced = plans[0].strategy == PtracePart.name
+        part = functools.partial(
+            PtracePart, fetch=self._fetch) if is_traced else HardwarePart
+        part = part(
             plans, probe._spec, self._tracer, self._insn_before, probe._entry,
             probe._add_stack if probe._is_of_stacks else None)
         if probe._is_of_stacks:
@@ -13041,9 +13244,42 @@ class Target:
         except OSError as error:
             raise no_register_left(probe.where, taken, sites, error)
         probe._parts.append(part)
+        if is_traced:
+            self._arm_watches(probe, part, timeout)
         probe.sites += part.sites
         for note in part.notes:
             self._note(note)
+
+    def _arm_watches(self, probe, part, timeout):
+        """Have the guardian set the debug registers of a new part, too."""
+        if probe not in self._probes:
+            self._probes.append(probe)
+        try:
+            self._with_ptrace(lambda: None, timeout)
+        except BaseException:
+            probe._parts.remove(part)
+            part.remove()
+            raise
+        self._note("its debug registers are set by ptrace: the guardian (pid "
+                   "%d) traces it, and if that is killed by kill -9, too, "
+                   "they stay, and the next hit kills it"
+                   % self._guardian.process.pid)
+
+    def _traced_parts(self):
+        return [part for probe in self._probes for part in probe._parts
+                if isinstance(part, PtracePart)]
+
+    def _fetch(self):
+        """Hand what the guardian tells of debug registers to the parts."""
+        with self._fetching:
+            guardian = self._guardian
+            try:
+                if guardian is not None:
+                    found = guardian.call("watched")
+                    for part in self._traced_parts():
+                        part.feed(*found)
+            except (ProbeError, OSError) as error:
+                log.debug("%s", error)
 
     def _insn_before(self, vaddr):
         """The Insn that ends at vaddr, or None where nothing tells."""
@@ -13100,6 +13336,9 @@ class Target:
             for base, nonce, inode, records in self._installer.traps()]
         if found:
             restore(self._tracer, found, timeout)
+        if self._traced_parts():
+            self._tracer.pause(lambda: clear_debug_registers(self._tracer),
+                               timeout, "clear")
 
     def _rescue(self, timeout=5):
         """If the guardian was killed: once more, with another one."""
@@ -13122,8 +13361,10 @@ class Target:
 
     def _arm_traps(self, timeout):
         """Have the guardian do what is to be done; it comes and goes."""
-        traps = self._installer.traps()
-        if not (traps or self._follows):
+        traps, watches = self._installer.traps(), [
+            watch for part in self._traced_parts() for watch
+            in part.watches()]
+        if not (traps or watches or self._follows):
             guardian, self._guardian = self._guardian, None
             if guardian is not None:
                 guardian.close(timeout)
@@ -13134,7 +13375,7 @@ class Target:
             self._worker.call(self._hand_over, timeout)
         refused, pause_us = self._guardian.call(
             "arm", traps, timeout, self._max_rate, self._follows,
-            timeout=timeout)
+            sorted(set(watches)), timeout=timeout)
         self._guardian.is_armed = True
         self._tracer.pause_us = max(self._tracer.pause_us, pause_us)
         for vaddr in refused:
@@ -13155,7 +13396,7 @@ class Target:
     def _look(self, specs, strategies, timeout):
         """Ask the target for what bodies of the specs would need of it."""
         installer = self._installer
-        if strategies != ("hw",) and any(map(wanted_by, specs)):
+        if not set(strategies) <= set(HARDWARE) and any(map(wanted_by, specs)):
             self._tracer.starts_raw_threads = _starts_raw_threads(
                 self._get_modules())
             for spec in specs:
@@ -13253,7 +13494,7 @@ class Target:
         by frame pointers only where all code has them."""
         if not isinstance(action, Stack) or action.unwind:
             return action
-        is_fp = not self._follows and "hw" not in strategies and all(
+        is_fp = not (self._follows or set(strategies) & set(HARDWARE)) and all(
             has_frame_pointers(module) is not False
             for module in self._get_modules()
             if module.text and module.name != VDSO)
@@ -13347,7 +13588,7 @@ class Target:
             try:
                 self._stop_following()
                 if self._installer.arenas or self._probes:
-                    self._remove(self._probes, timeout)
+                    self._remove(list(self._probes), timeout)
                 self._is_closed = not self._installer.arenas
             finally:
                 self.run()
@@ -13390,10 +13631,10 @@ def _plan_site(planner, site, strategies, spec=_PLAIN_COUNT, index=0,
                entry=None):
     """The SitePlan of the first strategy that does not refuse a site."""
     refused = None
-    in_text = [name for name in strategies if name != "hw"]
+    in_text = [name for name in strategies if name not in HARDWARE]
     for name in strategies:
-        if name == "hw":
-            plan = _plan_hardware(planner, site, spec, entry)
+        if name in HARDWARE:
+            plan = _plan_hardware(planner, site, spec, entry, name)
         elif not in_text:
             continue
         else:
@@ -13407,7 +13648,7 @@ def _plan_site(planner, site, strategies, spec=_PLAIN_COUNT, index=0,
 
 def _check_hardware(action, spec, sites, strategies, where):
     """Refuse walks that hw cannot do, and old and new without a watch."""
-    if (isinstance(action, Stack) and "hw" in strategies
+    if (isinstance(action, Stack) and set(strategies) & set(HARDWARE)
             and action.unwind == "fp"):
         raise ProbeError("walk stacks of", _where_text(where), "by hw they "
                          "are unwound from copies", "--unwind cfi")
@@ -13434,9 +13675,9 @@ def _last_insn(module, vaddr):
     return insn if at and at == vaddr - bounds[0] else None
 
 
-def _plan_hardware(planner, site, spec, entry):
+def _plan_hardware(planner, site, spec, entry, name):
     """The SitePlan of a debug register, or of those of all exits."""
-    plan = SitePlan(site, "hw", None, 0, "", "", (), spec)
+    plan = SitePlan(site, name, None, 0, "", "", (), spec)
     if not spec.is_exit:
         return plan
 
@@ -15874,7 +16115,7 @@ OPTIONS = collections.OrderedDict([
         metavar="LIST", type=parse_strategy, default="jump",
         help="how to probe, tried in order: jump (the default); int3 (any "
              "instruction, a stop per hit); hw (debug registers, four per "
-             "thread)"))),
+             "thread); hw-ptrace (the same, traced)"))),
     ("--all", ("clean", dict(
         action="store_true",
         help="take out also what a running ubp of others put in"))),
@@ -16438,9 +16679,9 @@ def plan_text(plan):
     if not plan.strategy:
         return head + "    refused, %s: %s\n" % (escape(plan.rule),
                                                  escape(plan.why))
-    if plan.strategy == "hw":
-        return head + "    hw: %s of each thread\n" % (
-            "a debug register" if len(plan.all_parts) == 1 else
+    if plan.strategy in HARDWARE:
+        return head + "    %s: %s of each thread\n" % (
+            plan.strategy, "a debug register" if len(plan.all_parts) == 1 else
             "%d debug registers" % len(plan.all_parts))
     if plan.strategy == "int3":
         return head + ("    int3 at %s, moved to a trampoline of %s; a stop "

@@ -7302,6 +7302,20 @@ _INEXACT = {34, 130, 270, 271, 23, 7, 35, 230, 202, 219}
 
 
 PROGRAM_COUNTER_OFFSET = 8 * _PC     # in struct user, for PTRACE_POKEUSER
+DEBUG_OFFSET = 848              # of DR0 there: u_debugreg, <sys/user.h>
+DEBUG_STATUS, DEBUG_CONTROL = DEBUG_OFFSET + 8 * 6, DEBUG_OFFSET + 8 * 7
+_DEBUG_KINDS = {"x": 0, "w": 1, "rw": 3}    # R/W0 to R/W3, SDM 17.2.4
+_DEBUG_SIZES = {1: 0, 2: 1, 4: 3, 8: 2}     # LEN0 to LEN3
+
+
+def debug_control(watches):
+    """DR7 for up to four (vaddr, "x" or "w" or "rw", size). SDM 17.2.4"""
+    control = 0
+    for n, (_, kind, size) in enumerate(watches):
+        field = _DEBUG_KINDS[kind] | (
+            0 if kind == "x" else _DEBUG_SIZES[size] << 2)
+        control |= 1 << 2 * n | field << 16 + 4 * n
+    return control
 
 
 def program_counter(regs):

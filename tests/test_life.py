@@ -3,6 +3,7 @@
 A target says itself how often it did what was counted (targets/life.c), in
 primes; what may not change is read from /proc.
 """
+import errno
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import unittest
+from unittest import mock
 
 import live
 
@@ -490,6 +492,206 @@ class Hardware(unittest.TestCase):
             target.probe("exe:step", ubp.Count(), strategy="hw")
             with self.assertRaises(ubp.ProbeError):
                 target.detach()
+
+
+class Traced(unittest.TestCase):
+    """Debug registers by ptrace, hw-ptrace: the guardian stops at each hit."""
+
+    @classmethod
+    def setUpClass(cls):
+        try:
+            ubp.check_debug_registers()
+        except ubp.ProbeError as refusal:
+            raise unittest.SkipTest("%s (%s)" % (refusal, refusal.hint))
+
+    # what is probed | what the target is told, %s answered n
+    COUNTS = """
+    exe:step               | c
+    exe:step               | ct
+    exe:step               | tcfv
+    mem:counter            | w
+    mem:exe:counter/8:rw   | wr
+    """
+
+    def test_counts_what_the_target_did_and_leaves_no_trace(self):
+        for line in self.COUNTS.strip().splitlines():
+            where, commands = [w.strip() for w in line.split("|")]
+            with self.subTest(line), live.Target("life") as process:
+                for command in commands:        # stacks of threads are kept
+                    process.ask(command)
+                before = live.Snapshot(process.pid)
+                with ubp.attach(process.pid) as target:
+                    probe = target.probe(where, ubp.Count(),
+                                         strategy="hw-ptrace")
+                    self.assertEqual([], live.changed_text(process.pid))
+                    self.assertNotEqual({}, live.tracers(process.pid))
+                    self.assertIn("kill -9", " ".join(target.notes))
+                    n = sum(process.ask(c)["n"] for c in commands)
+                    self.assertEqual((n, n, 0), (probe.read(), probe.hits,
+                                                 probe.dropped))
+                live.Snapshot(process.pid).compare(self, before)
+                for command in "cwrt":
+                    process.ask(command)
+                self.assertEqual(n, probe.read())
+                process.quit()
+
+    def test_computes_what_a_jump_computes(self):
+        for action in (ubp.Count(sum="arg0"), ubp.Hist("arg0 - 500"),
+                       ubp.Count(by="arg1 % 3, caller")):
+            with self.subTest(repr(action)), live.Target("life") as process, \
+                    ubp.attach(process.pid) as target:
+                by_hw = target.probe("exe:step", action, "arg0 % 3 == 1",
+                                     "hw-ptrace")
+                by_jump = target.probe("exe:step", action, "arg0 % 3 == 1")
+                for command in "ct":
+                    process.ask(command)
+                self.assertEqual(by_jump.read(), by_hw.read())
+                self.assertEqual(by_jump.hits, by_hw.hits)
+                target.close()
+                process.quit()
+
+    def test_a_watch_knows_the_value_before_and_after_and_the_stack(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            probe = target.probe("mem:counter",
+                                 ubp.Trace("old", "new", stack=True),
+                                 strategy="hw-ptrace")
+            process.ask("w")
+            events = list(target.events(0.3))
+            values = [7 * n for n in range(101)]
+            self.assertEqual(list(zip([0] + values, values)),
+                             [event.values for event in events])
+            self.assertEqual({"main"}, {
+                event.stack[0].function for event in events})
+            self.assertEqual((101, 0), (probe.hits, probe.dropped))
+            total = target.probe("mem:total", ubp.Trace("old", "new"),
+                                 strategy="hw-ptrace")
+            for _ in range(3):
+                process.ask("+")
+            self.assertEqual([(0, 3), (3, 6), (6, 9)], [
+                event.values for event in target.events(0.3)])
+            self.assertEqual(3, total.hits)
+            process.quit()
+
+    def test_latency_and_all_four_together(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            times = target.probe("exe:step", ubp.Latency(),
+                                 strategy="hw-ptrace")
+            watch = target.probe("mem:counter", ubp.Count(),
+                                 strategy="hw-ptrace")
+            fourth = target.probe("mem:total", ubp.Count(), strategy="hw")
+            with self.assertRaises(ubp.ProbeError) as caught:
+                target.probe("mem:buffer/8", ubp.Count(),
+                             strategy="hw-ptrace")
+            for name in "step", "mem:counter/8:w", "mem:total/8:w":
+                self.assertIn(name, str(caught.exception))
+            for command in "cw+":
+                process.ask(command)
+            self.assertEqual((1009, 101, 1), (
+                times.read().count, watch.read(), fourth.read()))
+            times.remove()
+            process.ask("w")
+            self.assertEqual(202, watch.read())
+            target.close()
+            process.ask("c")
+            process.quit()
+
+    def test_front_end_killed_the_registers_are_taken_out(self):
+        with live.Target("life") as process:
+            before = live.Snapshot(process.pid)
+            with live.python(
+                    "t = ubp.attach(%d)\n"
+                    "p = t.probe('exe:step', ubp.Count(),"
+                    " strategy='hw-ptrace')\n"
+                    "print('armed', flush=True)\n"
+                    "time.sleep(60)\n" % process.pid) as tracer:
+                self.assertEqual("armed", tracer.line())
+                tracer.kill()
+            self.assertTrue(live.settled(
+                lambda: not live.tracers(process.pid)))
+            live.Snapshot(process.pid).compare(self, before)
+            for command in "ct":
+                process.ask(command)
+            process.quit()
+
+    def test_guardian_killed_another_clears_the_registers(self):
+        with live.Target("life") as process, \
+                ubp.attach(process.pid) as target:
+            probe = target.probe("exe:step", ubp.Count(),
+                                 strategy="hw-ptrace")
+            process.ask("c")
+            self.assertEqual(1009, probe.read())
+            killed = target._guardian
+            os.kill(killed.process.pid, signal.SIGKILL)
+            self.assertTrue(live.settled(
+                lambda: target._guardian not in (killed, None)
+                and target._guardian.is_armed))
+            process.ask("c")
+            self.assertEqual(2018, probe.read())
+            target.close()
+            process.ask("c")
+            process.quit()
+
+    def test_signals_that_the_program_sends_itself_are_its_own(self):
+        for command in "irbpsh":
+            with self.subTest(command), live.Target("traps") as process, \
+                    ubp.attach(process.pid) as target:
+                probe = target.probe("exe:step", ubp.Count(),
+                                     strategy="hw-ptrace")
+                n = process.ask(command)["n"]
+                self.assertEqual(n, probe.read())
+                target.close()
+                process.quit()
+
+
+class Forbidden(unittest.TestCase):
+    """Machines without debug registers, kernels that allow no perf."""
+
+    # errno of perf_event_open | what is said | and advised
+    ERRORS = r"""
+    EACCES     | perf_event_paranoid is -?\d   | PERFMON
+    EPERM      | perf_event_paranoid is -?\d   | PERFMON
+    ENOSYS     | no hardware breakpoints        | --strategy jump
+    ENOENT     | no hardware breakpoints        | --strategy jump
+    EOPNOTSUPP | no hardware breakpoints        | --strategy jump
+    EMFILE     | a descriptor is needed         | ulimit
+    """
+
+    def test_what_the_kernel_forbids_is_said_and_nothing_is_changed(self):
+        for line in self.ERRORS.strip().splitlines():
+            name, why, hint = [w.strip() for w in line.split("|")]
+            code = getattr(errno, name)
+
+            def refuse(attr, tid, cpu):
+                raise OSError(code, os.strerror(code))
+            with self.subTest(name), live.Target("life") as process, \
+                    mock.patch.object(ubp, "perf_event_open", refuse), \
+                    mock.patch.object(ubp, "_has_debug_registers", []):
+                before = live.Snapshot(process.pid)
+                with ubp.attach(process.pid) as target:
+                    with self.assertRaises(ubp.ProbeError) as caught:
+                        target.probe("exe:step", ubp.Count(), strategy="hw")
+                    self.assertRegex(str(caught.exception),
+                                     errno.errorcode[code] + ".*" + why)
+                    self.assertIn(hint, caught.exception.hint)
+                    live.Snapshot(process.pid).compare(self, before)
+                    jump = target.probe("exe:step", ubp.Count())
+                    self.assertEqual(process.ask("c")["n"], jump.read())
+                process.quit()
+
+    def test_registers_that_never_trap_are_found_out(self):
+        def deaf(attr, tid, cpu):
+            return os.open("/dev/zero", os.O_RDONLY)
+        with live.Target("life") as process, \
+                mock.patch.object(ubp, "perf_event_open", deaf), \
+                mock.patch.object(ubp, "_has_debug_registers", []), \
+                ubp.attach(process.pid) as target:
+            with self.assertRaises(ubp.ProbeError) as caught:
+                target.probe("exe:step", ubp.Count(), strategy="hw")
+            self.assertIn("did not trap", str(caught.exception))
+            self.assertIn("--strategy jump", caught.exception.hint)
+            process.quit()
 
 
 class Int3(unittest.TestCase):
