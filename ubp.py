@@ -6850,7 +6850,7 @@ class SlackArena(Arena):
         module = item.site.module
         return module.low <= self._low < module.high
 
-    def add(self, window, old, names, block, make):
+    def add(self, window, old, names, block, make, size=0):
         made = make(self.next)
         if any(copy.back for copy in made.copies):
             raise RelocationError("a syscall in slack", window.site,
