@@ -240,6 +240,21 @@ class Threads(unittest.TestCase):
         self.assertEqual(answer["sum"], sum(total))
         self.assertEqual((4000, 0), (probe.read(), probe.dropped))
 
+    def test_more_threads_than_slots(self):
+        """Who finds none goes on at once, and is counted as dropped."""
+        n, event = x86.N_CALLS + 44, threading.Event()
+        with attached("%d" % n, "1", test=self) as (process, target):
+            probe = target.probe("exe:add", ubp.Call(
+                lambda hit: event.wait(PATIENCE), timeout=60))
+            process.send("g")
+            self.assertTrue(live.settled(
+                lambda: probe.dropped == 44, PATIENCE))
+            self.assertTrue(are_waiting(process, x86.N_CALLS))
+            event.set()
+            answer = process.answer(PATIENCE)
+            self.assertEqual((n, 0), (answer["calls"], answer["odd"]))
+            self.assertEqual((n - 44, 44), (probe.read(), probe.dropped))
+
     def test_signal_handlers_run_while_their_thread_waits(self):
         """And hit the probe themselves, which the function sees first."""
         with attached("1", "300", test=self) as (process, target):
