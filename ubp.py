@@ -9597,7 +9597,8 @@ class Probe:
         """What was computed since arming, over all sites and CPUs.
 
         Count: an int; with sum, a Sum. Hist: a Histogram. With by: a dict
-        of these. A snapshot; also after removal and the target's exit.
+        of these. Call: how many hits were answered. A snapshot; also after
+        removal and the target's exit.
         """
         return self.reading().value
 

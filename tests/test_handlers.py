@@ -240,6 +240,20 @@ class Threads(unittest.TestCase):
         self.assertEqual(answer["sum"], sum(total))
         self.assertEqual((4000, 0), (probe.read(), probe.dropped))
 
+    @unittest.skipUnless(hasattr(time, "pthread_getcpuclockid"),
+                         "needs Python 3.7 to read a thread's CPU time")
+    def test_nothing_is_computed_while_nothing_is_hit(self):
+        threads = []
+        with attached("2", "100", test=self) as (process, target):
+            target.probe("exe:add", ubp.Call(
+                lambda hit: threads.append(threading.get_ident())))
+            process.ask("g", PATIENCE)
+            time.sleep(0.3)
+            clock = time.pthread_getcpuclockid(threads[0])
+            before = time.clock_gettime(clock)
+            time.sleep(0.7)
+            self.assertLess(time.clock_gettime(clock) - before, 0.001)
+
     def test_more_threads_than_slots(self):
         """Who finds none goes on at once, and is counted as dropped."""
         n, event = x86.N_CALLS + 44, threading.Event()
