@@ -8297,7 +8297,7 @@ class SitePlan(NamedTuple):
         """What a hit costs the thread that makes it, in words."""
         costs = [_COSTS[self.strategy]] if self.strategy else ["refused"]
         if self.strategy and self.spec and self.spec.action == "call":
-            costs.append("some 25 us and the function's own time, in which "
+            costs.append("20 to 40 us and the function's own time, in which "
                          "the thread waits, at most %g s; one hit after "
                          "another" % (self.spec.timeout_ns / 1e9))
         return " + ".join(costs)
@@ -9944,6 +9944,12 @@ class Calls:
         _HALF.pack_into(self._buffer, ubp_x86.CALLS_SPINS, _N_SPINS)
         self._owner = FutexOwner(self.arena, self._offset,
                                  1 + ubp_x86.N_CALLS, ubp_x86.CALL_SIZE)
+        if not self._owner.tid:
+            self._owner.close()
+            self._life = self._buffer = None
+            raise ProbeError("call a function for", self.arena.tracer.name(),
+                             "set_robust_list is forbidden here, so nobody "
+                             "would wake the threads that wait if ubp died")
         self._asked = self._owner.tid | FUTEX_WAITERS
         self._thread = threading.Thread(
             target=self._run, args=(self._life,), daemon=True,

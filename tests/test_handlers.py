@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import unittest
+import unittest.mock
 
 import live
 
@@ -737,6 +738,22 @@ class Refusals(unittest.TestCase):
                                   str(raised.exception))
                 self.assertEqual([], live.changed_text(process.pid))
                 self.assertEqual(42, process.ask("w")["sum"])
+
+    def test_a_tracer_whose_death_nobody_would_tell(self):
+        """In a sandbox of its own, say: set_robust_list is forbidden."""
+        def syscall(number, *args):
+            if number == ubp.SYS_set_robust_list:
+                raise OSError(1, "forbidden")
+            return real(number, *args)
+        real = ubp.syscall
+        with attached("1", "1", test=self) as (process, target):
+            with unittest.mock.patch.object(ubp, "syscall", syscall):
+                with self.assertRaises(ubp.ProbeError) as raised:
+                    target.probe("exe:add", ubp.Call(repr))
+            self.assertIn("set_robust_list", str(raised.exception))
+            probe = target.probe("exe:add", ubp.Call(repr))
+            self.assertEqual((42, 1), (process.ask("w")["sum"],
+                                       probe.read()))
 
     def test_anonymous_memory_is_refused(self):
         os.environ["UBP_ARENA"] = "anon"
