@@ -6861,13 +6861,13 @@ class SlackArena(Arena):
             tuple((vaddr, old[vaddr][:len(new)], new) for vaddr, new
                   in ubp_x86.window_patches(window, self.next)),
             made.copies, names[0], names[1], names[2], block[0])
-        size = len(_pack_slack_record(record, self.base, 0))
-        if self.next + len(made.code) > self._end - size:
+        taken = len(_pack_slack_record(record, self.base, 0))
+        if self.next + len(made.code) > self._end - taken:
             raise RelocationError("its arena is full", window.site,
                                   "out of reach")
         self.store(self.next - self.base, made.code)
         self.next += len(made.code)
-        self._end -= size
+        self._end -= taken
         self._places.append(self._end)
         self.records.append(record)
         self._write_record(len(self.records) - 1)
