@@ -675,12 +675,14 @@ class Users(Case):
 
     def test_nobody_is_refused_its_process_that_is_not_dumpable(self):
         # A program that may not be read is not dumpable, execve(2).
-        os.chmod(self.program, 0o711)
-        with live.Target("kinds", path=self.program,
-                         prefix=AS_NOBODY) as process:
-            with self.session(process.pid) as other:
-                self.assertRegex(other.line(PATIENCE), "not dumpable")
-            process.quit()
+        for mode, permissions in (("closed", 0o755), ("plain", 0o711)):
+            os.chmod(self.program, permissions)
+            with self.subTest(mode), live.Target(
+                    "kinds", mode, path=self.program,
+                    prefix=AS_NOBODY) as process:
+                with self.session(process.pid) as other:
+                    self.assertRegex(other.line(PATIENCE), "not dumpable")
+                process.quit()
 
     def test_nobody_uses_slack_where_only_root_can_read_a_filter(self):
         sealed = copied(live.build("sealed"), self.folder + "/sealed")
@@ -1023,6 +1025,61 @@ class Needs(Case):
                         self.skipTest("no PR_SET_MDWE: it takes Linux 6.3")
                     self.counted(process, arena=arena)
                     process.quit()
+
+    # A confined target | what /proc/PID/status, or else the target, says
+    CONFINED = """
+    mdwe   | -
+    closed | -
+    privs  | NoNewPrivs 1
+    """
+
+    @needs_root
+    def test_confined_targets_are_served_by_every_strategy(self):
+        for line in self.CONFINED.strip().splitlines():
+            mode, said = [w.strip() for w in line.split("|")]
+            for arena in "memfd", "anon", "slack":
+                with self.subTest(mode, arena=arena), \
+                        live.Target("kinds", mode) as process:
+                    if process.ready["mdwe"] != "1" and mode == "mdwe":
+                        self.skipTest("no PR_SET_MDWE: it takes Linux 6.3")
+                    if said != "-":
+                        key, value = said.split()
+                        self.assertEqual(value,
+                                         live.status(process.pid)[key])
+                    self.counted(process, arena=arena)
+                    process.quit()
+            for strategy in "int3", "hw", "hw-ptrace":
+                with self.subTest(mode, strategy=strategy), \
+                        live.Target("kinds", mode) as process, \
+                        ubp.attach(process.pid) as target:
+                    try:
+                        probe = target.probe("exe:counted", ubp.Count(),
+                                             strategy=strategy)
+                    except ubp.ProbeError as error:
+                        self.assertRegex(str(error), "hardware breakpoints|"
+                                         "perf_event_open|debug registers")
+                        continue
+                    self.assertEqual(process.ask("c")["counted"],
+                                     probe.read())
+                    target.close(PATIENCE)
+                    self.assertEqual(0, process.ask("c")["wrong"])
+                    process.quit()
+
+    def test_a_shadow_stack_is_refused_before_anything_is_touched(self):
+        read_status = ubp.read_status
+
+        def with_shadow_stack(pid):
+            return dict(read_status(pid), x86_Thread_features="shstk wrss")
+        with live.Target("kinds") as process:
+            before = Whole(process.pid)
+            with mock.patch.object(ubp, "read_status", with_shadow_stack):
+                for call in ubp.attach, ubp.clean:
+                    with self.assertRaises(ubp.AttachError) as caught:
+                        call(process.pid)
+                    self.assertIn("shadow stack", str(caught.exception))
+                    self.assertIn("GLIBC_TUNABLES", caught.exception.hint)
+            before.check(self)
+            process.quit()
 
     def test_no_descriptor_is_left_so_memory_is_anonymous(self):
         with live.Target("kinds") as process:

@@ -4,7 +4,14 @@
 
 The trade-off of 2010 ("so we have a tradeoff between transparency and
 speed"), with numbers: every cell is measured on tests/targets/life.c.
+
+    ns/hit   what a call takes longer            call   how many times longer
+    text     bytes of its text that differ from the file: a checksum tells
+    vmas     lines that /proc/self/maps has more
+    DRs      debug registers that are left of four: perf_event_open(2) and
+             ptrace(2) tell
 """
+import contextlib
 import os
 import signal
 import sys
@@ -23,6 +30,44 @@ ARMED = ("t = ubp.attach(%d)\n"
          "g = t._guardian\n"
          "print('armed', g.process.pid if g else 0, flush=True)\n"
          "time.sleep(60)\n")
+
+
+# A row | the strategy | UBP_ARENA
+ROWS = """
+jump         | jump      | auto
+jump, slack  | jump      | slack
+int3         | int3      | auto
+hw           | hw        | auto
+hw-ptrace    | hw-ptrace | auto
+"""
+
+
+@contextlib.contextmanager
+def arena_kind(kind):
+    """Have arenas made of that kind meanwhile."""
+    before = os.environ.get("UBP_ARENA", "auto")
+    os.environ["UBP_ARENA"] = kind
+    try:
+        yield
+    finally:
+        os.environ["UBP_ARENA"] = before
+
+
+def free_registers(process):
+    """How many more breakpoints its first thread could have."""
+    vaddr, fds = int(process.ready["counter"], 16), []
+    try:
+        for _ in range(ubp.N_DEBUG_REGISTERS):
+            fds.append(ubp.perf_event_open(ubp.PerfEventAttr(
+                type=ubp.PERF_TYPE_BREAKPOINT, bp_addr=vaddr, bp_len=8,
+                bp_type=ubp.HW_BREAKPOINT_W,
+                flags=ubp.PERF_EXCLUDE_KERNEL | ubp.PERF_EXCLUDE_HV),
+                process.pid, -1))
+    except OSError:
+        pass                        # ENOSPC, or none may be had at all
+    for fd in fds:
+        os.close(fd)
+    return len(fds)
 
 
 def seconds_per_call(process):
@@ -55,35 +100,44 @@ def what_is_left(strategy, both):
                               "%d bytes stay, ubp clean" % n)
 
 
-def row(strategy):
-    """The cells of one strategy, measured."""
+def row(name, strategy):
+    """The cells of one row, measured."""
     with live.Target("life") as process:
         base, before = seconds_per_call(process), live.Snapshot(process.pid)
         with ubp.attach(process.pid) as target:
             probe = target.probe("exe:step", ubp.Count(), strategy=strategy)
-            cost = seconds_per_call(process) - base
+            now = seconds_per_call(process)
+            cost = now - base
             if probe.read() != ROUNDS * 1009:
                 raise RuntimeError("%d hits" % probe.read())
-            after = live.Snapshot(process.pid)
+            after, n_free = live.Snapshot(process.pid), free_registers(process)
         process.quit()
-    return [strategy, "< %d" % _RESOLUTION_NS if cost * 1e9 < _RESOLUTION_NS
-            else "%.0f" % (cost * 1e9), "%d" % len(after.text),
+    return [name, "< %d" % _RESOLUTION_NS if cost * 1e9 < _RESOLUTION_NS
+            else "%.0f" % (cost * 1e9), "%.0f x" % max(1, now / base),
+            "%d" % len(after.text),
             "%d" % len([m for m in after.maps if m not in before.maps]),
-            "yes" if after.tracers else "no", what_is_left(strategy, False)]
+            "%d" % n_free, "yes" if after.tracers else "no",
+            what_is_left(strategy, False)]
 
 
 def print_table():
     """Print the table; a strategy that cannot be had here says why."""
-    form = "%-8s %8s %6s %6s %7s  %s"
-    print(form % ("strategy", "ns/hit", "bytes", "vmas", "traced",
-                  "after kill -9 of ubp"))
-    for strategy in ubp.STRATEGIES:
+    form = "%-12s %7s %7s %5s %5s %4s %6s  %s"
+    print(form % ("strategy", "ns/hit", "call", "text", "vmas", "DRs",
+                  "traced", "after kill -9 of ubp"))
+    for line in ROWS.strip().splitlines():
+        name, strategy, kind = [word.strip() for word in line.split("|")]
+        with arena_kind(kind):
+            try:
+                print(form % tuple(row(name, strategy)), flush=True)
+            except ubp.UbpError as error:
+                print("%-12s %s" % (name, error))
+    for strategy in "int3", "hw-ptrace":
         try:
-            print(form % tuple(row(strategy)))
-        except ubp.UbpError as error:
-            print("%-8s %s" % (strategy, error))
-    print("int3, with its guardian killed too: "
-          + what_is_left("int3", True))
+            print("%s, with its guardian killed too: %s" % (
+                strategy, what_is_left(strategy, True)))
+        except live.Wrong as error:
+            print("%s: %s" % (strategy, error))
 
 
 if __name__ == "__main__":

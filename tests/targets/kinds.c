@@ -6,6 +6,8 @@
  *   threads  N threads, each of which calls counted 7 times at a command c
  *   around   no free page within 2 GiB of the program
  *   mdwe     PR_SET_MDWE: no mapping may become executable
+ *   closed   not dumpable
+ *   privs    no_new_privs
  *
  * Commands: c calls each function, reports how often; f forks a child that
  * calls counted 11 times; q quit. */
@@ -127,6 +129,10 @@ static void *serve(void *leader)
         fill();
     if (!strcmp(mode, "mdwe"))
         mdwe = prctl(PR_SET_MDWE, 1, 0, 0, 0) == 0;
+    if (!strcmp(mode, "closed") && prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))
+        wrong("PR_SET_DUMPABLE: %s", strerror(errno));
+    if (!strcmp(mode, "privs") && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        wrong("PR_SET_NO_NEW_PRIVS: %s", strerror(errno));
     say("ready pid=%d tid=%ld at=%p strlen=%p mdwe=%d", getpid(),
         syscall(SYS_gettid), counted, strlen_call, mdwe);
     while ((c = command()) != 'q') {
