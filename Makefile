@@ -20,8 +20,9 @@ check: $(VENV)/ready  ## syntax of Python 3.6, and the rules of structure
 	$(PYTHON) tests/compat.py --syntax ubp.py ubp_x86.py
 	$(PYTEST) tests/test_structure.py $(ARGS)
 
-oracle:          ## the decoder against objdump, over whole libraries
+oracle:          ## the decoder against objdump; the share that takes a jump
 	$(PYTHON) tests/oracle.py $(ARGS)
+	$(PYTHON) tests/jumps.py
 
 bench:           ## costs of a hit, pauses, reading speed: one table, and JSON
 	$(PYTHON) tests/bench/run.py $(ARGS)

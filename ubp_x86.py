@@ -2276,10 +2276,9 @@ class Analysis:
         if (vaddr == self.function.vaddr or self.strays
                 or _has(self.entries, vaddr)):
             ways.append(None)
-        if ways:
-            return ways
-        return [jump for jump in self.indirect
-                if vaddr in self.known.get(jump, (vaddr,))]
+        unknown = () if ways else (vaddr,)      # where nothing else leads to
+        return ways + [jump for jump in self.indirect
+                       if vaddr in self.known.get(jump, unknown)]
 
     def is_middle(self, vaddr):
         """Tell whether vaddr is inside the function but no instruction."""
