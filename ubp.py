@@ -12841,10 +12841,12 @@ class Target:
             self._note(note)
         return sites
 
-    def plan(self, pattern, strategy="jump", action=None, when=None):
+    def plan(self, pattern, strategy="jump", action=None, when=None,
+             progress=None):
         """What would be done at each site. -> [SitePlan]. Stops nothing.
 
         action, when   as in probe(); None: a count
+        progress       called with the number of sites done, and of all
         """
         planner = Planner(self.pid, self._read)
         sites, action = self._sites(pattern), self._chosen(
@@ -12858,7 +12860,7 @@ class Target:
                               spec._replace(is_inside=bool(site.offset)), n,
                               entry)
         try:
-            return planner.settle(_by_address(sites, look))
+            return planner.settle(_by_address(sites, look, progress))
         finally:
             planner.close()
 
@@ -13731,11 +13733,14 @@ def program_identity(pid):
     return read_proc("/proc/%d/auxv" % pid)
 
 
-def _by_address(sites, plan):
+def _by_address(sites, plan, progress=None):
     """[plan(n, site)] in the order of sites, but made in that of addresses:
     a site can share the window of one before it."""
-    order = sorted(range(len(sites)), key=lambda n: sites[n].vaddr)
-    made = {n: plan(n, sites[n]) for n in order}
+    made = {}
+    for n in sorted(range(len(sites)), key=lambda n: sites[n].vaddr):
+        made[n] = plan(n, sites[n])
+        if progress is not None:
+            progress(len(made), len(sites))
     return [made[n] for n in range(len(sites))]
 
 
@@ -16631,9 +16636,10 @@ def verb_plan(options, signals):
 
     def visit(target):
         name = describe(target.pid, target.comm)
-        with Progress("planning %s" % name), expansion_told(options.probes):
-            plans = sorted(target.plan(options.probes,
-                                       options.strategy),
+        with Progress("planning %s" % name) as progress, \
+                expansion_told(options.probes):
+            plans = sorted(target.plan(options.probes, options.strategy,
+                                       progress=progress.tell),
                            key=lambda plan: plan.site.vaddr)
         if options.verb != "plan" and len(plans) > options.max_sites:
             raise ProbeError("probe", name, "%s match, and --max-sites is %d"
@@ -16727,29 +16733,43 @@ class Progress:
     """A line on a terminal's stderr while something takes its time.
 
     A context manager. Drawn by a thread of its own, from the first second
-    on, four times a second; taken away at the end.
+    on, four times a second; taken away at the end. With tell() it is a bar.
     """
 
     def __init__(self, text):
         self.text, self.done = escape(text), threading.Event()
-        self.thread = None
+        self.thread, self.share = None, None
         if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb":
             self.thread = threading.Thread(target=self._draw, daemon=True)
 
     def __enter__(self):
         if self.thread:
             self.thread.start()
+        return self
 
     def __exit__(self, *error):
         self.done.set()
         if self.thread:
             self.thread.join()
 
+    def tell(self, n, n_all):
+        """So many are done, of all."""
+        self.share = n / n_all
+
     def _draw(self):
         began, line = time.monotonic(), ""
         while not self.done.wait(0.25 if line else 1):
-            line = "\r\x1b[Kubp: %s, %d s" % (self.text,
-                                             time.monotonic() - began)
+            share, bar = self.share, ""
+            if share is not None:
+                bar = " [%-20s] %3d %%" % ("#" * int(20 * share),
+                                           int(100 * share))
+            line = "ubp: %s%s, %d s" % (self.text, bar,
+                                        time.monotonic() - began)
+            try:
+                width = os.get_terminal_size(2).columns or 80
+            except OSError:
+                width = 80
+            line = "\r\x1b[K" + line[:max(width - 1, 20)]
             os.write(2, line.encode("ascii", "backslashreplace"))
         if line:
             os.write(2, b"\r\x1b[K")

@@ -981,6 +981,22 @@ class Terminal(Live):
         self.target.ask("p")
         self.assert_whole()
 
+    def test_a_long_plan_shows_how_far_it_is(self):
+        self.open("libc:*", verb="plan")
+        text = self.read(60, "sites: ")
+        shares = [int(n) for n in re.findall(r"\[#* *\] +(\d+) %", text)]
+        self.assertGreater(len(shares), 1, text[:300])
+        self.assertEqual(shares, sorted(shares))
+        self.assertLess(shares[0], 100)
+        before = text[:text.index("0x0000")]
+        self.assertTrue(before.endswith("\r\x1b[K"), before)
+        for line in before.split("\r\x1b[K"):
+            self.assertLess(len(line), 60)
+        done = subprocess.run(COMMAND + ["plan", "-p", str(self.pid),
+                                         "libc:*"], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+
     def test_bars_are_redrawn_in_place_in_the_terminals_characters(self):
         for term, full in (("xterm", "\u2588"), ("linux", "#")):
             process = self.open("exe:hot", "-e", "arg0 & 7", "--interval",
