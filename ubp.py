@@ -12849,16 +12849,16 @@ class Target:
         progress       called with the number of sites done, and of all
         """
         planner = Planner(self.pid, self._read)
+        strategies = strategies_of(strategy)
         sites, action = self._sites(pattern), self._chosen(
-            Count() if action is None else action)
+            Count() if action is None else action, strategies)
         specs = {is_return: make_specs(action, when, is_return)
                  for is_return in {site.is_return for site in sites}}
 
         def look(n, site):
             spec, entry = specs[site.is_return]
-            return _plan_site(planner, site, strategies_of(strategy),
-                              spec._replace(is_inside=bool(site.offset)), n,
-                              entry)
+            return _plan_site(planner, site, strategies, spec._replace(
+                is_inside=bool(site.offset)), n, entry)
         try:
             return planner.settle(_by_address(sites, look, progress))
         finally:
@@ -16759,12 +16759,12 @@ class Progress:
     def _draw(self):
         began, line = time.monotonic(), ""
         while not self.done.wait(0.25 if line else 1):
-            share, bar = self.share, ""
+            share, seconds = self.share, time.monotonic() - began
+            line = "ubp: %s, %d s" % (self.text, seconds)
             if share is not None:
-                bar = " [%-20s] %3d %%" % ("#" * int(20 * share),
-                                           int(100 * share))
-            line = "ubp: %s%s, %d s" % (self.text, bar,
-                                        time.monotonic() - began)
+                line = "ubp: [%-20s] %3d %%, %d s: %s" % (
+                    "#" * int(20 * share), int(100 * share), seconds,
+                    self.text)
             try:
                 width = os.get_terminal_size(2).columns or 80
             except OSError:
