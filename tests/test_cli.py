@@ -995,7 +995,8 @@ class Terminal(Live):
         done = subprocess.run(COMMAND + ["plan", "-p", str(self.pid),
                                          "libc:*"], stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE)
-        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertEqual(done.returncode, 0)
+        self.assertNotIn(b"planning", done.stderr)
 
     def test_bars_are_redrawn_in_place_in_the_terminals_characters(self):
         for term, full in (("xterm", "\u2588"), ("linux", "#")):
