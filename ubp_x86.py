@@ -2029,9 +2029,10 @@ class BranchScan:
 
     def is_conditional(self, source):
         """Tell whether the rel32 branch at source begins with 0f, a jcc."""
-        return any(base <= source < base + len(code)
-                   and code[source - base] == 0x0f
-                   for base, code in self.segments)
+        for base, code in self.segments:
+            if base <= source < base + len(code):
+                return code[source - base] == 0x0f
+        return False
 
     # -- Proofs: what the functions round a candidate say of it.
 
