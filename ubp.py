@@ -9297,12 +9297,17 @@ class EventReader:
 
     def keep(self, probes, clock):
         """Take what is there before the program goes that it is about."""
-        traces = [p for p in probes if not p._is_of_stacks]
-        stacks = [p for p in probes if p._is_of_stacks]
-        if stacks:
-            self.collect(stacks, True)
-        if traces:
+        in_rings = [p for p in probes if p._rings]
+        traces = [p for p in in_rings if not p._is_of_stacks]
+        if clock is not None:
+            self.collect([p for p in in_rings if p._is_of_stacks], True)
+        if traces and clock is not None:
             self._held = self.poll(traces, clock, True)
+        for probe in probes:
+            for part in probe._parts:
+                part.settle(self.names)
+            if probe._is_of_stacks and self.names is not None:
+                probe._settle_stacks()
         self._names = None
 
     def records(self, probes, is_last=False):
@@ -9487,6 +9492,7 @@ class Probe:
         self._spec, self._blocks, self._rings = spec, [], []
         self._armed_tsc = 0         # no record of a Trace is older
         self._stacks = {}           # {Site: {Walk: n or sum}}, from copies
+        self._told = {}             # {Site: {(Frame, …): n or sum}}, before
         self._n_faults = 0          # stacks whose value could not be had
         self._parts = []            # what holds the sites that take no jump
         self._is_removed = False
@@ -9561,9 +9567,16 @@ class Probe:
             recorded=reading.recorded - self._n_faults,
             faults=reading.faults + self._n_faults)
 
+    def _settle_stacks(self):
+        """Name the stacks so far: the program that they are of is going."""
+        self._told = {site: self._named_stacks(site)
+                      for site in {*self._stacks, *self._told}}
+        self._stacks = {}
+
     def _named_stacks(self, site):
         """{(Frame, …): n or sum} of the stacks that were copied at a site."""
-        names, stacks = self._target._reader.names, {}
+        names = self._target._reader.names
+        stacks = dict(self._told.get(site, {}))
         for walk, value in list(self._stacks.get(site, {}).items()):
             frames = names.symbols.frames(walk)
             stacks[frames] = stacks[frames] + value \
@@ -11328,8 +11341,17 @@ class HardwarePart:
 
     def _frames(self, hit, names):
         """The stack of a hit, from the copy of it in the sample."""
+        if isinstance(hit.stack, tuple):
+            return hit.stack        # settled
         return names.symbols.frames(self._walk(hit, names)) \
             if hit.regs else ()
+
+    def settle(self, names):
+        """Name the stacks of what waits for events(): the program goes."""
+        with self._lock:
+            self._kept = [(hit._replace(stack=self._frames(hit, names)), site,
+                           values) for hit, site, values in self._kept] \
+                if names and self._stack_size > 128 else self._kept
 
     def _walk(self, hit, names=None):
         """The Walk of a hit's stack; None if there is no copy of it."""
@@ -12955,8 +12977,7 @@ class Target:
         """A probe is armed: begin what goes on until it is taken out."""
         if probe not in self._probes:
             self._probes.append(probe)
-        if probe._rings and (probe._is_of_stacks
-                             or getattr(probe.action, "stack", False)):
+        if probe._is_of_stacks or getattr(probe.action, "stack", False):
             self._reader.names      # while it lives
         if probe._is_of_stacks and probe._rings:
             threading.Thread(target=self._keep_collecting, daemon=True,
@@ -13139,16 +13160,14 @@ class Target:
     def _drop_program(self, timeout):
         """Keep what was computed; forget the rest of the old program."""
         clock = self._installer.clock
-        if clock is not None:
-            self._reader.keep([probe for probe in self._traced
-                               if probe._rings], clock)
-        for arena in self._installer.arenas:
-            arena.lose()
         for probe in self._probes:
             for part in probe._parts:
                 for site in list(part.sites):
                     part.drop(site)
                 part.remove()
+        self._reader.keep(self._traced, clock)
+        for arena in self._installer.arenas:
+            arena.lose()
         # Nothing is written to where the arenas were: it finds them gone.
         # Children that had inherited them are restored.
         self._worker.call(lambda: self._installer.take_out(
@@ -14178,7 +14197,8 @@ def attach(pid, timeout=5, suspend_seccomp=False, follow_exec=False):
     pid   of a process that we may ptrace; nothing is stopped or changed
     follow_exec   arm the patterns of probes in the programs that it becomes
           by exec, too, before their entry points; one that names nothing
-          yet is no error. A guardian traces it meanwhile
+          yet is no error. A guardian traces it meanwhile, so a setuid
+          program runs without its privilege, unless we may trace any
     suspend_seccomp   where a seccomp filter forbids what arming injects,
           suspend it meanwhile (as root): a kill -9 of this process in that
           third of a millisecond may then kill the target

@@ -1765,6 +1765,47 @@ class Exec(unittest.TestCase):
                 self.assertEqual([], ubp.waiting_stubs(process.pid))
                 process.quit()
 
+    def test_stacks_of_each_program_have_the_names_of_it(self):
+        for strategy, action in (("jump", ubp.Stack()), ("hw", ubp.Stack()),
+                                 ("jump", ubp.Trace(stack=True)),
+                                 ("hw", ubp.Trace(stack=True)),
+                                 ("jump", ubp.Latency()),
+                                 ("jump", ubp.Call(lambda hit: None))):
+            with self.subTest(repr(action), strategy=strategy), live.Target(
+                    "execs", "wait", "9") as process, ubp.attach(
+                    process.pid, follow_exec=True) as target:
+                if strategy == "hw":
+                    self.skip_without_registers()
+                probe = target.probe("exe:step", action, strategy=strategy)
+                for command in "cxc":
+                    process.ask(command)
+                    if command == "x":
+                        process.line()
+                if isinstance(action, ubp.Stack):
+                    [(stack, n)] = [
+                        (stack[:2], n) for stack, n in self.merged(
+                            probe.read(), 2).items()]
+                    self.assertEqual((("step", "main"), 3 * self.BEFORE),
+                                     (stack, n))
+                elif isinstance(action, ubp.Trace):
+                    names = [tuple(frame.function for frame in event.stack)
+                             for event in target.events(0.3)]
+                    self.assertEqual({("step", "main")},
+                                     {name[:2] for name in names})
+                    self.assertEqual(3 * self.BEFORE, len(names))
+                self.assertEqual((3 * self.BEFORE, 0), (probe.hits,
+                                                        probe.dropped))
+                target.close()
+                process.quit()
+
+    def merged(self, stacks, depth):
+        """{(name, …): n}, of so many frames each."""
+        found = {}
+        for stack, n in stacks.items():
+            key = tuple(frame.function for frame in stack[:depth])
+            found[key] = found.get(key, 0) + n
+        return found
+
     def skip_without_registers(self):
         try:
             ubp.check_debug_registers()
