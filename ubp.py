@@ -13705,12 +13705,15 @@ def _last_insn(module, vaddr):
 
 def _plan_hardware(planner, site, spec, entry, name):
     """The SitePlan of a debug register, or of those of all exits."""
-    plan = SitePlan(site, name, None, 0, "", "", (), spec)
-    if not spec.is_exit:
-        return plan
-
     def refused(rule, why):
         return SitePlan(site, "", None, 0, rule, why, ())
+
+    plan = SitePlan(site, name, None, 0, "", "", (), spec)
+    if spec.action == "call":
+        return refused("hw", "a function cannot be waited for at a debug "
+                       "register: there is no trampoline to do it in")
+    if not spec.is_exit:
+        return plan
     try:
         leaves = planner.exits(site, entry)
     except RefusalError as refusal:

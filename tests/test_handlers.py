@@ -711,8 +711,9 @@ class Refusals(unittest.TestCase):
             self.assertEqual([], live.arenas(process.pid))
 
     def test_what_cannot_wait(self):
-        rows = (("exe:add", "hw", "when the thread has gone on"),
-                ("mem:n_calls:w", "hw", "no"),)
+        why = "cannot be waited for at a debug register"
+        rows = (("exe:add", "hw", why), ("exe:add%return", "hw", why),
+                ("exe:add", "hw-ptrace", why), ("mem:n_calls:w", "hw", why))
         with attached("1", "1", test=self) as (process, target):
             for where, strategy, why in rows:
                 with self.assertRaises(ubp.UbpError) as raised:
