@@ -422,9 +422,15 @@ for line in sys.stdin:
                 os.kill(other.pid, signal.SIGCONT)
                 counts = other.ask("r\n")
                 self.assertEqual((0, 800, 0), tuple(counts.values()))
+
+                def is_back():
+                    process.ask("w")
+                    return other.ask("r\n")["recorded"]
+                self.assertEqual(1, live.settled(is_back))
+                dropped = other.ask("r\n")["dropped"]
                 process.ask("g", PATIENCE)
                 counts = other.ask("q\n", PATIENCE)
-                self.assertEqual((800, 800, 0), tuple(counts.values()))
+                self.assertEqual((801, dropped, 0), tuple(counts.values()))
             live.Snapshot(process.pid).compare(self, before)
             process.quit()
 
