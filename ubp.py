@@ -5581,6 +5581,7 @@ def _check_access(pid, tids):
 #     data rw-   +0      shards, one per processor  1 << shift bytes each
 #                        slots of calls, if wanted  at the end: see ubp_x86
 #     private    +0      the target's pid           8, zero in a forked child
+#                +8      the pid of such a child    8, when it was asked for
 #          rw-p          frames                     wiped by fork, too
 #
 # A shard holds blocks: one for what a probe computes, at one offset in each
@@ -5974,7 +5975,7 @@ class Arena:
         self.next = base + _RECORDS_AT + _RECORD_SIZE * layout.max_records
         self.records = []
         self._used = 0              # bytes of a shard that are blocks
-        self._private_used = 8      # and of the private pages
+        self._private_used = 16     # and of the private pages: _fill_private
         self._last = {}             # {(offset, size): sums when last read}
         self.nonce = int.from_bytes(os.urandom(8), "little")
         self._flags = 0
@@ -6345,7 +6346,9 @@ def _inject_arena(tracer, base, layout, shards, kind):
 
 
 def _fill_private(arena):
-    """Touch the private pages; the first word is the target's own pid."""
+    """Touch the private pages; the first word is the target's own pid. The
+    second a forked child fills in itself: ubp_x86, pid in an expression.
+    """
     size, tid = arena.layout.private_size, arena.tracer.vm_tid()
     if size:
         name = read_status(arena.tracer.tgid).get("NSpid", "").split()
@@ -10624,6 +10627,8 @@ def wanted_by(spec):
     """What a body needs that not every target offers. -> set"""
     names = names_of(spec)
     wants = names & {"tid", "memory"}
+    if "pid" in names:
+        wants |= {"tid"}            # tells forked children apart
     if spec.action == "trace":
         wants |= {"tid", "tsc"}
         wants |= {"futex"} if spec.policy == "block" else set()

@@ -4990,7 +4990,7 @@ class _Values(_Machine):
         """How many registers a tree takes (Sethi and Ullman)."""
         op = tree[0]
         if op == "name":
-            return int(tree[2] in ("rsp", "tid", "cpu"))
+            return int(tree[2] in ("rsp", "pid", "tid", "cpu"))
         if op == "const":
             return 0
         if op in ("neg", "~", "not", "load", "cast"):
@@ -5043,7 +5043,7 @@ class _Values(_Machine):
         place, code = self.place, self.code
         if name == "pid":
             self.require(place.private, name)
-            return Mem(RIP, place.private)
+            return self._pid()
         if name == "tid":
             self.require(place.tid_offset is not None, name)
             reg = self.take_owned()
@@ -5054,6 +5054,24 @@ class _Values(_Machine):
             code.put(cpu_number(reg, place.shards))
             return reg
         raise UbpError("compile", name, "it is not known at this site")
+
+    def _pid(self):
+        """The target's pid. A forked child is told by the tid of the first
+        thread of it that comes here: as a rule the one that was forked,
+        whose tid is the pid. The next word is for that: fork wipes it, too.
+        """
+        place, code, done = self.place, self.code, self.code.label()
+        reg, own = self.take_owned(), Mem(RIP, place.private + 8)
+        for word in Mem(RIP, place.private), own:
+            code.mov(reg, word)
+            code.test(reg)
+            code.jump(done, _NE)
+        if place.tid_offset is not None:
+            code.mov(reg, Mem(FS, place.tid_offset), 4)
+            code.store(own, reg)
+            code.mov(reg, own)          # of two at once, the last
+        code.mark(done)
+        return reg
 
     def require(self, is_there, name):
         """Refuse a name that this target does not offer."""

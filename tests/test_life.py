@@ -4,6 +4,7 @@ A target says itself how often it did what was counted (targets/life.c), in
 primes; what may not change is read from /proc.
 """
 import errno
+import json
 import os
 import re
 import shlex
@@ -1476,6 +1477,90 @@ class Libraries(unittest.TestCase):
             target.close()
             self.assertEqual([], live.changed_text(process.pid)[:8])
             process.quit()
+
+
+class Children(unittest.TestCase):
+    """Forked children: counted, told apart, and put back."""
+
+    def strategies(self):
+        try:
+            ubp.check_debug_registers()
+        except ubp.ProbeError:
+            return "jump", "int3"
+        return "jump", "int3", "hw"
+
+    def test_by_pid_tells_children_and_grandchildren_apart(self):
+        for strategy in self.strategies():
+            with self.subTest(strategy), live.Target("traps") as process, \
+                    ubp.attach(process.pid) as target:
+                probe = target.probe("exe:step", ubp.Count(by="pid"),
+                                     strategy=strategy)
+                for command in "cmff":
+                    process.ask(command)
+                counts = probe.read()
+                self.assertEqual(211 + 8 * 101, counts.pop(process.pid))
+                self.assertEqual([7, 7, 13, 13], sorted(counts.values()))
+                self.assertNotIn(0, counts)
+                target.close()
+                self.assertEqual([], live.changed_text(process.pid))
+                process.quit()
+
+    def test_by_pid_over_several_processes(self):
+        for strategy in self.strategies():
+            with self.subTest(strategy), live.Target("traps") as one, \
+                    live.Target("traps") as two:
+                with live.Process([
+                        sys.executable, TOP + "/ubp.py", "count", "-p",
+                        "%d,%d" % (one.pid, two.pid), "--by", "pid",
+                        "--strategy", strategy, "--json",
+                        "exe:step"]) as front:
+                    self.assertTrue(live.settled(
+                        lambda: front.stderr().count("Ctrl-C") == 2, 30))
+                    one.ask("c")
+                    one.ask("f")
+                    two.ask("m")
+                    front.process.send_signal(signal.SIGINT)
+                    out = front.process.stdout.read().decode()
+                    self.assertEqual(0, front.wait())
+                rows = {}
+                for row in map(json.loads, out.splitlines()):
+                    if row["kind"] == "count":
+                        key, = row["key"]
+                        rows[key] = rows.get(key, 0) + row["total"]
+                self.assertEqual((211, 808), (rows.pop(one.pid),
+                                              rows.pop(two.pid)))
+                self.assertEqual([7, 13], sorted(rows.values()))
+                for process in one, two:
+                    self.assertEqual([], live.changed_text(process.pid))
+                    process.quit()
+
+    def test_children_that_live_on_are_put_back(self):
+        for strategy in "jump", "int3":
+            with self.subTest(strategy), \
+                    live.Target("children", "forks") as process:
+                with ubp.attach(process.pid) as target:
+                    probe = target.probe("exe:hot", ubp.Count(by="pid"),
+                                         strategy=strategy)
+                    process.ask("f")        # they stay until w
+                    with open("/proc/%d/task/%d/children" % (
+                            process.pid, process.pid)) as file:
+                        children = [int(word) for word in file.read().split()]
+                    self.assertEqual(4, len(children))
+                    self.assertTrue(live.settled(lambda: {
+                        pid: 1009 for pid in children}.items()
+                        <= probe.read().items(), 20), probe.read())
+                    for pid in children:
+                        self.assertNotEqual([], live.changed_text(pid))
+                        if strategy == "int3":
+                            self.assertEqual(
+                                {target._guardian.process.pid},
+                                set(live.tracers(pid).values()))
+                for pid in children:
+                    self.assertEqual([], live.changed_text(pid))
+                    self.assertEqual([], live.arenas(pid))
+                    self.assertEqual({}, live.tracers(pid))
+                process.ask("w")
+                process.quit()
 
 
 class Company(unittest.TestCase):
