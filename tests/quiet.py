@@ -3,7 +3,8 @@
 A busy hyperthread, a full cache and a throttled clock double the CPU time
 of the same work. So a loop of known length is timed beside each run: what
 it takes longer than on the quiet machine that our numbers were stated on,
-the work took longer too. There, and on a faster one, nothing changes.
+the work took longer too, and so it is with an interpreter slower than
+CPython 3.11. There, and on a faster machine, nothing changes.
 """
 import statistics
 import time
