@@ -37,6 +37,7 @@ from common import (ANSWER_SECONDS, BUILT, ROOT, Child, Leaf, Result, Skip,
 
 import actions
 import loads
+import quiet
 import reading
 import servers
 import transparency
@@ -456,8 +457,11 @@ def main():
         platform.python_version())
     busy = others_share()
     if busy > 10:
+        slower = statistics.median(quiet.cpu_seconds(quiet.yardstick)[0]
+                                   for _ in range(30)) / quiet.YARD
         print("bench: others use %d %% of the CPUs: pauses and wall times "
-              "will be too long" % busy, file=sys.stderr)
+              "will be too long; a loop takes %.1f x the CPU time that it "
+              "takes alone" % (busy, slower), file=sys.stderr)
     print("%-41s %7s %-9s %-8s" % ("ubp on " + cpu_model()[:33], "median",
                                    "", "goal"))
     print("-" * 79)
