@@ -11990,10 +11990,36 @@ class Keeper(Tracer):
 
 
 def clear_debug_registers(tracer):
-    """Take what a killed guardian has left in them. All are stopped."""
+    """Take what a killed guardian has left in them. All are stopped.
+
+    -> of how many threads
+    """
+    n_set = 0
     for tid, thread in list(tracer.threads.items()):
-        if thread.state == STOPPED:
+        if thread.state == STOPPED and ptrace(
+                PTRACE_PEEKUSER, tid, ubp_x86.DEBUG_CONTROL):
             ptrace(PTRACE_POKEUSER, tid, ubp_x86.DEBUG_CONTROL, 0)
+            n_set += 1
+    return n_set
+
+
+def n_free_registers(tid, vaddr):
+    """How many debug registers a thread has left, asked of the kernel.
+
+    vaddr   of anything that is mapped. 0 where perf is forbidden.
+    """
+    fds = []
+    try:
+        for _ in range(N_DEBUG_REGISTERS):
+            fds.append(perf_event_open(PerfEventAttr(
+                type=PERF_TYPE_BREAKPOINT, bp_addr=vaddr & -8, bp_len=8,
+                bp_type=HW_BREAKPOINT_W, flags=PERF_EXCLUDE_KERNEL
+                | PERF_EXCLUDE_HV | PERF_DISABLED), tid, -1))
+    except OSError:
+        log.debug("%d of them", len(fds))
+    for fd in fds:
+        os.close(fd)
+    return len(fds)
 
 
 class Guard:
@@ -13151,6 +13177,7 @@ class Target:
             self._drop_program(timeout)
             text = "it became %s (exec) at %s: %d sites are gone" % (
                 self.comm, time.strftime("%H:%M:%S"), n_gone)
+            n_before = [len(probe.refused) for probe in self._probes]
             if self._follows:
                 self._follow(held, timeout)
                 text += ", %d armed %s" % (
@@ -13158,6 +13185,11 @@ class Target:
                     "before its entry point" if held else "%.0f ms later: "
                     "what it called until then is not counted" % (
                         1e3 * (time.monotonic() - when)))
+                refused = [plan for probe, n in zip(self._probes, n_before)
+                           for plan in probe.refused[n:]]
+                if refused:
+                    text += "; %d refused, the first: %s" % (
+                        len(refused), refused[0].why)
             else:
                 self._is_other = True
             self._note(text)
@@ -14137,6 +14169,7 @@ class Launch:
 # who arms it is the front end. So it is led to a stub, as a launched one
 # is, but waits there untraced, for a limited time.
 
+_REGISTER_SAMPLE = 64           # threads that clean asks for their registers
 _STUB_WAIT_S = 5                # for a front end that does not come
 
 
@@ -14484,6 +14517,11 @@ def _clean(tracer, take_all, timeout):
                 view.records, view.slack))
     for arenas in owners.values():
         total += _restore_everywhere(tracer, arenas, limit)
+    n_cleared = _clear_left_registers(tracer, limit)
+    if n_cleared:
+        total += Removal(0, 0, 0, 0, (tracer.tgid,), (
+            "debug registers that a killed guardian had left in %s of pid %d "
+            "are clear" % (plural(n_cleared, "thread"), tracer.tgid),))
     for stub in waiting_stubs(tracer.tgid):
         release_at_entry(tracer, stub, max(0.5, limit - time.monotonic()))
         total += Removal(0, 0, 0, 1, (tracer.tgid,), ())
@@ -14491,6 +14529,20 @@ def _clean(tracer, take_all, timeout):
     if n_closed:
         total += Removal(0, 0, 0, n_closed, (tracer.tgid,), ())
     return total
+
+
+def _clear_left_registers(tracer, limit):
+    """Clear debug registers that ptrace set, if nobody traces any more.
+
+    -> of how many threads; none is stopped if the kernel says it has all
+    """
+    maps = read_maps(tracer.vm_tid())
+    if not maps or tracer_of(tracer.tgid) or all(
+            n_free_registers(tid, maps[0].start) == N_DEBUG_REGISTERS
+            for tid in thread_ids(tracer.tgid)[:_REGISTER_SAMPLE]):
+        return 0
+    return tracer.pause(lambda: clear_debug_registers(tracer), max(
+        0.5, limit - time.monotonic()), "clear")
 
 
 def _is_unfinished(tracer, vaddr):
@@ -16813,7 +16865,7 @@ def strategies_told(probes):
     if len(found) == 1:
         found = {name: n_all for name in found}
     return ", ".join("%s by %s" % (plural(n, "site"), name)
-                     for name, n in found.items())
+                     for name, n in found.items()) or "no site yet"
 
 
 def pages_equal(removal):
@@ -17966,6 +18018,9 @@ class Session:
         if self.options.command and self.targets and not self.has_started:
             kill_command(self.targets[0])
         self.elapsed = time.monotonic() - self.began
+        for watched in self.watched:
+            self.last_words += ["%s: %s" % (watched.name, note) for note
+                                in watched.target.notes[watched.n_notes:]]
         for target in self.targets:
             name = describe(target.pid, target.comm)
             with self.signals.uninterrupted("removing the probes from %s"

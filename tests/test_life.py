@@ -616,6 +616,23 @@ class Traced(unittest.TestCase):
                 process.ask(command)
             process.quit()
 
+    def test_both_killed_clean_saves_the_target_before_the_next_hit(self):
+        with live.Target("life") as process:
+            with live.python(
+                    "t = ubp.attach(%d)\n"
+                    "p = t.probe('exe:step', ubp.Count(),"
+                    " strategy='hw-ptrace')\n"
+                    "print(t._guardian.process.pid, flush=True)\n"
+                    "time.sleep(60)\n" % process.pid) as tracer:
+                os.kill(int(tracer.line()), signal.SIGKILL)
+                tracer.kill()
+            self.assertTrue(live.settled(
+                lambda: not live.tracers(process.pid)))
+            self.assertIn("1 thread", " ".join(ubp.clean(process.pid).notes))
+            self.assertEqual((), ubp.clean(process.pid).notes)
+            process.ask("c")
+            process.quit()
+
     def test_guardian_killed_another_clears_the_registers(self):
         with live.Target("life") as process, \
                 ubp.attach(process.pid) as target:

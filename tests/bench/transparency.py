@@ -53,23 +53,6 @@ def arena_kind(kind):
         os.environ["UBP_ARENA"] = before
 
 
-def free_registers(process):
-    """How many more breakpoints its first thread could have."""
-    vaddr, fds = int(process.ready["counter"], 16), []
-    try:
-        for _ in range(ubp.N_DEBUG_REGISTERS):
-            fds.append(ubp.perf_event_open(ubp.PerfEventAttr(
-                type=ubp.PERF_TYPE_BREAKPOINT, bp_addr=vaddr, bp_len=8,
-                bp_type=ubp.HW_BREAKPOINT_W,
-                flags=ubp.PERF_EXCLUDE_KERNEL | ubp.PERF_EXCLUDE_HV),
-                process.pid, -1))
-    except OSError:
-        pass                        # ENOSPC, or none may be had at all
-    for fd in fds:
-        os.close(fd)
-    return len(fds)
-
-
 def seconds_per_call(process):
     """The shortest of some rounds of calls, over the number of calls."""
     best = float("inf")
@@ -110,7 +93,8 @@ def row(name, strategy):
             cost = now - base
             if probe.read() != ROUNDS * 1009:
                 raise RuntimeError("%d hits" % probe.read())
-            after, n_free = live.Snapshot(process.pid), free_registers(process)
+            after, n_free = live.Snapshot(process.pid), ubp.n_free_registers(
+                process.pid, int(process.ready["counter"], 16))
         process.quit()
     return [name, "< %d" % _RESOLUTION_NS if cost * 1e9 < _RESOLUTION_NS
             else "%.0f" % (cost * 1e9), "%.0f x" % max(1, now / base),
