@@ -19,17 +19,17 @@ import servers                                              # noqa: E402
 import ubp                                                  # noqa: E402
 from ubp_x86 import RefusalError                            # noqa: E402
 
-# The share of functions that must take a jump; redis-server catches SIGSEGV,
-# so what may fault has to stay, and python3 as Debian has it no symbols.
+# Percent of functions, and of every instruction of a function, that must
+# take a jump. redis-server catches SIGSEGV, so what may fault has to stay;
+# python3 as Debian has it has no symbols, and parts that look like functions.
 PROGRAMS = collections.OrderedDict([
-    ("libc", 99.9), ("libstdc++", 99.9), ("libcrypto", 99.8),
-    ("python3", 99.7), ("redis", 99.5), ("nginx", 99.9),
-    ("postgres", 99.9)])
+    ("libc", (99.9, 95)), ("libstdc++", (99.9, 95)),
+    ("libcrypto", (99.8, 95)), ("python3", (99.7, 95)),
+    ("redis", (99.5, 85)), ("nginx", (99.9, 95)), ("postgres", (99.9, 95))])
 SERVERS = {"redis": servers.Redis, "nginx": servers.Nginx,
            "postgres": servers.Postgres}
 LIBRARIES = {"libc": "None", "libstdc++": "'libstdc++.so.6'",
              "libcrypto": "'libcrypto.so.3'", "python3": "None"}
-INSTRUCTIONS = 90.0         # percent of every instruction of a function
 
 Share = collections.namedtuple("Share", "name n percent rules seconds")
 
@@ -164,13 +164,14 @@ def main(names):
         except OSError as error:
             print("%-10s %s" % (name, error))
             continue
-        print(row(functions, PROGRAMS[name]), flush=True)
+        print(row(functions, PROGRAMS[name][0]), flush=True)
         others.append(instructions)
-        status |= functions.percent < PROGRAMS[name]
+        status |= functions.percent < PROGRAMS[name][0]
     print("instructions that take a jump, all of a function at once")
     for instructions in others:
-        print(row(instructions, INSTRUCTIONS))
-        status |= instructions.percent < INSTRUCTIONS
+        goal = PROGRAMS[instructions.name][1]
+        print(row(instructions, goal))
+        status |= instructions.percent < goal
     return status
 
 

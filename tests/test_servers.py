@@ -209,6 +209,26 @@ class TestRedis(ServerTest):
                 probe.remove(timeout=30)
         self.check_unchanged()
 
+    def test_every_function_of_redis_at_once(self):
+        """All of them count, and what commands do is what it was."""
+        server, tests = self.server, "set,get,lpush,hset,zadd,xadd"
+        with ubp.attach(server.pid) as target:
+            with Under(server.load, 2000):
+                probe = target.probe("exe:*", ubp.Count(), timeout=60)
+            self.assertGreater(len(probe.sites), 3000)
+            self.assertLess(len(probe.refused), 0.01 * len(probe.sites))
+            calls = {site.function.name: site for site in probe.sites}[
+                "processCommand"]
+            true, counted = self.interval(
+                self.stat("total_commands_processed"),
+                lambda: probe.counts()[calls],
+                lambda: server.load(3000, 20, tests))
+            self.assertEqual(counted, true)
+            with Under(server.load, 2000):
+                probe.remove(timeout=60)
+        self.check_unchanged()
+        self.assertEqual(self.stat("total_error_replies")(), 0)
+
     def test_armed_and_removed_10_times_under_load(self):
         with Under(self.server.load, 10000):
             for _ in range(10):
@@ -255,6 +275,30 @@ class TestNginx(ServerTest):
 
     def test_libc_writev_runs_once_per_response(self):
         self.check("libc:writev")
+
+    def test_every_function_of_nginx_at_once(self):
+        """Under wrk, one worker's libc too: no request fails, and each is
+        counted."""
+        server, pids = self.server, self.pids()
+        with contextlib.ExitStack() as stack:
+            targets = [stack.enter_context(ubp.attach(pid)) for pid in pids]
+            probes = [targets[0].probe("libc:*", ubp.Count(), timeout=60)]
+            with Under(self.load):
+                probes += [target.probe("exe:*", ubp.Count(), timeout=60)
+                           for target in targets]
+            self.assertGreater(len(probes[0].sites + probes[1].sites), 4000)
+
+            def requests():
+                return sum(n for probe in probes
+                           for site, n in probe.counts().items()
+                           if site.function.name == "ngx_http_create_request")
+            true, counted = self.interval(server.requests, requests,
+                                          self.load)
+            self.assertEqual(counted, true)
+            with Under(self.load):
+                for probe in probes:
+                    probe.remove(timeout=60)
+        self.check_unchanged()
 
 
 # ---- PostgreSQL ------------------------------------------------------------
