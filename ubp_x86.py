@@ -1209,6 +1209,9 @@ def _read_vector_prefix(code, at, cell):
     return number, 3, second & 3, rex, vvvv, second >> 2 & 1, 0
 
 
+_VECTOR_PREFIXES = frozenset(("evx", "vx3", "vx2", "xop"))
+
+
 def _is_vector_prefix(cell, after, bits):
     """Does a cell of the one-byte page begin VEX, EVEX or XOP here?"""
     if cell == "xop":
@@ -1225,13 +1228,16 @@ def _read_opcode(code, bits):
         if _PAGES[1][code[at]] == "esc":
             number = 2 if code[at] == 0x38 else 3
             at += 1
-    elif cell.islower() and _is_vector_prefix(cell, code[start + 1], bits):
+    elif cell in _VECTOR_PREFIXES and _is_vector_prefix(
+            cell, code[start + 1], bits):
         vector = _read_vector_prefix(code, start, cell)
         if (rex or prefixes & (O16 | LOCK | REPZ | REPNZ) or vector is None
                 or vector[0] not in MAP_NAMES):
             return None
         number, size, pp, rex, vvvv, length, static = vector
-        if bits == 32:
+        if bits == 32:                        # there are eight registers
+            if cell == "evx" and not code[start + 3] & 8:
+                return None
             rex, vvvv = rex & 8, vvvv & 7
         at = start + size
         return _Opcode(number << 8 | code[at], start, at + 1, prefixes, pp,

@@ -13,6 +13,7 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import unittest
 
@@ -93,10 +94,9 @@ def text_section(path):
     return 0, b""
 
 
-def disassemble(path):
+def disassemble(path, options=("-d", "-M", "intel64")):
     """Yield (vaddr, hex bytes, text) of each instruction objdump finds."""
-    command = ["objdump", "-d", "-w", "-M", "intel64", "--insn-width=16",
-               path]
+    command = ["objdump", "-w", "--insn-width=16"] + list(options) + [path]
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE,
                                    universal_newlines=True, errors="replace")
@@ -113,10 +113,10 @@ def disassemble(path):
             process.kill()
 
 
-def difference(vaddr, digits, text):
+def difference(vaddr, digits, text, bits=64):
     """What ubp and objdump say differently of one instruction, or None."""
     try:
-        insn = ubp_x86.decode(bytes.fromhex(digits), vaddr)
+        insn = ubp_x86.decode(bytes.fromhex(digits), vaddr, bits)
     except ubp_x86.DecodeError as error:
         return None if "(bad)" in text or text.startswith(".byte") else str(
             error)
@@ -130,7 +130,7 @@ def difference(vaddr, digits, text):
     if wanted is not None:
         place = text.partition(pattern)[2] if pattern == "# " else re.sub(
             "^(?:" + PREFIX + " )*[a-z,]+ +", "", text)
-        if place.split(" ")[0] != "%x" % wanted:
+        if int(place.split(" ")[0], 16) != wanted:
             return "ubp says 0x%x" % wanted
     elif "# " in text and "ip)" in text:
         return "ubp sees no rip-relative operand"
@@ -143,14 +143,24 @@ def is_allowed(digits, text):
                for code, said in _ALLOWED)
 
 
-def compare(path, most=None):
+def compare_32(path, most=None):
+    """compare(), of a file's code taken for 32-bit code: all bytes are
+    some instruction there, and none of them was ever one."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(text_section(path)[1][:4 * most if most else None])
+        file.flush()
+        return compare(file.name, most, 32, (
+            "-D", "-b", "binary", "-m", "i386"))
+
+
+def compare(path, most=None, bits=64, options=("-d", "-M", "intel64")):
     """(number compared, number allowed, [unexplained difference]).
 
     most   stop after so many instructions
     """
     n, n_allowed, found = 0, 0, []
-    for vaddr, digits, text in disassemble(path):
-        said = difference(vaddr, digits, text)
+    for vaddr, digits, text in disassemble(path, options):
+        said = difference(vaddr, digits, text, bits)
         n += 1
         if said and is_allowed(digits, text):
             n_allowed += 1
@@ -170,6 +180,13 @@ def main(paths):
         n, n_allowed, found = compare(path)
         print("%-60s %9d instructions  %4d s  %6d allowed  %4d differ" % (
             path[-60:], n, time.monotonic() - began, n_allowed, len(found)))
+        print("".join("    %s\n" % line for line in found[:10]), end="",
+              flush=True)
+        totals.update(n=n, found=len(found))
+    for path in (paths or libraries())[:3]:
+        n, n_allowed, found = compare_32(path, 1000000)
+        print("%-60s %9d as 32-bit code     %6d allowed  %4d differ" % (
+            path[-60:], n, n_allowed, len(found)))
         print("".join("    %s\n" % line for line in found[:10]), end="",
               flush=True)
         totals.update(n=n, found=len(found))

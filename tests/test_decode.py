@@ -369,6 +369,17 @@ class Oracle(unittest.TestCase):
             self.assertEqual(found[:20], [], path)
         self.assertGreaterEqual(n, 100000)
 
+    def test_32_bit_code_as_objdump_reads_it(self):
+        """Code of 64 bits, taken for 32: all there is, by chance."""
+        for path in oracle.libraries()[:2]:
+            n, _, found = oracle.compare_32(path, 60000)
+            self.assertGreater(n, 50000)
+            self.assertEqual(found[:9], [], path)
+        for byte in range(0x40, 0x50):          # inc and dec, to the end
+            self.assertEqual(x86.decode(bytes([byte]), 0, 32).size, 1)
+        with self.assertRaises(x86.DecodeError):        # ymm16 and more
+            x86.decode(bytes.fromhex("62e1fd20dbc4"), 0, 32)
+
     def test_oracle_allowed_differences_tell_who_is_right_and_why(self):
         for who, code, text, why in oracle.ALLOWED:
             self.assertIn(who, ("ubp", "objdump", "both", "neither"))
