@@ -13178,6 +13178,10 @@ class Target:
             text = "it became %s (exec) at %s: %d sites are gone" % (
                 self.comm, time.strftime("%H:%M:%S"), n_gone)
             n_before = [len(probe.refused) for probe in self._probes]
+            why = self._follows and _unfit_to_follow(self.pid)
+            if why:
+                self._follows = False
+                text += "; it is not followed any further: " + why
             if self._follows:
                 self._follow(held, timeout)
                 text += ", %d armed %s" % (
@@ -13775,6 +13779,15 @@ def _patterns(where):
     return [where] if isinstance(where, str) else list(where)
 
 
+def _unfit_to_follow(pid):
+    """Why what a target has become cannot be probed, or ""."""
+    try:
+        check_target(pid)
+    except AttachError as error:
+        return error.why
+    return ""
+
+
 def _n_armed(probe):
     """How many sites of a probe are in place."""
     patches = probe._target._installer.patches.values()
@@ -14073,7 +14086,8 @@ class Launch:
         self._event_stop(thread)
         self.tracer.maps = read_maps(self.tid)
         auxv = read_proc("/proc/%d/auxv" % self.tid)
-        return thread, auxv, dict(struct.iter_unpack("<QQ", auxv)).get(
+        pairs = auxv[:len(auxv) // 16 * 16]     # a 32-bit program has others
+        return thread, auxv, dict(struct.iter_unpack("<QQ", pairs)).get(
             AT_ENTRY, 0)
 
     def entry_word(self, thread, auxv):
@@ -14181,6 +14195,8 @@ def hold_at_entry(tgid):
     tracer = Tracer(tgid)
     launch_ = Launch(tracer)
     thread, auxv, entry = launch_.look()
+    if ubp_x86.is_32bit(thread.regs) or not entry:
+        return None                 # what the front end refuses
     word = 0
     if entry != ubp_x86.program_counter(thread.regs):
         word = launch_.entry_word(thread, auxv)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import unittest
 from unittest import mock
@@ -1944,6 +1945,30 @@ class Exec(unittest.TestCase):
                     target.probe("exe:step", ubp.Count())
                 target.close()
                 process.quit()
+
+    def test_a_program_that_is_not_for_us_is_left_alone(self):
+        import test_targets
+        with tempfile.TemporaryDirectory() as folder:
+            program = folder + "/program"
+            with open(program, "wb") as f:
+                f.write(test_targets.ELF_32)
+            os.chmod(program, 0o755)
+            try:
+                subprocess.Popen([program]).kill()
+            except OSError:
+                self.skipTest("this kernel runs no 32-bit programs "
+                              "(CONFIG_IA32_EMULATION)")
+            with live.Process(["/bin/sh", "-c", "read x; exec " + program
+                               ]) as process:
+                with ubp.attach(process.pid, follow_exec=True) as target:
+                    target.probe("exe:nonesuch", ubp.Count())
+                    process.send("\n")
+                    self.assertTrue(live.settled(lambda: any(
+                        "32-bit" in note for note in target.notes), 10),
+                        target.notes)
+                    self.assertEqual("S", live.states(process.pid))
+                self.assertEqual({}, live.tracers(process.pid))
+                self.assertEqual("S", live.states(process.pid))
 
     def test_killed_by_9_while_it_follows_the_program_goes_on(self):
         for delay in (0.0, 0.004, 0.008, 0.05):
