@@ -11588,6 +11588,8 @@ _PIN_EACH = 64                  # hits, after which the guardian follows its
 #                                 tracee to another processor
 _TERMINATE, _ASIDE = ("terminate",), ("aside",)     # what a SIGTERM and a
 #                                 STEP_ASIDE ask of a guardian
+_ACTION_EACH_S = 0.1            # looks at what programs do about SIGTRAP
+_IGNORES_SIGTRAP = 3            # exit status of a guardian
 _ASIDE_S = 0.1                  # in which who asked comes
 _LAST_RESORT_S = 3600           # for putting the text back when orphaned
 
@@ -12039,13 +12041,14 @@ class Guard:
         self._copies, self._copy_starts = [], []    # (vaddr, size, Insn)
         self.is_left = False        # on purpose: the front end has gone
         self._armed = ()            # what do_arm was asked last
+        self._next_look, self.exit_status = 0.0, 0
         self.follows, self.held = False, None   # what hold_at_entry did
         self.watches, self.lacking = (), None   # debug registers: do_arm
         self.watched, self.n_watched, self._watch_bytes = [], {}, 0
         self._status = ctypes.c_int()
 
     def main(self):
-        """Until the front end says so, or has gone."""
+        """Until the front end says so, or has gone. -> its exit status"""
         for signo in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT,
                       signal.SIGTSTP, signal.SIGPIPE):
             signal.signal(signo, signal.SIG_IGN)
@@ -12054,6 +12057,8 @@ class Guard:
                       lambda *_: self.requests.put((_TERMINATE, None)))
         signal.signal(STEP_ASIDE,
                       lambda *_: self.requests.put((_ASIDE, None)))
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.setitimer(signal.ITIMER_REAL, _ACTION_EACH_S, _ACTION_EACH_S)
         threading.Thread(target=self._receive, daemon=True,
                          args=(threading.get_ident(),)).start()
         while not self.is_over:
@@ -12063,6 +12068,7 @@ class Guard:
                 break               # all have ended, or are other programs
             while self.too_hot:
                 self._cool(self.too_hot.pop())
+            self._look_at_actions()
             try:
                 request, taken = self.requests.get(
                     not self.keepers and not self.is_left)
@@ -12071,6 +12077,30 @@ class Guard:
             if taken is not None:
                 taken.set()
             self._answer(request)
+        return self.exit_status
+
+    def _look_at_actions(self):
+        """Has a program changed what it does about SIGTRAP, since?
+
+        A handler that is new must be known before an int3 meets SIGTRAP
+        blocked. Who ignores it would find the default in its place.
+        """
+        now = time.monotonic()
+        if now < self._next_look or not self.sites:
+            return
+        self._next_look = now + _ACTION_EACH_S
+        for keeper in list(self.keepers):
+            status = read_status(keeper.vm_tid())
+            ignores, catches = (int(status.get(name, "0"), 16) & _TRAP_BIT
+                                for name in ("SigIgn", "SigCgt"))
+            try:
+                if catches and not keeper.action:
+                    keeper.learn_action(1)
+                elif ignores:
+                    self.exit_status = _IGNORES_SIGTRAP
+                    self._abandoned()
+            except UbpError as error:       # the next look asks again
+                log.debug("%s", error)
 
     def _receive(self, main_thread):
         """In a thread: requests, which interrupt the wait for stops."""
@@ -12419,7 +12449,7 @@ def guard(fd, tgid):
     import socket
     gc.disable()
     sock = socket.socket(fileno=fd)
-    Guard(Channel(sock), tgid).main()
+    sys.exit(Guard(Channel(sock), tgid).main())
 
 
 class GuardianGone(ProbeError):
@@ -13415,15 +13445,18 @@ class Target:
             guardian = self._guardian
             if guardian is None or not guardian.has_ended():
                 return
-            if guardian.process.returncode == 0:    # SIGTERM: it was asked
+            words = {0: "its guardian was terminated", _IGNORES_SIGTRAP:
+                     "the program ignores SIGTRAP now"}.get(
+                         guardian.process.returncode)
+            if words is not None:
                 self._guardian = None
                 patches = self._installer.patches
                 for vaddr in [v for v, p in patches.items()
                               if p.window.is_trap]:
                     for body in patches.pop(vaddr).bodies:
                         body.probe._refuse(body.plan, "guardian",
-                                           "its guardian was terminated")
-                self._note("its guardian was terminated: its int3s are out")
+                                           words)
+                self._note(words + ": its int3s are out")
             elif guardian.is_armed:
                 self._worker.call(lambda: self._put_back(timeout), timeout)
                 self._arm_traps(timeout)

@@ -1028,6 +1028,32 @@ class Int3(unittest.TestCase):
                 self.assertIn("ignores SIGTRAP", str(caught.exception))
             self.unchanged(process)
 
+    def test_a_handler_of_sigtrap_that_is_set_later_is_kept(self):
+        with live.Target("traps", "later") as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe("exe:step", ubp.Count(), strategy="int3")
+                n = 0
+                for command in "clbpsri":
+                    answer = process.ask(command)
+                    n += answer["n"]
+                    self.assertEqual(0, answer["wrong"], process.stderr())
+                self.assertEqual(n, probe.read())
+            self.unchanged(process)
+            self.assertEqual(0, process.ask("b")["wrong"])
+            process.quit()
+
+    def test_sigtrap_ignored_later_ends_the_int3s(self):
+        with live.Target("traps", "later") as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe("exe:step", ubp.Count(), strategy="int3")
+                n = process.ask("c")["n"]
+                self.assertEqual(0, process.ask("k")["wrong"])
+                self.assertEqual(n, probe.read())
+                self.assertTrue(live.settled(lambda: probe.refused, 10))
+                self.assertIn("ignores SIGTRAP", probe.refused[0].why)
+            self.unchanged(process)
+            process.quit()
+
     def test_threads_that_come_and_go_are_none_missed(self):
         with live.Target("children", "threads", seconds=240) as process:
             with ubp.attach(process.pid) as target:

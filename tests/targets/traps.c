@@ -8,7 +8,8 @@
  * signal storm that call; m calls of many threads at once; f a child that
  * forks; v posix_spawn; e a child of vfork that calls; j siglongjmp out of a
  * handler; s calls with all signals blocked; q quit.
- * With the argument "ignored", SIGTRAP is ignored from the start. */
+ * With the argument "ignored", SIGTRAP is ignored from the start; with
+ * "later", a handler is set by the command l, and k ignores it. */
 #include "target.h"
 #include <setjmp.h>
 #include <spawn.h>
@@ -254,9 +255,9 @@ int main(int argc, char **argv)
 {
     int c;
     bounded();
-    if (argc > 1)
+    if (argc > 1 && !strcmp(argv[1], "ignored"))
         signal(SIGTRAP, SIG_IGN);
-    else
+    else if (argc == 1)
         handle(SIGTRAP, on_trap);
     handle(SIGUSR1, on_usr);
     handle(SIGUSR2, on_usr);
@@ -276,6 +277,11 @@ int main(int argc, char **argv)
         case 'v': n = spawned(); break;
         case 'e': n = vforked(); break;
         case 'j': n = jumped(); break;
+        case 'l': handle(SIGTRAP, on_trap); nap_us(400000); break;
+        case 'k': signal(SIGTRAP, SIG_IGN); nap_us(400000);
+            call(n = 17);
+            raise(SIGTRAP);
+            break;
         }
         say("n=%ld wrong=%ld", n, atomic_load(&n_wrong));
     }
