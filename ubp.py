@@ -12077,6 +12077,8 @@ class Guard:
             if taken is not None:
                 taken.set()
             self._answer(request)
+        # The interpreter's end takes the handler away before the timer.
+        signal.setitimer(signal.ITIMER_REAL, 0)
         return self.exit_status
 
     def _look_at_actions(self):
