@@ -9006,10 +9006,12 @@ def _starts_before(analysis, vaddr):
 
 
 def _refuse_changed_inputs(window, site, spec):
-    """Refuse a body behind instructions that change what it reads."""
+    """Refuse a body behind instructions that change what it reads; and one
+    that may do something else instead of them."""
+    if not window.kept or site >= window.site:
+        return
     registers, is_written = ubp_x86.kept_changes(window, site)
-    if site < window.site and (
-            registers & ubp_x86.input_registers(spec)
+    if (registers & ubp_x86.input_registers(spec) or spec.action == "call"
             or is_written and any(
                 each.reads_memory for each in (spec.when,) + spec.keys
                 + spec.values if each)):

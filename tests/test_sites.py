@@ -124,5 +124,31 @@ class AnyOrder(unittest.TestCase):
         self.assertGreaterEqual(min(armed.values()), 0.9, armed)
 
 
+class Faults(unittest.TestCase):
+
+    def test_20_a_load_that_may_fault_stays_where_a_handler_looks(self):
+        """Behind it a probe counts the calls that go on, and reads what the
+        load leaves alone."""
+        with live.Target("sites", 0, "catch", seconds=60) as child, \
+                ubp.attach(child.pid) as target:
+            count = target.probe("exe:site_load", ubp.Count())
+            hist = target.probe("exe:site_load", ubp.Hist("arg1"))
+            for action, when in ((ubp.Hist("rax"), None),
+                                 (ubp.Count(), "rax > 3")):
+                with self.assertRaises(ubp.ProbeError) as caught:
+                    target.probe("exe:site_load", action, when)
+                self.assertIn("has to stay", str(caught.exception))
+            times = child.ask("l")["times"]
+            self.assertEqual(count.read(), times)
+            self.assertEqual((hist.read().count, hist.read().max),
+                             (times, times - 1))
+            hist.remove()
+            child.ask("l")
+            self.assertEqual(count.read(), 2 * times)
+            target.close()
+            self.assertEqual(live.changed_text(child.pid), [])
+            child.quit()
+
+
 if __name__ == "__main__":
     unittest.main()

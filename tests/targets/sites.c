@@ -6,9 +6,12 @@
  *
  * Commands: r run again; s stand still, answers when nobody runs it;
  * g call it CALLS times from here; t tell how often each of its instructions
- * runs in one call, as the CPU's trap flag saw it before any probe; q quit.
+ * runs in one call, as the CPU's trap flag saw it before any probe; l call
+ * site_load() CALLS times with a good pointer and CALLS times with a bad one,
+ * whose fault must be told of its first instruction; q quit.
  */
 #include "target.h"
+#include <setjmp.h>
 #include <sys/time.h>
 #include <ucontext.h>
 
@@ -32,8 +35,11 @@ FUNCTION(site_leaf,
     "mov %rdi,-8(%rsp)\n rol $7,%rdi\n test %dil,%dil\n js 1f\n"
     "add $3,%rdi\n1: mov %rdi,%rax\n sub -8(%rsp),%rax\n ret\n"
     ".balign 32, 0xcc");
+/* The first instruction may fault: where, the handler looks. */
+FUNCTION(site_load, "mov (%rdi),%rax\n add %rsi,%rax\n add %rdi,%rax\n"
+                    "xor %rsi,%rax\n ret");
 __asm__(".data\n site_word: .quad 0x123456789\n.text");
-long site_all(long), site_leaf(long);
+long site_all(long), site_leaf(long), site_load(long *, long);
 
 static atomic_int still, n_still;
 static atomic_long n_calls, n_signals;
@@ -53,6 +59,31 @@ static void trapped(int signo, siginfo_t *info, void *context)
     (void)signo, (void)info;
     if (at >= 0 && at < 2 * ROOM)
         counts[at]++;
+}
+
+static sigjmp_buf back;
+
+static void faulted(int signo, siginfo_t *info, void *context)
+{
+    ucontext_t *u = context;
+    (void)signo, (void)info;
+    if ((char *)u->uc_mcontext.gregs[REG_RIP] != (char *)site_load)
+        wrong("a fault at %lx, not in site_load",
+              (long)u->uc_mcontext.gregs[REG_RIP]);
+    siglongjmp(back, 1);
+}
+
+static void load(void)
+{
+    long value = 7;
+    for (volatile int i = 0; i < CALLS; i++) {
+        if (site_load(&value, i) != ((7 + i + (long)&value) ^ i))
+            wrong("site_load() differs");
+        if (!sigsetjmp(back, 1)) {
+            site_load((long *)16, i);
+            wrong("no fault");
+        }
+    }
 }
 
 static void alarmed(int signo)
@@ -112,6 +143,11 @@ int main(int argc, char **argv)
         sigaction(SIGVTALRM, &action, NULL);
         setitimer(ITIMER_VIRTUAL, &every, NULL);
     }
+    if (argc > 2) {
+        struct sigaction action = { .sa_sigaction = faulted,
+                                    .sa_flags = SA_SIGINFO };
+        sigaction(SIGSEGV, &action, NULL);
+    }
     say("ready all=%ld leaf=%ld", (char *)site_all - base(),
         (char *)site_leaf - base());
     for (char c; read(0, &c, 1) == 1 && c != 'q';) {
@@ -127,6 +163,9 @@ int main(int argc, char **argv)
             for (long i = 0; i < 8 * CALLS; i++)
                 if (site_all(i & 7) != wanted[i & 7])
                     wrong("site_all(%ld) differs", i & 7);
+            say("times=%d", CALLS);
+        } else if (c == 'l') {
+            load();
             say("times=%d", CALLS);
         } else if (c == 't') {
             char line[3500];
