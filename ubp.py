@@ -10460,6 +10460,7 @@ class Installer:
                     del self.patches[patch.window.site]
                 for other in patch.absorbs:     # they stay as they were
                     self.patches[other.window.site] = other
+            patch.absorbs = ()
         for probe, plan in sorted(lost, key=lambda item: item[1].index):
             probe._refuse(plan, "changed text", "its text changed meanwhile")
             if plan.parts:          # some of its exits are armed: no times
@@ -10550,6 +10551,7 @@ class Installer:
                 patch.bodies = bodies       # the old trampoline is in force
             raise
         for patch, change in steps:
+            patch.absorbs = ()
             if change in refused:
                 self.note("%s was changed by another tool" % site_name(
                     patch.site))
