@@ -10467,11 +10467,13 @@ class Installer:
                 raise ProbeError("probe", site_name(plan.site),
                                  "the text of an exit changed meanwhile")
         probes = {body.probe for patch, _ in steps for body in patch.bodies}
-        known = {(probe, site.vaddr) for probe in probes
+        # A library that comes back where it was has new sites there.
+        known = {(probe, site.vaddr, site.module) for probe in probes
                  for site in probe.sites}
         for patch, change in steps:
             for body in patch.bodies:
-                key = body.probe, body.plan.site.vaddr
+                key = (body.probe, body.plan.site.vaddr,
+                       body.plan.site.module)
                 if body.record is change.record and key not in known:
                     known.add(key)
                     body.probe.sites.append(body.plan.site)
