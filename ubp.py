@@ -12075,6 +12075,8 @@ class Guard:
             while self.too_hot:
                 self._cool(self.too_hot.pop())
             self._look_at_actions()
+            if self.is_over:
+                break
             try:
                 request, taken = self.requests.get(
                     not self.keepers and not self.is_left)
