@@ -66,6 +66,7 @@ import gc                                                       # noqa: E402
 if __name__ == "__main__":
     gc.disable()        # until something is counted: a tenth of the start
 
+import _thread                                                  # noqa: E402
 import bisect                                                   # noqa: E402
 import collections                                              # noqa: E402
 import ctypes                                                   # noqa: E402
@@ -12059,10 +12060,11 @@ class Guard:
                       signal.SIGTSTP, signal.SIGPIPE):
             signal.signal(signo, signal.SIG_IGN)
         signal.signal(signal.SIGURG, lambda *_: None)
-        signal.signal(signal.SIGTERM,
-                      lambda *_: self.requests.put((_TERMINATE, None)))
-        signal.signal(STEP_ASIDE,
-                      lambda *_: self.requests.put((_ASIDE, None)))
+        # By a thread: this one may hold the queue's lock when it comes.
+        signal.signal(signal.SIGTERM, lambda *_: _thread.start_new_thread(
+            self.requests.put, ((_TERMINATE, None),)))
+        signal.signal(STEP_ASIDE, lambda *_: _thread.start_new_thread(
+            self.requests.put, ((_ASIDE, None),)))
         signal.signal(signal.SIGALRM, lambda *_: None)
         signal.setitimer(signal.ITIMER_REAL, _ACTION_EACH_S, _ACTION_EACH_S)
         threading.Thread(target=self._receive, daemon=True,
@@ -12085,6 +12087,7 @@ class Guard:
             if taken is not None:
                 taken.set()
             self._answer(request)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)   # it ends well
         # The interpreter's end takes the handler away before the timer.
         signal.setitimer(signal.ITIMER_REAL, 0)
         return self.exit_status

@@ -1443,6 +1443,22 @@ class Guardian(unittest.TestCase):
                     self.assertEqual({}, live.tracers(process.pid))
                     process.quit()
 
+    def test_a_storm_of_sigterm_ends_a_guardian_and_never_hangs_it(self):
+        for _ in range(3):
+            with live.Target("life") as process, \
+                    ubp.attach(process.pid) as target:
+                target.probe("exe:step", ubp.Count(), strategy="int3")
+                guardian = target._guardian.process
+                deadline = time.monotonic() + 20
+                while (guardian.poll() is None
+                       and time.monotonic() < deadline):
+                    guardian.send_signal(signal.SIGTERM)
+                self.assertEqual(0, guardian.poll())
+                self.assertEqual([], live.changed_text(process.pid))
+                process.ask("c")
+                target.close()
+                process.quit()
+
     def test_terminated_alone_it_takes_its_int3s_out(self):
         with live.Target("busy", 2) as process:
             guardian = self.leave(process, "exe:shorty", "--strategy", "int3")
