@@ -6,6 +6,29 @@ that is forbidden too, or starting them takes more time than all else.
 import os
 import sys
 
+import pytest
+
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def children():
+    """{pid: its command} of this process's children."""
+    found = {}
+    for tid in os.listdir("/proc/self/task"):
+        with open("/proc/self/task/%s/children" % tid) as file:
+            for pid in file.read().split():
+                with open("/proc/%s/comm" % pid) as comm:
+                    found[pid] = comm.read().strip()
+    return found
+
+
+@pytest.fixture(autouse=True, scope="class")
+def no_child_is_left():
+    """A test leaves no process, neither running nor dead."""
+    before = children()
+    yield
+    left = {pid: name for pid, name in children().items()
+            if pid not in before}
+    assert not left, "left behind: %r" % left
