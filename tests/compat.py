@@ -20,8 +20,9 @@ TOP = os.path.dirname(HERE)
 VERSIONS = ["3.%d" % minor for minor in range(6, 15)]
 # What takes minutes says nothing more under a second version; of these,
 # LIVE is what depends most on the interpreter.
-LONG = ("actions bodies cli embed exact expressions hazards kill life "
-        "safety servers stacks targets verbs").split()
+LONG = ("actions bodies cli embed exact expressions handlers hazards jumps "
+        "kill launch life safety servers sites slack stacks targets "
+        "verbs").split()
 SHORT = ("not racle and not mutations and not Libraries and not Deadlines "
          "and not busy_python and not 500_000")
 LIVE = ["tests/test_cli.py::" + name

@@ -271,7 +271,7 @@ class Snapshot:
 
     def _mask(self, tid):
         # The C library starts a thread with every signal blocked.
-        settled(lambda: status(self.pid, tid)["SigBlk"] != ALL_BLOCKED, 0.2)
+        settled(lambda: status(self.pid, tid)["SigBlk"] != ALL_BLOCKED, 5)
         found = status(self.pid, tid)
         return tuple(found[key] for key in ("SigBlk", "SigIgn", "SigCgt"))
 
