@@ -9495,6 +9495,7 @@ class Probe:
     def __init__(self, target, where, action, spec):
         self._target, self.where, self.action = target, where, action
         self.sites, self.refused = [], []
+        self._remedy = ""           # for what was refused, if there is one
         self._spec, self._blocks, self._rings = spec, [], []
         self._armed_tsc = 0         # no record of a Trace is older
         self._stacks = {}           # {Site: {Walk: n or sum}}, from copies
@@ -10205,6 +10206,7 @@ def _without_slack(probe, plans, error):
     for n, plan in enumerate(plans):
         if n == 0 or error.is_for_all and plan.site.module is module:
             probe._refuse(plan, "slack", error.why)
+            probe._remedy = error.hint
         else:
             rest.append(plan)
     return rest
@@ -13043,7 +13045,7 @@ class Target:
             if self._planner is not None:
                 self._planner.keep_only(self._installer.patches)
             if not (probe.sites or self._follows):
-                raise _none_armed(where, probe.refused)
+                raise _none_armed(where, probe.refused, probe._remedy)
             self._look_after(probe)
             return probe
 
@@ -13862,12 +13864,13 @@ def _by_address(sites, plan, progress=None):
     return [made[n] for n in range(len(sites))]
 
 
-def _none_armed(where, refused):
+def _none_armed(where, refused, remedy=""):
     where = _where_text(where)
     why = refused[0].why if refused else "no site"
     if len(refused) > 1:
         why = "%d sites, all refused; the first: %s" % (len(refused), why)
-    return ProbeError("probe", where, why, "plan shows every reason")
+    return ProbeError("probe", where, why,
+                      remedy or "plan shows every reason")
 
 
 def site_name(site):
