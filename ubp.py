@@ -12524,7 +12524,9 @@ class Guardian:
         SIGTERM, of clean()."""
         self.call("stay")
         self.channel.sock.close()
-        _left_guardians.append(self.process)    # our child, while we live
+        # Our child, while we live: it must not stay as a zombie.
+        threading.Thread(target=self.process.wait, daemon=True,
+                         name="ubp: a guardian that was left").start()
 
     def has_ended(self):
         """Was it killed?"""
@@ -12542,9 +12544,6 @@ class Guardian:
                 self.process.wait(5)
             except Exception as error:      # stopped, or reaped by the host
                 log.debug("the guardian: %s", error)
-
-
-_left_guardians = []
 
 
 def guardian_of(pid):

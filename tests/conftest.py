@@ -5,6 +5,7 @@ that is forbidden too, or starting them takes more time than all else.
 """
 import os
 import sys
+import time
 
 import pytest
 
@@ -27,8 +28,10 @@ def children():
 @pytest.fixture(autouse=True, scope="class")
 def no_child_is_left():
     """A test leaves no process, neither running nor dead."""
-    before = children()
+    before = set(children())
     yield
-    left = {pid: name for pid, name in children().items()
-            if pid not in before}
-    assert not left, "left behind: %r" % left
+    deadline = time.monotonic() + 5
+    while set(children()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    left = children()
+    assert not set(left) - before, "left behind: %r" % left
