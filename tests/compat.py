@@ -7,6 +7,7 @@
 
 Interpreters are looked for on PATH and under `pyenv root`, one per version.
 """
+import concurrent.futures
 import glob
 import os
 import re
@@ -21,10 +22,11 @@ VERSIONS = ["3.%d" % minor for minor in range(6, 15)]
 # What takes minutes says nothing more under a second version; of these,
 # LIVE is what depends most on the interpreter.
 LONG = ("actions bodies cli embed exact expressions handlers hazards jumps "
-        "kill launch life safety servers sites slack stacks targets "
-        "verbs").split()
+        "kill launch life safety servers sites slack stacks structure "
+        "targets verbs").split()
 SHORT = ("not racle and not mutations and not Libraries and not Deadlines "
-         "and not busy_python and not 500_000")
+         "and not busy_python and not 500_000 and not Speed and not Browser "
+         "and not Cpu")
 LIVE = ["tests/test_cli.py::" + name
         for name in ("Pure", "Misuse", "Counts", "Leaving", "Commands")] + [
     "tests/test_embed.py::Hosts::" + name for name in (
@@ -119,26 +121,33 @@ def choice():
                      if name[5:-3] not in LONG] + LIVE
 
 
+def run_one(version, python, words):
+    """Run pytest under a CPython, and print what came of it. -> exit status
+    """
+    folder = os.path.join(TOP, ".venv-" + version)
+    make_venv(python, folder)
+    began = time.monotonic()
+    done = subprocess.run(
+        [os.path.join(folder, "bin", "python"), "-m", "pytest",
+         "-p", "no:cacheprovider"] + (words or choice()),
+        cwd=TOP, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, universal_newlines=True)
+    lines = done.stdout.strip().splitlines()
+    told = "\n".join(lines) + "\n" if done.returncode else ""
+    print("%sCPython %-5s %3d s  %s" % (
+        told, version, time.monotonic() - began,
+        re.sub("=+", "", lines[-1] if lines else "no output").strip()),
+        flush=True)
+    return done.returncode
+
+
 def run_all(words):
-    """Run pytest under each CPython. -> exit status."""
-    failed = []
-    for version, python in interpreters().items():
-        folder = os.path.join(TOP, ".venv-" + version)
-        make_venv(python, folder)
-        began = time.monotonic()
-        done = subprocess.run(
-            [os.path.join(folder, "bin", "python"), "-m", "pytest",
-             "-p", "no:cacheprovider"] + (words or choice()),
-            cwd=TOP, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, universal_newlines=True)
-        lines = done.stdout.strip().splitlines()
-        if done.returncode:
-            failed.append(version)
-            print("\n".join(lines))
-        print("CPython %-5s %3d s  %s" % (
-            version, time.monotonic() - began,
-            re.sub("=+", "", lines[-1] if lines else "no output").strip()),
-            flush=True)
+    """Run pytest under each CPython, two at a time. -> exit status."""
+    found = interpreters()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        done = {version: pool.submit(run_one, version, python, words)
+                for version, python in found.items()}
+    failed = [version for version in found if done[version].result()]
     if failed:
         print("failed under CPython %s" % ", ".join(failed))
     return 1 if failed else 0
