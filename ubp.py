@@ -12729,6 +12729,7 @@ class Worker:
         self.tracer = tracer
         self._jobs = queue.Queue()
         self._thread, self._must_leave = None, False
+        self._has_transfers = False     # that the end of the thread awaits
         self._lock = threading.Lock()
 
     def call(self, function, timeout):
@@ -12764,8 +12765,14 @@ class Worker:
             thread, self._thread = self._thread, None
             if thread is None or thread.ident is None:
                 return
+            self._has_transfers = False
             self._jobs.put(None)
+        # Without a transfer it only waits for a processor.
         thread.join(0.2)
+        limit = time.monotonic() + 5
+        while (thread.is_alive() and not self._has_transfers
+               and time.monotonic() < limit):
+            thread.join(0.01)
         if thread.is_alive():
             threading.Thread(target=self._linger, args=(thread,),
                              name="ubp-linger").start()
@@ -12802,8 +12809,12 @@ class Worker:
                 late = self.tracer.finish_late()
             except (OSError, UbpError) as error:
                 log.warning("pid %d: %s", self.tracer.tgid, error)
-        self.tracer.end_transfers(lambda: self._must_leave)
+        self.tracer.end_transfers(self._must_leave_transfers)
         self.tracer.close()
+
+    def _must_leave_transfers(self):
+        self._has_transfers = True
+        return self._must_leave
 
 
 class _Job:
