@@ -142,8 +142,15 @@ def run_one(version, python, words):
 
 
 def run_all(words):
-    """Run pytest under each CPython, two at a time. -> exit status."""
+    """Run pytest under each CPython, two at a time. -> exit status.
+
+    The choice is no news under the one that has run all tests.
+    """
     found = interpreters()
+    if os.path.exists(os.path.join(TOP, ".venv", "ready")) and not words:
+        found.pop(run_text(os.path.join(TOP, ".venv", "bin", "python"), "-c",
+                           "import sys; print('%d.%d' % sys.version_info[:2])"
+                           ), None)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         done = {version: pool.submit(run_one, version, python, words)
                 for version, python in found.items()}
