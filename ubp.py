@@ -6667,7 +6667,7 @@ def _unpack_slack_record(data, end, header):
     base, start = header.base, at - _SLACK_COPY.size * n
     site, trampoline = base + site, base + trampoline
     slot = slot and base + slot
-    if (start < 0 or not 1 <= n <= 8 or kind >= len(KINDS)
+    if (start < 0 or not 1 <= n <= _MOST_COPIES or kind >= len(KINDS)
             or not header.low <= trampoline <= trampoline + size <= base
             or not 0 < site < _TASK_SIZE or not 0 <= slot < _TASK_SIZE
             or not window_size or 8 * index + 8 > header.data_size):
@@ -6856,9 +6856,9 @@ class SlackArena(Arena):
 
     def add(self, window, old, names, block, make, size=0):
         made = make(self.next)
-        if any(copy.back for copy in made.copies):
-            raise RelocationError("a syscall in slack", window.site,
-                                  "out of reach")
+        if any(copy.back or max(copy) > 255 for copy in made.copies):
+            raise RelocationError("a syscall, or much code, in slack",
+                                  window.site, "out of reach")
         record = Record(
             window.site, window.slot, self.next, len(made.code),
             block[1] // 8, window.size,

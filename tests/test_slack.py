@@ -5,7 +5,6 @@ arena would need; or UBP_ARENA=slack asks for it. What they computed they say
 themselves; what is changed and what is zero again is read from /proc.
 """
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -46,6 +45,29 @@ class Case(unittest.TestCase):
             if before is not None:
                 os.environ["UBP_ARENA"] = before
         self.addCleanup(back)
+
+
+class Records(Case):
+
+    def test_a_record_of_any_window_is_read_back(self):
+        """Or what was there before could not be put back."""
+        x86 = ubp.ubp_x86
+        base, site = 0x10000f00, 0x10000400
+        header = ubp.SlackHeader(ubp.SLACK_MAGIC, ubp.VERSION, 0, 1,
+                                 0x10000800, 0, 0, 0, 0, 0, 0, 0x20000800,
+                                 256, base)
+        for n in range(1, x86.MAX_DISPLACED + 1):
+            window = x86.Window(site, max(n, 5), ())
+            record = ubp.Record(
+                site, 0, 0x10000800, 200, 3, window.size,
+                tuple((vaddr, bytes(range(len(new))), new) for vaddr, new
+                      in x86.window_patches(window, 0x10000800)),
+                tuple(x86.Copy(at, 1, 40 + at, 1, 0) for at in range(n)),
+                "", "", "", "count")
+            data = bytes(8) + ubp._pack_slack_record(record, base, 0)
+            with self.subTest(n):
+                self.assertEqual((record, 0, 8), ubp._unpack_slack_record(
+                    data, len(data), header))
 
 
 class Sealed(Case):
