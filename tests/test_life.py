@@ -27,6 +27,17 @@ def setUpModule():
     ubp = live.core()
 
 
+def killed_when_armed(pid, strategy, *where):
+    """A process that has probes in pid is ended by SIGKILL."""
+    with live.python(
+            "t = ubp.attach(%d)\n"
+            "p = t.probe(%r, ubp.Count(), strategy=%r)\n"
+            "print('armed', flush=True)\n"
+            "time.sleep(60)\n" % (pid, list(where), strategy)) as tracer:
+        assert tracer.line() == "armed"
+        tracer.kill()
+
+
 class Hardware(unittest.TestCase):
     """Debug registers by perf_event_open."""
 
@@ -456,14 +467,8 @@ class Hardware(unittest.TestCase):
     def test_breakpoints_end_with_a_tracer_that_is_killed(self):
         with live.Target("life") as process:
             before = live.Snapshot(process.pid)
-            with live.python(
-                    "t = ubp.attach(%d)\n"
-                    "p = t.probe(['exe:step', 'exe:main', 'mem:counter',"
-                    " 'mem:buffer/8'], ubp.Count(), strategy='hw')\n"
-                    "print('armed', flush=True)\n"
-                    "time.sleep(60)\n" % process.pid) as tracer:
-                self.assertEqual("armed", tracer.line())
-                tracer.kill()
+            killed_when_armed(process.pid, "hw", "exe:step", "exe:main",
+                              "mem:counter", "mem:buffer/8")
             live.Snapshot(process.pid).compare(self, before)
             with ubp.attach(process.pid) as target:     # all four are free
                 probe = target.probe(
@@ -602,14 +607,7 @@ class Traced(unittest.TestCase):
     def test_front_end_killed_the_registers_are_taken_out(self):
         with live.Target("life") as process:
             before = live.Snapshot(process.pid)
-            with live.python(
-                    "t = ubp.attach(%d)\n"
-                    "p = t.probe('exe:step', ubp.Count(),"
-                    " strategy='hw-ptrace')\n"
-                    "print('armed', flush=True)\n"
-                    "time.sleep(60)\n" % process.pid) as tracer:
-                self.assertEqual("armed", tracer.line())
-                tracer.kill()
+            killed_when_armed(process.pid, "hw-ptrace", "exe:step")
             self.assertTrue(live.settled(
                 lambda: not live.tracers(process.pid)))
             live.Snapshot(process.pid).compare(self, before)
