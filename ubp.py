@@ -675,7 +675,12 @@ class Section(NamedTuple):
 
 
 class FileImage:
-    """The bytes of an open file. Owns the descriptor."""
+    """The bytes of an open file. Owns the descriptor.
+
+    Read by pread(2) and not mapped: an access behind the end of a file that
+    was cut short after it was mapped is SIGBUS (mmap(2)), and the host would
+    die of it, in the middle of a pause perhaps. Here it is a short read.
+    """
 
     fd = -1
 
@@ -16006,7 +16011,10 @@ class WholeFile(Output):
         # A collector reads *.prom: the temporary name must not end so.
         path = os.path.join(folder, ".%s.%d.tmp" % (name, os.getpid()))
         try:
-            with open(path, "w", encoding="utf-8",
+            if os.path.lexists(path):       # of a process of that pid, once
+                os.unlink(path)
+            # "x": where others can write, too, no link of theirs is followed
+            with open(path, "x", encoding="utf-8",
                       errors="backslashreplace") as file:
                 file.write(text)
             os.rename(path, self.path)

@@ -867,6 +867,21 @@ class Hostile(unittest.TestCase):
             pass
         self.assertTrue(stat.S_ISREG(os.stat(path).st_mode))
 
+    def test_mapped_files_would_kill_whoever_reads_them(self):
+        """The reason for pread(2): what the kernel does to a mapping."""
+        path = os.path.join(FOLDER, "mapped")
+        shutil.copy(program("pie"), path)
+        code = ("import mmap, sys\n"
+                "file = open(sys.argv[1], 'r+b')\n"
+                "data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\n"
+                "file.truncate(4096)\n"
+                "print(data[:4], flush=True)\n"
+                "data[8192:8196]\n")
+        done = subprocess.run([sys.executable, "-c", code, path],
+                              stdout=subprocess.PIPE)
+        self.assertEqual((done.stdout, done.returncode),
+                         (b"b'\\x7fELF'\n", -signal.SIGBUS))
+
 
 if __name__ == "__main__":
     unittest.main()
