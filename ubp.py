@@ -586,6 +586,22 @@ def memory_tid(pid):
     return pid
 
 
+def is_own_page(pid, vaddr):
+    """Is a page of a process a copy of its own, no longer its file's?
+
+    Text that was written to remains one when it is put back; that of a
+    library which is loaded again is none. True if the kernel does not tell.
+    Source: Documentation/admin-guide/mm/pagemap.rst, bits 61 to 63.
+    """
+    try:
+        with open("/proc/%d/pagemap" % memory_tid(pid), "rb", 0) as file:
+            word, = struct.unpack("<Q", os.pread(
+                file.fileno(), 8, vaddr // PAGE * 8))
+    except (OSError, struct.error):
+        return True
+    return word >> 62 != 0 and not word >> 61 & 1
+
+
 def comm(pid):
     """The name of a process, as ps prints it; "?" if it is gone."""
     name = read_proc("/proc/%d/comm" % pid).decode(errors="backslashreplace")
@@ -6981,6 +6997,11 @@ class Patches:
             if self.tracer.read_text(vaddr, len(old)) != old:
                 raise Again("text at 0x%x changes" % vaddr)
 
+    def are_written(self):
+        """Is all of the text as write() has left it?"""
+        return all(_text_at(self.tracer, vaddr, len(new)) == new
+                   for vaddr, _, new in self.writes)
+
     def write(self):
         """One write per page; rolled back if one of them fails."""
         done = []
@@ -7175,8 +7196,9 @@ def check_arena(tracer, base, nonce):
         pass
     if header is None or header.nonce != nonce:
         raise TraceeGone("write to", tracer.name(),
-                         "its arena is gone: it became another program "
-                         "(exec), or unmapped it")
+                         "its arena is gone: another ubp (clean --all) or it "
+                         "itself unmapped it, or it became another program "
+                         "(exec)")
     tracer.scratch = tracer.scratch or header.scratch
 
 
@@ -7346,6 +7368,7 @@ class _Restoring:
         self.patches, self.is_done, self.modules = None, False, None
         self.maps = []
         self.n_sites, self.foreign = 0, []
+        self.n_before = 0           # of them, put back by an earlier survey
         self.restored = []          # records of sites with their old bytes
         self.outside, self.ways_back = {}, None     # for threads inside
 
@@ -7357,7 +7380,7 @@ class _Restoring:
         took its place. Else it is foreign, unless it leads into the arena
         of another ubp, which found the file's bytes there.
         """
-        changes, self.foreign, self.n_sites = [], [], 0
+        changes, self.foreign, self.n_sites = [], [], self.n_before
         unexplained = []
         self.restored = []
         sites = collections.OrderedDict()
@@ -7488,9 +7511,14 @@ class _Restoring:
 
     def write(self):
         """Put the text back, if it is still as surveyed. Raises Again."""
-        if self.is_done:
-            return
         if self.patches is None:
+            self.survey()
+        if self.is_done:
+            # Since the last pause somebody may have led text here again,
+            # to what is about to be unmapped.
+            if self.patches.are_written():
+                return
+            self.n_before, self.is_done = self.n_sites, False
             self.survey()
         try:
             self.patches.verify()
@@ -13171,7 +13199,7 @@ class Target:
             if patch.site.module is module and patch.records:
                 vaddr, old, new = patch.records[-1][1].patches[-1]
                 text = _text_at(self._tracer, vaddr, len(new))
-                return text == old != new
+                return text == old != new and not is_own_page(self.pid, vaddr)
         return False
 
     def _look_at_text(self, most=64):
@@ -13180,22 +13208,36 @@ class Target:
         """
         if self._guardian is not None and not self._guardian.is_armed:
             return
-        patches = list(self._installer.patches.values())
+        patches = [patch for patch in list(self._installer.patches.values())
+                   if patch.records]
         first = self._n_looked % max(1, len(patches))
         self._n_looked += most
         for patch in patches[first:first + most]:
-            if patch.records:
-                vaddr, old, new = patch.records[-1][1].patches[-1]
-                text = _text_at(self._tracer, vaddr, len(new))
-                if text not in (None, old, new) and not self._has_become():
-                    self._note("the code of %s was changed by the program or "
-                               "by another tool: its hits may not be counted "
-                               "any more" % site_name(patch.site))
+            _, old, new = patch.records[-1][1].patches[-1]
+            text = self._text_of(patch)
+            if text not in (None, old, new) and not self._has_become():
+                self._note("the code of %s was changed by the program or "
+                           "by another tool: its hits may not be counted "
+                           "any more" % site_name(patch.site))
+            elif (text == old != new and not patch.window.is_trap
+                  and is_own_page(self.pid, patch.site.vaddr)):
+                # A guardian that steps aside puts its int3s back itself.
+                self._note("another ubp (clean --all), or the program, has "
+                           "taken its probes out: what it does since is not "
+                           "counted")
         for arena in self._installer.arenas:
             if not (_is_mapped_still(self._tracer, arena)
-                    or self._has_become()):
+                    or self._has_become()) and any(
+                        self._text_of(patch) == patch.records[-1][1]
+                        .patches[-1][2] for patch in patches
+                        if patch.records[-1][0] is arena):
                 self._note("it has unmapped ubp's memory at 0x%x: a hit of "
                            "what led there ends it" % arena.base)
+
+    def _text_of(self, patch):
+        """What is now where the last bytes of a patch are, or None."""
+        vaddr, _, new = patch.records[-1][1].patches[-1]
+        return _text_at(self._tracer, vaddr, len(new))
 
     def _forget(self, module):
         """A library is gone, with the windows in it: nothing is written."""

@@ -1518,7 +1518,8 @@ print("armed", flush=True)
 for line in sys.stdin:
     if line[0] == "x":
         target.close(30)
-    print("n=%d" % probe.read(), flush=True)
+    print("n=%d" % probe.read() if line[0] != "n" else target.notes,
+          flush=True)
 os._exit(0)
 """
 
@@ -1642,7 +1643,13 @@ class Several(Case):
                 self.assertEqual(0, status, err)
                 before.check(self)
                 self.assertEqual(0, process.ask("c")["wrong"])
-                # The owner reads on, and finds nothing to take out.
+                # The owner does not take it for a library that was loaded
+                # again, reads on, and finds nothing to take out.
+                time.sleep(1.5)
+                before.check(self)
+                session.send("n\n")
+                self.assertRegex(session.line(PATIENCE), r"^\['another ubp "
+                                 r"\(clean --all\), [^']*'\]$")
                 self.assertEqual(truth, session.ask("r\n", PATIENCE)["n"])
                 session.ask("x\n", PATIENCE)
                 before.check(self)
