@@ -8290,7 +8290,7 @@ class Event(NamedTuple):
     time_ns: int            # CLOCK_REALTIME
     tid: int                # 0: not known
     cpu: int
-    pid: int                # of the process that made the hit
+    pid: int                # of the process that made the hit; 0: unknown
     site: "Site"
     kind: str               # "entry", "exit" or "hit" (neither)
     values: tuple           # int, bytes, or None for a fault
@@ -9206,17 +9206,17 @@ class RecordForm:
                 yield site, walk, None if faults else (
                     record[6] if self.n_values else 1)
 
-    def events(self, data, clock, tscs, pids, pid_of, names, make=None):
+    def events(self, data, clock, tscs, pid_of, names, make=None):
         """Events of records, in their order; what lies is left out.
 
         tscs    (lowest, highest) that a record can have
-        pids    {tid: pid} as far as known; pid_of(tid) finds out others
+        pid_of  (tid, cpu) -> the process that made a record
         make    of (this, Columns) something else, each (time_ns, …)
         """
         tsc0, ns0, rate = clock.anchor
         lowest, highest = tscs
         if not self.inline and not self.stack_size:
-            columns = self._columns(data, clock, tscs, pids, pid_of)
+            columns = self._columns(data, clock, tscs, pid_of)
             if columns is not None:
                 return (make(self, columns) if make is not None else
                         self._events(columns))
@@ -9242,12 +9242,11 @@ class RecordForm:
                     continue
                 stack = names.symbols.frames(stack)
             found.append(new(Event, (
-                ns0 + int((tsc - tsc0) * rate), tid, cpu,
-                pids.get(tid) or pid_of(tid), site, kinds[index], values,
-                stack, probe)))
+                ns0 + int((tsc - tsc0) * rate), tid, cpu & ~ubp_x86.FORKED,
+                pid_of(tid, cpu), site, kinds[index], values, stack, probe)))
         return found
 
-    def _columns(self, data, clock, tscs, pids, pid_of):
+    def _columns(self, data, clock, tscs, pid_of):
         """Columns of records that have numbers only and all make sense.
 
         None if there are others. Column by column, without a loop here: a
@@ -9263,12 +9262,15 @@ class RecordForm:
             return None
         tsc0, ns0, rate = clock.anchor
         tids = halves[4::2 * step].tolist()
-        for tid in set(tids):
-            pids[tid] = pids.get(tid) or pid_of(tid)
+        cpus = halves[5::2 * step].tolist()
+        if max(cpus) < ubp_x86.FORKED:
+            pids = [pid_of(0, 0)] * len(cpus)
+        else:
+            pids = list(map(pid_of, tids, cpus))
+            cpus = [cpu & ~ubp_x86.FORKED for cpu in cpus]
         return Columns(
             [ns0 + int((tsc - tsc0) * rate) for tsc in times], tids,
-            halves[5::2 * step].tolist(),
-            list(map(pids.__getitem__, tids)), indexes,
+            cpus, pids, indexes,
             [memoryview(data).cast(
                 "Q" if each.is_unsigned else "q")[4 + n::step].tolist()
              for n, each in enumerate(self.values)])
@@ -9307,7 +9309,7 @@ class EventReader:
 
     def __init__(self, target):
         self._target, self._lock = target, threading.Lock()
-        self._forms, self._held, self._pids = {}, [], {0: target.pid}
+        self._forms, self._held, self._pids = {}, [], {0: 0}
         self._names = None
 
     def poll(self, probes, clock, is_last=False, make=None):
@@ -9325,7 +9327,7 @@ class EventReader:
                 before = form.n_invalid
                 found += form.events(
                     data, clock, (form.probe._armed_tsc, latest),
-                    self._pids, self._pid_of, self.names, make)
+                    self._pid_of, self.names, make)
                 ring.n_bad += form.n_invalid - before
             found.sort(key=_time_of)
             n = len(found)
@@ -9381,14 +9383,20 @@ class EventReader:
             form = self._forms[ring.block] = RecordForm(probe, ring.block)
         return form
 
-    def _pid_of(self, tid):
-        """The process of a thread: the target, unless it forked since."""
+    def _pid_of(self, tid, cpu):
+        """The process that made a record: the target, or what it forked.
+
+        The first thread of a child has its pid for a tid, and is told so
+        when the child has ended before anybody asked.
+        """
+        if cpu < ubp_x86.FORKED:
+            return self._target.pid
         found = self._pids.get(tid)
         if found is None:
-            found = self._target.pid
-            if _namespace_of(found) == _pid_namespace():
+            found = 0               # not known
+            if _namespace_of(self._target.pid) == _pid_namespace():
                 tgid = read_status(tid).get("Tgid", "")
-                found = int(tgid) if tgid.isdigit() else found
+                found = int(tgid) if tgid.isdigit() else tid
             self._pids[tid] = found
         return found
 
@@ -10685,7 +10693,7 @@ def wanted_by(spec):
 def needs_private(spec):
     """Does a body have to know whether it runs in a forked child?"""
     return bool(names_of(spec) & {"pid", "memory"}
-                or spec.policy == "block" or spec.action == "call")
+                or spec.action in ("trace", "call"))
 
 
 def _keep(arenas):

@@ -4538,6 +4538,7 @@ N_PROBED = 8                    # entries of a table that a lookup tries
 RING_RESERVED, RING_FULL, RING_CONSUMED, RING_SLOTS = 0, 8, 64, 128
 SLOT_SEQUENCE, SLOT_TSC, SLOT_TID, SLOT_CPU = 0, 8, 16, 20
 SLOT_SITE, SLOT_FAULTS, SLOT_VALUES = 24, 28, 32
+FORKED = 1 << 31                # in a record's cpu: by a forked child
 # What a record with a copy of the stack begins it with; rip is the site's.
 STACK_REGISTERS = ("rsp", "rbp", "rbx", "r12", "r13", "r14", "r15")
 FRAME_SP, FRAME_TSC, FRAME_ARGS = 0, 8, 16
@@ -6165,7 +6166,12 @@ class _Body(_Values):
             code.store_imm(field(SLOT_TID), 0, 4)
         code.mov(reg, base)
         code.alu(SUB, reg, Mem(RIP, place.shards.base))
-        code.shift(SHR, reg, place.shards.shift)
+        if place.private:
+            code.shift(SHR, reg, place.shards.shift - 1)
+            code.alu_imm(CMP, Mem(RIP, place.private), 1)   # below: forked
+            code.op(b"\xd1", 3, reg, 4)                     # rcr reg, 1
+        else:
+            code.shift(SHR, reg, place.shards.shift)
         code.store(field(SLOT_CPU), reg, 4)
         code.store_site(field(SLOT_SITE))
         self.give(_Owned(reg))

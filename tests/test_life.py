@@ -3,6 +3,7 @@
 A target says itself how often it did what was counted (targets/life.c), in
 primes; what may not change is read from /proc.
 """
+import collections
 import errno
 import json
 import os
@@ -1546,6 +1547,27 @@ class Children(unittest.TestCase):
         except ubp.ProbeError:
             return "jump", "int3"
         return "jump", "int3", "hw"
+
+    def test_events_of_a_child_that_has_ended_have_its_pid(self):
+        for strategy in self.strategies():
+            for values in ("nsecs", "tid"), ("str(rsp, 3)",):
+                if strategy == "hw" and values != ("nsecs", "tid"):
+                    continue
+                with self.subTest(strategy, values=values), live.Target(
+                        "traps") as process, ubp.attach(
+                        process.pid) as target:
+                    target.probe("exe:step", ubp.Trace(*values),
+                                 strategy=strategy)
+                    for command in "cff":       # it has waited for them
+                        process.ask(command)
+                    events = list(target.events(0.5))
+                    counts = collections.Counter(
+                        event.pid for event in events)
+                    self.assertGreater(counts.pop(process.pid), 200)
+                    self.assertEqual([7, 7, 13, 13], sorted(counts.values()))
+                    self.assertTrue(all(
+                        event.tid == event.pid and event.cpu < 4096
+                        for event in events))
 
     def test_by_pid_tells_children_and_grandchildren_apart(self):
         for strategy in self.strategies():
