@@ -1216,6 +1216,7 @@ class Unwind:
 
     def __init__(self, elf):
         self.elf, self._cies, self._fdes = elf, {}, {}
+        self._block = 0, b""            # what was read last: (vaddr, bytes)
         self._call_sites = {}
         self._budget = MAX_SYMBOLS      # of call sites read, all together
 
@@ -1277,9 +1278,18 @@ class Unwind:
             self._fdes[vaddr] = self._parse(vaddr)
         return self._fdes[vaddr]
 
+    def _read(self, vaddr, size):
+        """Up to size bytes of .eh_frame. Neighbours are asked for next, so
+        a page is read."""
+        start, data = self._block
+        if not start <= vaddr <= start + len(data) - size:
+            data = self.elf.read_vaddr(vaddr, max(size, PAGE))
+            self._block = start, data = vaddr, data
+        return data[vaddr - start:vaddr - start + size]
+
     def _parse(self, vaddr):
         """The Fde at a vaddr of .eh_frame, or None."""
-        parts = self._parts(Cursor(self.elf.read_vaddr(vaddr, 64), vaddr))
+        parts = self._parts(Cursor(self._read(vaddr, 64), vaddr))
         return parts and parts[0]
 
     def _parts(self, cursor):
@@ -1304,10 +1314,10 @@ class Unwind:
 
     def _entry(self, vaddr):
         """A Cursor on a CIE or FDE, which ends where that does."""
-        data = self.elf.read_vaddr(vaddr, 256)
+        data = self._read(vaddr, 256)
         size = 4 + int.from_bytes(data[:4], "little")
         if len(data) < size <= MAX_FRAME_ENTRY:
-            data = self.elf.read_vaddr(vaddr, size)
+            data = self._read(vaddr, size)
         return Cursor(data[:size], vaddr)
 
     def _cie(self, vaddr):
@@ -1447,6 +1457,7 @@ class Functions:
     def __init__(self, elf, tables, unwind):
         self.elf, self.unwind = elf, unwind
         self.ranges, self._n_asked = elf.code_ranges, 0
+        self._sizes = {}                # what size() has found
         self.columns = []               # (table, indices, values), by value
         for table in tables:
             values, order = table.in_code(self.ranges)
@@ -1467,14 +1478,24 @@ class Functions:
         found = []
         for table, order, values in self.columns:
             first = bisect.bisect_left(values, start)
-            last = bisect.bisect_right(values, start)
-            found += [(table, index)
-                      for index in order[first:min(last, first + MAX_ALIASES)]
-                      if self.is_function(table, index)]
+            last = bisect.bisect_right(values, start, first)
+            if first < last:
+                found += [(table, index) for index
+                          in order[first:min(last, first + MAX_ALIASES)]
+                          if self.is_function(table, index)]
         return found
 
     def size(self, start, aliases=None):
         """Bytes of the function at start: by symbol, FDE, or next mark."""
+        if aliases:
+            return self._size(start, aliases)
+        if start not in self._sizes:
+            if len(self._sizes) > 1 << 17:
+                self._sizes.clear()
+            self._sizes[start] = self._size(start)
+        return self._sizes[start]
+
+    def _size(self, start, aliases=None):
         if "_extents" in self.__dict__ and not aliases:
             starts, ends, _ = self._extents
             at = bisect.bisect_left(starts, start)
@@ -8599,6 +8620,7 @@ class Planner:
         self._scans = {}
         self._known = {}            # module -> (starts, Functions), sorted
         self._texts, self._forbidden, self._go = {}, {}, {}
+        self._pages = {}            # vaddr -> the page of memory, for a while
         status = read_status(pid)
         caught = int(status.get("SigCgt", "0"), 16)
         self._catches = sum({mask for signo, mask in _FAULT_SIGNALS
@@ -8670,7 +8692,9 @@ class Planner:
     def settle(self, plans):
         """Plans as they are when all are made: a later one may have taken
         the window of an earlier one into its own. -> [SitePlan]"""
-        return [self._settled(plan) for plan in plans]
+        settled = [self._settled(plan) for plan in plans]
+        self._pages = {}
+        return settled
 
     def _settled(self, plan):
         if plan.parts:
@@ -8830,7 +8854,7 @@ class Planner:
     def keep_only(self, patches):
         """Give back the bytes of every window but those of {…: Patch}."""
         self.taken, self.windows, self._kept = {}, {}, {}
-        self.patches, self._undo = patches, []
+        self.patches, self._undo, self._pages = patches, [], {}
         for patch in patches.values():
             self._add(patch.site.module, patch.window, {
                 insn.vaddr for insn in patch.window.insns}.union(
@@ -8994,6 +9018,16 @@ class Planner:
             self._forbidden[module] = tuple(found)
         return self._forbidden[module]
 
+    def _memory(self, vaddr, size):
+        """The target's memory. Sites that are planned together look at the
+        same pages: each is read once, until settle() or keep_only()."""
+        first, data = vaddr & -PAGE, b""
+        for page in range(first, vaddr + size, PAGE):
+            if page not in self._pages:
+                self._pages[page] = self.read(page, PAGE)
+            data += self._pages[page]
+        return data[vaddr - first:vaddr - first + size]
+
     def _text_before(self, site, window):
         """((vaddr, bytes), …) to be patched, without patches of ubp's own.
 
@@ -9006,7 +9040,7 @@ class Planner:
             self.patches, window) for vaddr, data in patch.old.items()]
         for low, high in window.ranges:
             n_patched = 2 if window.slot and low == window.site else 5
-            memory = self.read(low, max(high - low, n_patched))
+            memory = self._memory(low, max(high - low, n_patched))
             if undo:
                 memory = _overlaid(low, memory, undo)
             old.append((low, memory[:n_patched]))

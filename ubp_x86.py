@@ -3461,8 +3461,11 @@ def _family(analysis, branches):
         return analysis.family
     family, seen = [analysis], {analysis.function.vaddr}
     low = analysis.function.vaddr
+    # What begins within it has an entry there; else its branches are its own.
+    own = range(low, low if analysis.entries else analysis.end)
     for source, target in branches.far(low, analysis.padding_end):
-        if target == low and not branches.is_conditional(source):
+        if (source in own or target == low
+                and not branches.is_conditional(source)):
             continue
         other = branches.function_at(source)
         if (other is None or other.vaddr in seen
