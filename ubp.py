@@ -7158,7 +7158,7 @@ def move_threads(tracer, inside, behind, undo=lambda rip: None):
         goal = inside.get(rip)
         if ubp_x86.will_restart(thread.regs):
             goal = behind.get(rip, goal)
-        back = undo(rip) if goal is None else None
+        back = _way_back(thread, undo, rip) if goal is None else None
         if goal is not None:
             moves.append((thread, ubp_x86.with_program_counter(
                 thread.regs, goal)))
@@ -7169,7 +7169,7 @@ def move_threads(tracer, inside, behind, undo=lambda rip: None):
         left.append(rip if goal is None else goal)
         for vaddr, rip in tracer.signal_frames(thread):
             goal = inside.get(rip)
-            back = undo(rip) if goal is None else None
+            back = _way_back(thread, undo, rip) if goal is None else None
             if goal is not None:
                 frames.append((thread.tid, vaddr, struct.pack("<Q", goal)))
             elif back is not None:
@@ -7182,6 +7182,15 @@ def move_threads(tracer, inside, behind, undo=lambda rip: None):
     for tid, vaddr, data in frames:
         write_memory(tid, vaddr, data)
     return left
+
+
+def _way_back(thread, undo, rip):
+    """The Undo of a thread at rip, or None: it is to be waited for, too, if
+    it is about to have an answer, unless somebody has stopped it."""
+    back = undo(rip)
+    if back is not None and back.is_asking and not thread.group_stop:
+        return None
+    return back
 
 
 def _stack_reader(thread):

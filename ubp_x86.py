@@ -7066,11 +7066,20 @@ def _add_bodies(code, window, insn, parts):
 # has to be undone at an instruction follows from the pushes before it, and
 # any later ubp can read it from the code alone. What it cannot follow has no
 # Undo: a thread there is waited for.
+#
+# The body of a call takes registers from an answer, one after the other, to
+# where they were pushed, and may then return from the function. It can be
+# undone before the first is taken, and behind the last if it returns not.
+# As the thread is about to go on by itself, that is for one that is stopped.
 
 FLAGS_IN_PLACE, FLAGS_IN_AX, FLAGS_IN_AH = 0, -1, -2    # AH: of stays in place
 _LAHF, _SETO_AL, _SAHF = b"\x9f", b"\x0f\x90\xc0", b"\x9e"
 _ADD_AL_7F = b"\x04\x7f"
 _LEA_RSP = re.compile(rb"\x48\x8d(?:\x64\x24(.)|\xa4\x24(....))\Z", re.DOTALL)
+_STORE_RSP = re.compile(        # mov [rsp + displacement], r64: SDM table 2-3
+    rb"[\x48\x4c]\x89(?:[\x04\x0c\x14\x1c\x24\x2c\x34\x3c]\x24|"
+    rb"[\x44\x4c\x54\x5c\x64\x6c\x74\x7c]\x24(.)|"
+    rb"[\x84\x8c\x94\x9c\xa4\xac\xb4\xbc]\x24(....))\Z", re.DOTALL)
 
 
 class Undo(NamedTuple):
@@ -7079,6 +7088,7 @@ class Undo(NamedTuple):
     depth: int = 0          # bytes by which rsp is lower than there
     saved: tuple = ()       # ((register, depth where its value lies), ...)
     flags: int = FLAGS_IN_PLACE     # or in ax, or the depth where ax lies
+    is_asking: bool = False     # it waits for an answer, or has it
 
 
 def ways_back(trampoline, text, site):
@@ -7086,8 +7096,7 @@ def ways_back(trampoline, text, site):
 
     trampoline  Trampoline: its vaddr, its code to the end, its copies
     text        what the window held before it was patched
-    {} if the code is not made of bodies and of copies of that text; a body
-    that may return from the function, as a function answered, is no such.
+    {} if the code is not made of bodies and of copies of that text.
     """
     vaddr, code, copies = trampoline
     found, start = {}, 0
@@ -7119,7 +7128,7 @@ def _undo_copy(code, vaddr, at, insn, found):
 
 def _undo_body(code, vaddr, region, home, found):
     """Follow the ways from the start of a region to its end."""
-    (start, end), seen = region, {}
+    (start, end), seen, ways, taken = region, {}, {}, []
     pending = [(start, Undo(home))]
     while pending:
         at, undo = pending.pop()
@@ -7129,24 +7138,70 @@ def _undo_body(code, vaddr, region, home, found):
             if seen[at] != undo:
                 raise DecodeError("two ways leave two stacks", vaddr + at)
             continue
-        seen[at] = undo
+        seen[at], ways[at] = undo, []
         if at == end:
             continue
         insn = decode(code[at:], vaddr + at)
         after = _undo_after(undo, insn, code[:at])
         if insn.flow in (JMP, JCC):
-            pending.append((insn.target - vaddr, after))
+            ways[at].append(insn.target - vaddr)
         if insn.flow in (NEXT, JCC, SYSCALL):
-            pending.append((at + insn.size, after))
+            ways[at].append(at + insn.size)
+        elif insn.flow == RET and not (undo.depth or undo.saved
+                                       or undo.flags):
+            taken.append(at)
         elif insn.flow != JMP:
             raise DecodeError("%s is of no body" % insn.code.hex(),
                               insn.vaddr)
-    found.update((vaddr + at, undo) for at, undo in seen.items())
+        if _takes_answer(undo, insn):
+            taken.append(at)
+        pending += [(way, after) for way in ways[at]]
+    half = _half_answered(ways, taken)
+    found.update((vaddr + at, undo._replace(is_asking=bool(taken)))
+                 for at, undo in seen.items() if at not in half)
+
+
+def _takes_answer(undo, insn):
+    """Does it store to where a register, or the flags, of the program lie?
+    """
+    stored = _STORE_RSP.match(insn.code)
+    if not stored:
+        return False
+    at = int.from_bytes(stored.group(1) or stored.group(2) or b"", "little",
+                        signed=True)
+    return undo.depth - at in {depth for _, depth in undo.saved} | {
+        undo.flags}
+
+
+def _half_answered(ways, taken):
+    """Where some of an answer is taken, and the rest still to come.
+
+    ways    {at: where it leads};   taken   where a part of it is taken: a
+            register, or the return from the function
+    """
+    back = {}
+    for at, goals in ways.items():
+        for goal in goals:
+            back.setdefault(goal, []).append(at)
+    behind = _reached(ways, [way for at in taken for way in ways[at]])
+    ahead = _reached(back, taken)
+    return behind & ahead | {at for at in taken if not ways[at]}
+
+
+def _reached(ways, pending):
+    """The places that ways lead to from some, those too. -> set"""
+    found = set()
+    while pending:
+        at = pending.pop()
+        if at not in found:
+            found.add(at)
+            pending = pending + list(ways.get(at, ()))
+    return found
 
 
 def _undo_after(undo, insn, before):
     """The Undo behind an instruction."""
-    _, depth, saved, flags = undo
+    _, depth, saved, flags, _ = undo
     opcode, code = insn.form.opcode, insn.code
     reg = opcode & 7 | insn.form.rex << 3 & 8
     moved = _LEA_RSP.match(code)

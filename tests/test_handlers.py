@@ -399,6 +399,38 @@ while True:
                 ubp.clean(process.pid, timeout=PATIENCE)
                 process.quit()
 
+    def test_a_stopped_target_is_taken_out_of_its_call(self):
+        """Whatever was answered, it calls the function, and stays stopped."""
+        for where, changes in ("exe:add", True), ("exe:add%return", False):
+            with self.subTest(where):
+                reached, go = threading.Event(), threading.Event()
+
+                def look(hit):
+                    if changes:
+                        hit.skip(-1)
+                    else:
+                        hit.ret = -1
+                    reached.set()
+                    go.wait(PATIENCE)
+                with attached("1", "1", test=self) as (process, target):
+                    probe = target.probe(where, ubp.Call(look, timeout=60))
+                    process.send("w")
+                    self.assertTrue(reached.wait(PATIENCE))
+                    os.kill(process.pid, signal.SIGSTOP)
+                    self.assertTrue(live.settled(lambda: {"T"} == set(
+                        live.states(process.pid))))
+                    go.set()
+                    probe.remove(PATIENCE)
+                    self.assertEqual([], live.changed_text(process.pid))
+                    self.assertTrue(live.settled(lambda: {"T"} == set(
+                        live.states(process.pid))))
+                    target.close(PATIENCE)
+                    self.assertEqual([], live.arenas(process.pid))
+                    os.kill(process.pid, signal.SIGCONT)
+                    answer = process.answer()
+                    self.assertEqual((42, 0), (answer["sum"], answer["odd"]))
+                    self.assertEqual(0, process.ask("g")["failed"])
+
     def test_a_stopped_tracer_costs_one_time_out(self):
         """Then no hit waits until it is back; all are counted."""
         with live.Target("handlers", "4", "200") as process:
