@@ -21,11 +21,13 @@ the time of one dependent add (see leaf.c).
 import argparse
 import collections
 import contextlib
+import functools
 import json
 import os
 import platform
 import select
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -43,6 +45,57 @@ import servers
 import transparency
 import ubp
 import ubp_x86
+
+
+# ---- rows: the restore after a death ---------------------------------------
+
+ARMED = ("import sys, time\nsys.path.insert(0, %r)\nimport ubp\n"
+         "t = ubp.attach(%d)\np = t.probe(%r, ubp.Count(), strategy='int3', "
+         "timeout=60)\nprint(len(p.sites), flush=True)\ntime.sleep(60)\n")
+
+
+def restore_row(row, where, n_threads, is_quick):
+    """kill -9 of a ubp with int3s: how long until its guardian has put all
+    text back? Beside it until the target is rid of guardian and arena.
+    """
+    text, free = [], []
+    for _ in range(3 if is_quick else 9):
+        with Child(compiled("pause"), str(n_threads), "0") as child:
+            child.ask()
+            with open("/proc/%d/maps" % child.pid) as file:
+                low, high = next([int(word, 16) for word in
+                                  line.split()[0].split("-")]
+                                 for line in file if " r-xp " in line)
+            with open("/proc/%d/mem" % child.pid, "rb", 0) as memory:
+                before = os.pread(memory.fileno(), high - low, low)
+                with Child(sys.executable, "-c", ARMED % (
+                        ROOT, child.pid, where)) as tracer:
+                    n_sites = int(tracer.ask())
+                    began = time.perf_counter()
+                    os.kill(tracer.pid, signal.SIGKILL)
+                    while os.pread(memory.fileno(), high - low,
+                                   low) != before:
+                        time.sleep(0.0005)
+                    text.append(1e3 * (time.perf_counter() - began))
+                while (ubp.tracer_of(child.pid)
+                       or ubp.find_arenas(child.pid)):
+                    time.sleep(0.005)
+                free.append(1e3 * (time.perf_counter() - began))
+            child.ask("gap")
+    ours = statistics.median(text)
+    return Result(row, "restore after kill -9 of ubp: %d int3s, %d threads"
+                  % (n_sites, n_threads), "ms", text, "", (Yardstick(
+                      "until nothing of ubp is in the target",
+                      statistics.median(free),
+                      statistics.median(free) / ours),))
+
+
+RESTORES = collections.OrderedDict(
+    (row, functools.partial(restore_row, row, where, n_threads))
+    for row, where, n_threads in (
+        ("restore-1", "exe:pf_555", 1), ("restore-1-100", "exe:pf_555", 100),
+        ("restore-1000", "exe:pf_*", 1),
+        ("restore-1000-100", "exe:pf_*", 100)))
 
 
 # ---- rows: the pause -------------------------------------------------------
@@ -364,7 +417,9 @@ ROWS.update(actions.ROWS)
 ROWS.update([
     ("pause-1", row_pause_1), ("pause-1000", row_pause_1000),
     ("pause-busy", row_pause_busy), ("arm-10000", row_arm_10000),
-    ("first", row_first),
+    ("first", row_first)])
+ROWS.update(RESTORES)
+ROWS.update([
     ("import", row_import), ("decode", row_decode),
     ("elf-libc", row_elf_libc), ("elf-500k", row_elf_500k),
     ("plan-libc", row_plan_libc), ("plan-python", row_plan_python),
