@@ -9012,7 +9012,8 @@ class Planner:
                     data = all(data) and b"".join(data)[vaddr % PAGE:][:size]
                 return data if data and len(data) == size else None
             self._scans[module] = ubp_x86.BranchScan(
-                text, lambda vaddr: self.function(module, vaddr), read)
+                text, lambda vaddr: self.function(module, vaddr), read,
+                module.elf.type == ET_EXEC)
         return self._scans[module]
 
     def _cancellation(self, module):

@@ -1800,6 +1800,9 @@ RSEQ_SIGNATURE = b"\x53\x30\x05\x53"         # <sys/rseq.h>, RSEQ_SIG
 
 _SP = 4                                      # register number of rsp
 _LONGEST_READ = 64                           # bytes of a zmm register
+_MOST_READ = 128                             # of frstor; the operand of
+# fxrstor and xrstor is longer, but is what fxsave and xsave have written
+_MOST_IMMEDIATE = 4                          # behind a rip-relative operand
 
 # The nops that assemblers pad with (SDM 2B, NOP, table 4-12), and int3.
 _PADDING = re.compile(
@@ -1902,6 +1905,7 @@ class ByteRanges:
 
 _REL32 = ((rb"\xe8", 1), (rb"\xe9", 1), (rb"\x0f[\x80-\x8f]", 2),
           (rb"\xc7\xf8", 2))
+_RIP_MODRM = b"\x05\x0d\x15\x1d\x25\x2d\x35\x3d"     # SDM table 2-7
 _IS_REL8 = bytes(byte >> 4 == 7 or byte >> 2 == 0x38 or byte == 0xeb
                  for byte in range(256))      # jcc; loop, jrcxz; jmp
 _BLOCK = 0x10000
@@ -1925,25 +1929,31 @@ class BranchScan:
                  lets a branch be refuted: it lies inside a function that
                  decodes, and is no instruction of it
     read         vaddr, size -> bytes or None; for jump tables
+    is_absolute  it is not relocated: constants in code may be addresses
 
-    Call, jmp, jcc (rel32) and xbegin are found in the whole module; the
-    first few questions are answered by a pass over the bytes, later ones
-    from a sorted table. Short branches are looked for around the window.
+    Call, jmp, jcc (rel32) and xbegin are found in the whole module, and so
+    is what could be a rip-relative operand; the first few questions are
+    answered by a pass over the bytes, later ones from sorted tables. Short
+    branches are looked for around the window.
     """
 
-    def __init__(self, segments, function_at=None, read=None):
+    def __init__(self, segments, function_at=None, read=None,
+                 is_absolute=False):
+        self.is_absolute = is_absolute
         self.segments = sorted(segments, key=lambda segment: segment[0])
         self.function_at = function_at or (lambda vaddr: None)
         self.read = read or (lambda vaddr, size: None)
         self._base = self.segments[0][0] if self.segments else 0
-        self._table, self._streamed = None, []
-        self._analyses, self._proofs = {}, {}       # by Function.vaddr
+        self._table, self._operands, self._streamed = None, None, []
+        # By Function.vaddr:
+        self._analyses, self._proofs, self._behind = {}, {}, {}
         self.has_rseq = any(_has_rseq(code) for _, code in self.segments)
 
     def forget(self):
         """Let go of the functions' analyses; the table of branches stays."""
         self._analyses.clear()
         self._proofs.clear()
+        self._behind.clear()
 
     def is_executable(self, vaddr):
         """Tell whether vaddr is in one of the segments."""
@@ -1963,51 +1973,100 @@ class BranchScan:
 
     def far(self, low, high):
         """Return [(source, target)] of the rel32 branches only."""
+        found = self._streams(low, high, 0)
+        return self._between(self._table, low, high) if found is None else [
+            branch for branch in found if low <= branch[1] < high]
+
+    def operands(self, low, high):
+        """Return [(vaddr of a displacement, what it leads to)] of all that
+        could be rip-relative operands in [low, high), if no immediate
+        stands behind the displacement; and of _words()."""
+        found = self._streams(low, high, 1)
+        return self._between(self._operands, low, high) if found is None \
+            else [each for each in found if low <= each[1] < high]
+
+    def _streams(self, low, high, which):
+        """Return the branches (0) or operands (1) of a pass over the bytes
+        that has [low, high); None if the sorted tables have them."""
         if self._table is None:
             for first, last, found in self._streamed:
                 if first <= low and high <= last:
-                    return [branch for branch in found
-                            if low <= branch[1] < high]
+                    return found[which]
             if len(self._streamed) < _N_STREAMS:
-                self._streamed.append((low, high, self._stream(low, high)))
-                return self._streamed[-1][2]
-            self._table = self._build()
-        base, table = self._base, self._table
+                first = low - _MOST_READ - _MOST_IMMEDIATE
+                self._streamed.append((first, high,
+                                       self._stream(first, high)))
+                return self._streamed[-1][2][which]
+            self._table, self._operands = self._build()
+        return None
+
+    def _between(self, table, low, high):
+        """Return [(source, target)] of a sorted table."""
+        base = self._base
         first = bisect.bisect_left(table, (low - base) << 32)
         last = bisect.bisect_left(table, (high - base) << 32)
         return [((key & 0xffffffff) + base, (key >> 32) + base)
                 for key in table[first:last]]
 
     def _build(self):
-        """Return the sorted array of target << 32 | source."""
-        base = self._base
+        """Return the sorted arrays of target << 32 | source: of branches,
+        and of operands."""
         last, code = self.segments[-1]
-        span = last + len(code) - base
+        span = last + len(code) - self._base
         if span >= 1 << 31:
-            raise UbpError("scan", "0x%x" % base, "2 GiB of code")
+            raise UbpError("scan", "0x%x" % self._base, "2 GiB of code")
         tail = b"(?=..%s%s)" % (_byte_class(-span, span, 16),
                                 _byte_class(-span, span, 24))
+        branches, operands = (self._sorted(kinds, tail, span) for kinds in (
+            _REL32, [(b"[%s]" % re.escape(_RIP_MODRM), 1)]))
+        words = [(value - self._base << 32) + place - self._base
+                 for place, value in self._words(self._base,
+                                                 self._base + span)]
+        return branches, array.array("q", sorted(operands.tolist() + words)
+                                     ) if words else operands
+
+    def _sorted(self, kinds, tail, span):
+        """Return the array of all that _REL32's like of kinds lead to."""
         keys = []
         for vaddr, code in self.segments:
-            here = vaddr - base
-            for opcode, size in _REL32:
+            here = vaddr - self._base
+            for opcode, size in kinds:
                 pattern = re.compile(opcode + tail, re.DOTALL)
                 starts = [m.start() for m in pattern.finditer(code)]
                 after = here + size + 4
+                # An operand is told by its displacement's place.
+                source = here + (kinds is not _REL32)
                 keys += [(_INT32(code, start + size)[0] + start + after << 32)
-                         + start + here for start in starts]
+                         + start + source for start in starts]
         keys.sort()
         first = bisect.bisect_left(keys, 0)
         return array.array("q", keys[first:bisect.bisect_left(
             keys, span << 32)])
 
+    def _words(self, low, high):
+        """Return [(vaddr, value)] of the 32-bit words at any offset that are
+        vaddrs in [low, high), if a constant or an absolute operand may be
+        one."""
+        found = []
+        if not self.is_absolute:
+            return found
+        pattern = re.compile(b"%s(?=%s)" % (_byte_class(low, high, 16),
+                                            _byte_class(low, high, 24)),
+                             re.DOTALL)
+        for base, code in self.segments:
+            places = [m.start() - 2 for m in pattern.finditer(code, 2)]
+            found += [(base + place, value) for place, value in zip(
+                places, [_UINT32(code, place)[0] for place in places])
+                if low <= value < high]
+        return found
+
     def _stream(self, low, high):
-        """Answer far() by a pass over the bytes, without a table.
+        """Return (branches, operands) in [low, high), without a table.
 
         Within 64 KiB of sources the upper half of a displacement that
         leads to the range takes a few values: bytes.find looks for those.
         """
-        found = []
+        found = [], []
         for base, code in self.segments:
             for start in range(0, len(code), _BLOCK):
                 stop = min(len(code), start + _BLOCK)
@@ -2017,7 +2076,9 @@ class BranchScan:
                                   min(last, 0x7fff) + 1):
                     word = struct.pack("<H", half & 0xffff)
                     _find_rel32(found, base, code, word, start, stop)
-        return [branch for branch in found if low <= branch[1] < high]
+        found[1].extend(self._words(low, high))
+        return tuple([each for each in kind if low <= each[1] < high]
+                     for kind in found)
 
     def _short(self, low, high):
         """Return [(source, target)] of the rel8 branches."""
@@ -2054,19 +2115,42 @@ class BranchScan:
         """Tell whether the bytes at source are proven to be no branch.
 
         They are if a known function covers them, decodes, and has no direct
-        branch there, on any way that control could take in it.
+        branch there, on any way that control could take in it. Or if they
+        lie behind one, and no way leads to them: see _reached_behind().
         """
         function = self.function_at(source)
         if function is None:
             return False
+        sources, covered, _ = self._proved(function)
+        if source < covered:
+            return not _has(sources, source)
+        reached = self._behind_it(function, covered, source)
+        return reached is not None and not any(
+            insn.target is not None
+            and insn.vaddr + insn.opcode_offset == source
+            for insn in reached)
+
+    def _behind_it(self, function, covered, vaddr):
+        """Return _reached_behind(function), made once; None if unknown, or
+        if vaddr is not among these bytes."""
+        if (not covered
+                or vaddr >= function.vaddr + len(function.code)):
+            return None
+        if function.vaddr not in self._behind:
+            self._behind[function.vaddr] = None     # till it is known
+            self._behind[function.vaddr] = self._reached_behind(function)
+        return self._behind[function.vaddr]
+
+    def _proved(self, function):
+        """Return _proof(function), made once."""
         proof = self._proofs.get(function.vaddr)
         if proof is None:
             proof = self._proofs[function.vaddr] = self._proof(function)
-        sources, covered = proof
-        return source < covered and not _has(sources, source)
+        return proof
 
     def _proof(self, function):
-        """Return (sorted sources of branches, end of what they cover)."""
+        """Return (sorted sources of branches, end of what they cover, Insns
+        on ways that enter it in the middle of an instruction)."""
         low, end = function.vaddr, function.vaddr + function.size
         try:
             analysis = self.analysis(function)
@@ -2075,12 +2159,99 @@ class BranchScan:
                 if analysis.is_middle(target)
                 and self._is_branch_of_another(function, source)])
         except RefusalError:
-            return array.array("Q"), 0
+            return array.array("Q"), 0, ()
+        strays = analysis.strays + insns
         if not insns:
-            return analysis.sources, analysis.padding_end
+            return analysis.sources, analysis.padding_end, strays
         return array.array("Q", sorted(analysis.sources.tolist() + [
             insn.vaddr + insn.opcode_offset for insn in insns
-            if insn.target is not None])), analysis.padding_end
+            if insn.target is not None])), analysis.padding_end, strays
+
+    def _reached_behind(self, function):
+        """Return [Insn] of all behind a function, up to the end of its
+        code, that control could come to, or None if unknown.
+
+        These bytes belong to no function: hand-written code keeps its
+        tables and texts there. Control comes to them from the function in
+        front, by a branch, or to where an entry, a relocation or an operand
+        points. From there each way is followed until it leads to no
+        instruction. Nothing is known if the function in front, or one that
+        takes such an address, jumps to what it has computed.
+        """
+        analysis = self.analysis(function)
+        low, end = analysis.end, function.vaddr + len(function.code)
+        starts = [vaddr for vaddr in analysis.function.entries
+                  + analysis.function.words if low <= vaddr]
+        if analysis.last_flow not in _ENDS:
+            starts.append(low)
+        for source, target in self.into(low, end):
+            if not low <= source < end and not self.is_refuted(source):
+                starts.append(target)
+        namers = [function]
+        for place, target in self.operands(low - _MOST_IMMEDIATE, end):
+            if low <= place < end:
+                starts += range(target, target + _MOST_IMMEDIATE + 1)
+                continue
+            operand = self.operand(place, target)
+            namer = self.function_at(place)
+            if operand is None:
+                continue
+            if namer is None or operand.is_unknown:
+                return None
+            if operand.is_address:
+                starts.append(operand.vaddr)
+                namers.append(namer)
+        if any(resolve_jumps(self.analysis(namer), self.read,
+                             self.is_executable).unresolved
+               for namer in namers):
+            return None
+        return _ways_from(starts, low, end, self.read)
+
+    def operand(self, place, target):
+        """Return the _Named of the operand or constant whose four bytes are
+        at place, or None if it is proven that there is none."""
+        function = self.function_at(place)
+        if function is not None:
+            _, covered, strays = self._proved(function)
+            if place < covered:
+                analysis = self.analysis(function)
+                at = bisect.bisect_right(analysis.starts, place) - 1
+                insns = [analysis.insn(at)] + strays
+            else:
+                insns = self._behind_it(function, covered, place)
+            if insns is not None:
+                return next(filter(None, [
+                    _named_at(insn, place - insn.vaddr)
+                    for insn in insns]), None)
+        return _Named(target, _MOST_IMMEDIATE + _LONGEST_READ, True, True)
+
+    def _is_lea(self, place):
+        """Tell whether an operand at place can only be that of a lea."""
+        code = self.read(place - 6, 5) or b""
+        return (code[4:] == b"\x8d" and code[3] & 0xf8 == 0x48
+                and code[0] != 0x62)    # no EVEX prefix, whose last it were
+
+    def use(self, first, high, own=None, low=0):
+        """Return the _Named of what the function own has no part in, and
+        that may read [low, high) or take an address in [first, high);
+        None if there is nothing.
+
+        An address of a function's first byte is taken to be called. One
+        within code may be jumped to.
+        """
+        low = low or first
+        for place, target in self.operands(
+                low - _MOST_READ - _MOST_IMMEDIATE, high):
+            if own is not None and 0 <= place - own.vaddr < own.size:
+                continue
+            if target < first and self._is_lea(place):
+                continue                # most are: pointers to functions
+            named = self.operand(place, target)
+            if named is not None and named.vaddr < high and (
+                    named.is_address and first <= named.vaddr
+                    or low < named.vaddr + named.size):
+                return named
+        return None
 
     def _is_branch_of_another(self, function, source):
         """Tell whether code outside function has this branch.
@@ -2099,6 +2270,68 @@ class BranchScan:
             return True
 
 
+class _Named(NamedTuple):
+    """What an operand leads to."""
+    vaddr: int
+    size: int               # bytes that may be read there, at most
+    is_address: bool        # it may be kept, as that of a lea is
+    is_unknown: bool = False    # it may be any operand, or none
+
+
+def _named_at(insn, offset):
+    """Return the _Named of insn whose four bytes are at offset, or None."""
+    form = insn.form
+    if form.imm_offset == offset and form.imm_size == 4:
+        return _Named(_UINT32(insn.code, offset)[0], 0, True)
+    if form.disp_offset != offset or form.disp_size != 4:
+        return None
+    if insn.rip_relative is not None:
+        return _Named(insn.rip_relative, _read_size(insn),
+                      insn.opcode == 0x8d)
+    # Whatever it is added to: the base of a table, too.
+    return _Named(_UINT32(insn.code, offset)[0], _read_size(insn), True)
+
+
+def _read_size(insn):
+    """Return how many bytes a memory operand of insn has, at most."""
+    page, opcode = insn.opcode >> 8, insn.opcode & 255
+    if opcode == 0x8d and not page:                         # lea
+        return 0
+    if page == 0:                       # far pointers; x87: its whole state
+        return (_MOST_READ if 0xd8 <= opcode <= 0xdf
+                else 10 if opcode == 0xff else 8)
+    if page == 2 and insn.pp != 1 and opcode >= 0xd8:       # key locker, ...
+        return 64
+    return 64 if 0x20 <= page < 0x30 else 32 if page >= 0x10 else 16
+
+
+def _ways_from(starts, low, end, read):
+    """Return [Insn] on all ways from starts, as far as they lead within
+    [low, end). What does not decode ends a way."""
+    found, pending = {}, list(starts)
+    while pending:
+        vaddr = pending.pop()
+        while low <= vaddr < end and vaddr not in found:
+            try:
+                insn = decode(_up_to(read, vaddr, 15), vaddr)
+            except DecodeError:
+                break
+            found[vaddr] = insn
+            if insn.target is not None:
+                pending.append(insn.target)
+            if insn.flow in _ENDS:
+                break
+            vaddr += insn.size
+    return list(found.values())
+
+
+def _up_to(read, vaddr, size):
+    """Return size bytes at vaddr, or as many as there are."""
+    while size and not read(vaddr, size):
+        size -= 1
+    return (read(vaddr, size) if size else None) or b""
+
+
 def _has(vaddrs, vaddr):
     """Tell whether the sorted array holds vaddr."""
     index = bisect.bisect_left(vaddrs, vaddr)
@@ -2106,19 +2339,23 @@ def _has(vaddrs, vaddr):
 
 
 def _find_rel32(found, base, code, word, start, stop):
-    """Append the branches whose displacement's upper half is word.
+    """Append the branches, and operands, whose displacement's upper half is
+    word.
 
     The two bytes are looked for in code[start:stop + 1], the opcode before
-    them: e8, e9, 0f 80-8f, c7 f8.
+    them: e8, e9, 0f 80-8f, c7 f8; or the modrm of a rip-relative operand.
     """
+    branches, operands = found
     at = code.find(word, max(start, 3), stop + 1)
     while at >= 0:
         byte, target = code[at - 3], base + at + 2 + _INT32(code, at - 2)[0]
         if byte in b"\xe8\xe9":
-            found.append((base + at - 3, target))
+            branches.append((base + at - 3, target))
+        elif byte & 0xc7 == 0x05:
+            operands.append((base + at - 2, target))
         elif (byte & 0xf0 == 0x80 and code[at - 4] == 0x0f
               or byte == 0xf8 and code[at - 4] == 0xc7) and at > 3:
-            found.append((base + at - 4, target))
+            branches.append((base + at - 4, target))
         at = code.find(word, at + 1, stop + 1)
 
 
@@ -2169,11 +2406,14 @@ class Analysis:
             function.code, function.size).end()
         self.indirect, data, taken = [], set(), set()
         sources, targets, astray = self._marks(places, data, taken)
-        taken.update(function.entries, [
-            word for word in function.words if not self._is_nothing(word)])
+        words = [word for word in function.words
+                 if not self._is_nothing(word)]
+        taken.update(function.entries)
+        firm = astray + sorted(taken)
+        taken.update(words)
         self.data, self.entries = sorted(data), sorted(
             vaddr for vaddr in taken if low < vaddr < self.padding_end)
-        self.strays = self.follow(astray + self.entries)
+        self.strays = self.follow(firm, words)
         for insn in self.strays:
             if insn.target is not None:
                 sources.append(insn.vaddr + insn.opcode_offset)
@@ -2309,28 +2549,34 @@ class Analysis:
             vaddr += insn.size
         return False
 
-    def follow(self, targets):
+    def follow(self, targets, words=()):
         """Return the Insns from targets until they fall in with the others.
 
         Only targets in the middle of an instruction have any. Raises
-        RefusalError where bytes on the way do not decode.
+        RefusalError where bytes on the way do not decode; not on one from a
+        word of data, as control that came there would fault.
         """
-        low, strays, seen = self.function.vaddr, [], set()
-        pending = [vaddr for vaddr in targets if self.is_middle(vaddr)]
-        while pending:
-            vaddr = pending.pop()
-            while self.is_middle(vaddr) and vaddr not in seen:
-                seen.add(vaddr)
-                at = vaddr - low
-                try:
-                    insn = decode(self.function.code[at:at + 15], vaddr)
-                except DecodeError as error:
-                    raise _unknown(self.function, error) from error
-                strays.append(insn)
-                vaddr += insn.size
-                if insn.target is not None and self.is_middle(insn.target):
-                    pending.append(insn.target)
-        return strays
+        strays = {}
+        for starts, is_word in (targets, False), (words, True):
+            pending = [vaddr for vaddr in starts if self.is_middle(vaddr)]
+            while pending:
+                vaddr = pending.pop()
+                while self.is_middle(vaddr) and vaddr not in strays:
+                    at = vaddr - self.function.vaddr
+                    try:
+                        insn = decode(self.function.code[at:at + 15], vaddr)
+                    except DecodeError as error:
+                        if is_word:
+                            break
+                        raise _unknown(self.function, error) from error
+                    strays[vaddr] = insn
+                    if insn.target is not None and self.is_middle(
+                            insn.target):
+                        pending.append(insn.target)
+                    if insn.flow in _ENDS:
+                        break
+                    vaddr += insn.size
+        return list(strays.values())
 
 
 def analyse(function):
@@ -2629,14 +2875,16 @@ def _run_of_code(vaddr, entry_size, count, read, is_executable):
 
 
 def _refers_into(analysis, low, high, read, is_executable):
-    """Return whether a table that the function names leads to [low, high).
+    """Return whether the function names [low, high), or a table that leads
+    there.
 
     A table is a run of words that are vaddrs of code, or 4-byte ones that
     are relative to its start.
     """
     if analysis.references is None:
-        analysis.references = frozenset(
-            target for name in analysis.names() for size in (8, 4)
+        names = analysis.names()
+        analysis.references = names.union(
+            target for name in names for size in (8, 4)
             for target in _run_of_code(name, size, _N_ENTRIES, read,
                                        is_executable))
     return any(vaddr in analysis.references for vaddr in range(low, high))
@@ -3142,28 +3390,38 @@ def _refuse_data(site, function, limits):
         return                          # it does not decode: nobody knows
     if analysis and analysis.at(site):
         _refuse_unreachable(analysis, site, limits)
-        if _data_in(analysis, site, site + 1):
-            raise RefusalError("data", "the function reads 0x%x as data"
-                               % site, site)
+        if (_data_in(analysis, site, site + 1) or limits.branches.use(
+                site + 1, site + 1, analysis.function, site)):
+            raise RefusalError("data", "0x%x is read as data" % site, site)
 
 
 def _refuse_unreachable(analysis, site, limits):
     """Refuse a site that no way leads to: bytes behind a jump or ret that
     decode may be data of the function, which a patch would change."""
     place, starts = analysis.place(site), analysis.starts
+    branches = limits.branches
     while place > 0 and analysis.forms[place - 1].flow not in _ENDS:
         if starts[place] in analysis.targets:
             return
         place -= 1
     vaddr = starts[place]
     if (place <= 0 or vaddr in analysis.targets
-            or vaddr in analysis.entries or analysis.strays):
+            or vaddr in analysis.function.entries
+            or vaddr in analysis.function.words):
         return
-    for owner in _family(analysis, limits.branches):
+    is_unknown = bool(analysis.strays)
+    for owner in _family(analysis, branches):
         jumps = resolve_jumps(owner, limits.read, limits.is_executable)
-        if jumps.unresolved or vaddr in jumps.targets:
+        if vaddr in jumps.targets:
             return
-    if not limits.branches.entering(vaddr, vaddr + 1):
+        is_unknown |= bool(jumps.unresolved)
+    if branches.entering(vaddr, vaddr + 1):
+        return
+    # What a jump to an unknown place might lead to is code, unless somebody
+    # takes its address or reads it: it may be a table just as well.
+    if (not is_unknown or any(vaddr <= name <= site for name in itertools
+                              .chain(analysis.entries, analysis.data))
+            or branches.use(vaddr, site + 1, analysis.function)):
         raise RefusalError("unreachable", "no way leads to 0x%x: is it data?"
                            % vaddr, site)
 
@@ -3231,6 +3489,8 @@ def _slot(analysis, site, size, limits):
             blocks = [start for start, other, _ in limits.forbidden
                       if start < end and slot < other]
             blocks += (limits.taken.overlap(slot, end) or ())[:1]
+            if not blocks and limits.branches.use(slot, end):
+                blocks.append(slot)
             if slot < site + size and site < end:
                 blocks.append(site)
             if not blocks:
@@ -3445,6 +3705,12 @@ def _refuse_arrivals(analysis, site, end, n_insns, limits):
                                    % target, site)
         if jumps.unresolved and n_insns > 1:
             _refuse_unresolved(analysis, owner, site, end, limits)
+    used = limits.branches.use(site + 1, end, analysis.function, site)
+    if used:
+        raise RefusalError("entry in window" if used.is_address else "data",
+                           "another function %s 0x%x" % (
+                               "takes the address of" if used.is_address
+                               else "reads", used.vaddr), site)
 
 
 _INDIRECT = re.compile(rb"\xff[\xe0-\xe7\x20-\x27\x60-\x67\xa0-\xa7]")

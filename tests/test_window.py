@@ -65,8 +65,29 @@ from .cold, hazard 17 | <@ 55 4889e5 53 c3 >=40 < 85c0 74bd e9b8ffffff > \
                       | branch into window
 .cold, xbegin         | <@ 55 4889e5 53 c3 >=40 < c7f8bbffffff c3 > \
                       | branch into window
-unknown bytes' branch | <@ 55 4889e5 53 c3 >=40  e9bcffffff \
+nobody's bytes        | <@ 55 4889e5 53 c3 >=40  e9bcffffff  | 0+5 3
+ ... fallen into      | <@ 55 4889e5 53 > e9f7ffffff         | branch into window
+ ... behind nops      | <@ 55 4889e5 53 > 9090 e9f5ffffff    | branch into window
+ ... branched to      | <@ 55 4889e5 53 c3 > 06 e9f5ffffff < ebf9 > \
                       | branch into window
+ ... called           | <@ 55 4889e5 53 c3 > 06 e9f5ffffff < e8f6ffffff c3 > \
+                      | branch into window
+ ... beside that      | <@ 55 4889e5 53 c3 > 06 e9f5ffffff < ebf8 > | 0+5 3
+ ... a way leads on   | <@ 55 4889e5 53 c3 > 90 e9f5ffffff < ebf8 > \
+                      | branch into window
+ ... and round        | <@ 55 4889e5 53 c3 > eb02 06 e9f3ffffff 74f9 06 < ebfb > \
+                      | branch into window
+ ... pointed to       | <@ 55 4889e5 53 c3 > 06 ! e9f5ffffff | branch into window
+ ... by a word        | <@ 55 4889e5 53 c3 > 06 ? e9f5ffffff | branch into window
+ ... address taken    | <@ 55 4889e5 53 c3 > 06 e9f5ffffff < 488d05f4ffffff c3 > \
+                      | branch into window
+ ... of a table       | <@ 55 4889e5 53 c3 > 06 e9f5ffffff < 488d05f3ffffff c3 > \
+                      | 0+5 3
+ ... and jumps        | <@ 55 4889e5 53 c3 > 06 e9f5ffffff \
+                        < 488d05f3ffffff 01c0 ffe0 >         | branch into window
+ ... it jumps itself  | <@ 55 4889e5 53 ffe0 > 06 e9f4ffffff | branch into window
+ ... unknown neighbour | <@ 55 4889e5 53 c3 > 06 e9f5ffffff \
+                        < 488d05f3ffffff 06 >                | branch into window
 within an immediate   | <@ 55 4889e5 53 c3 >=40 < b8e9bbffff ff c3 > | 0+5 3
                       ; refuted? the bytes e9 bb ff ff ff at 41 lead to 1
 in a function unknown | <@ 55 4889e5 53 c3 >=40 < b8e9bbffff ff06 06 > \
@@ -123,7 +144,10 @@ nops, unknown jmp     | <@ 31c0 85c0 75fc eb05 9090909090 01c0 ffe0 > \
                       | branch into window
 nops of a neighbour   | <@ 31c0 c3 > < eb05 9090909090 c3 >  | 0+2 1 5
 a word means nothing  | <@ 55 b8 ? 06000000 53 c3 >          | 0+6 2
-a word means a branch | <@ 55 b8 ? eb020606 53 c3 >          | unknown instruction
+a word means a branch | <@ 55 b8 ? eb020606 53 c3 >          | entry in window
+ ... that goes nowhere | <@ 55 4889e5 53 b8 ? 74020606 c3 >  | 0+5 3
+ ... that others take | <@ 55 b8 ! eb020606 53 c3 >          | entry in window
+ ... that runs on     | <@ 55 b8 ! 74020606 53 c3 >          | unknown instruction
 a word may mean code  | <@ 55 b8 ? 90909090 53 c3 >          | entry in window
 a word at an insn     | <@ 55 ? 4889e5 53 c3 >               | entry in window
 a symbol means it     | <@ 55 b8 ! 06000000 53 c3 >          | unknown instruction
@@ -131,6 +155,32 @@ a symbol means it     | <@ 55 b8 ! 06000000 53 c3 >          | unknown instructi
 reads its own bytes   | < 8b0502000000 eb05 @ 9090909090 c3 > | unreachable
 reads what it runs    | < 8b05 00000000 @ b801000000 c3 >    | data
 reads before the site | < 8b05 00000000 90 @ b801000000 c3 > | data
+a neighbour reads it  | <@ b801000000 c3 > < 8b05f5ffffff c3 > | data
+ ... its first byte   | <@ b801000000 c3 > < 8b05f4ffffff c3 > | data
+ ... by a store       | <@ b801000000 c3 > < 8905f4ffffff c3 > | data
+ ... and a constant   | <@ b801000000 c3 > < 803df3ffffff00 c3 > | data
+ ... before it        | <@ b801000000 c3 > < 803debffffff00 c3 > | 0+5 1
+ ... up to it         | < c3 > cccccccccccccc <@ b801000000 c3 > \
+                        < 8b05ecffffff c3 >                  | 8+5 1
+ ... 64 bytes         | < c3 >=38 <@ b801000000 c3 > \
+                        < 62f1fe486f05b8ffffff c3 >           | data
+ ... beyond it        | < c3 > cccccccccccccc <@ b801000000 c3 > \
+                        < 8b05f0ffffff c3 >                  | data
+ ... or may           | <@ b801000000 c3 > < 8b05f4ffffff 06 > \
+                      | entry in window
+ ... within a number  | <@ b801000000 c3 > < b88b05f3ff ff05 ffffffff c3 > \
+                      | 0+5 1
+ ... within another's | <@ b801000000 c3 > < 48b80005f2ffffff0000 c3 > | 0+5 1
+a pointer to it       | <@ b801000000 c3 > < 488d05f3ffffff c3 > | 0+5 1
+ ... into it          | <@ b801000000 c3 > < 488d05f4ffffff c3 > \
+                      | entry in window
+ ... behind it        | <@ b801000000 c3 > < 488d05f8ffffff c3 > | 0+5 1
+slot that is read     | <@ 31c0 c3 > < c3 > 9090909090 < 8b05f5ffffff c3 > \
+                      | too short
+table behind a ret    | < 488d0501000000 c3 @ b801000000 c3 > | unreachable
+ ... or code, a jump  | < 488d0502000000 ffe0 @ b801000000 c3 > | unreachable
+ ... of a neighbour   | < c3 @ b801000000 c3 > < 488d05f3ffffff c3 > \
+                      | unreachable
 its own address       | <@ 488d0502000000 53 4157 c3 >       | 0+7 1
 an address within     | < 488d0502000000 @ 53 4889e5 4157 c3 > | entry in window
 nobody comes          | < eb05 @ 9090909090 c3 >             | unreachable
@@ -203,8 +253,6 @@ class Module:
                 words)
             for place, (vaddr, size, entries, guarded, words)
             in enumerate(functions)]
-        self.data = {}
-
     def read(self, vaddr, size):
         if vaddr < self.vaddr:
             return None
@@ -287,6 +335,30 @@ class RulesTest(unittest.TestCase):
         self.assertEqual(plan_text(module, seccomp=True),
                          "syscall under seccomp")
 
+    def test_where_nothing_is_relocated_a_constant_may_be_an_address(self):
+        for code, expected in (
+                ("<@ b801000000 c3 > < b801000100 c3 >", "entry in window"),
+                ("<@ b801000000 c3 > < b800000100 c3 >", "0+5 1"),
+                ("<@ b801000000 c3 > < 8b042500000100 c3 >",
+                 "entry in window"),
+                ("<@ b801000000 c3 > < 8d042500000100 c3 >", "0+5 1"),
+                ("<@ b801000000 c3 > < 8b042501000100 c3 >",
+                 "entry in window"),
+                ("<@ b801000000 c3 > < 8b04c501000100 c3 >",
+                 "entry in window"),
+                ("<@ 55 4889e5 53 c3 > 06 e9f5ffffff < b807000100 c3 >",
+                 "branch into window")):
+            module = Module(code)
+            scan = x86.BranchScan([(module.vaddr, module.code)],
+                                  module.function_at, module.read, True)
+            with self.subTest(code):
+                try:
+                    window = shown(x86.plan_window(
+                        module.function_at(module.site), module.site, scan))
+                except x86.RefusalError as refusal:
+                    window = refusal.rule
+                self.assertEqual(window, expected)
+
     def test_loads_stay_where_a_handler_may_look(self):
         module = Module("<@ 488b07 85c0 c3 >")
         self.assertEqual(plan_text(module), "0+5 2")
@@ -347,7 +419,7 @@ class BranchScanTest(unittest.TestCase):
         segments = [(0x400000, code), (0x600000, code[:1000])]
         every = sorted(brute_force(segments), key=lambda pair: pair[1])
         table = x86.BranchScan(segments)
-        table._table = table._build()
+        table._table, table._operands = table._build()
         n_found = 0
         for low, size in ((0, 4), (0x8000, 0x400), (0xfff0, 0x20),
                           (0x20000, 0x1000), (len(code) - 9, 99)):
