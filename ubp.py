@@ -6980,10 +6980,15 @@ def _is_zero(tid, low, high):
     return _peek(tid, low, high - low) == bytes(high - low)
 
 
-def processes_in_slack(base, nonce):
-    """The pids of processes that have a slack arena, by fork. -> [pid]"""
-    return [pid for pid in _process_ids() if getattr(unpack_slack(
-        _peek(pid, base, SLACK.size), base), "nonce", None) == nonce]
+def processes_with_nonce(base, nonce):
+    """The pids of processes that have a private arena, by fork. -> [pid]"""
+    found = []
+    for pid in _process_ids():
+        data = _peek(pid, base, HEADER.size) or _peek(pid, base, SLACK.size)
+        header = unpack_slack(data, base) or unpack_header(data)
+        if header is not None and header.nonce == nonce:
+            found.append(pid)
+    return found
 
 
 # -- patching and restoring, with all threads stopped -----------------------
@@ -7245,6 +7250,12 @@ class Change(NamedTuple):
     record: Record
     before: tuple           # records of its earlier trampolines, and of
     #                         those of windows whose place it takes
+
+    def is_in_force(self, tracer):
+        """Does the text of a process lead to one of the earlier ones?"""
+        return any(all(_text_at(tracer, vaddr, len(new)) == new
+                       for vaddr, _, new in record.patches)
+                   for record in self.before)
 
     def lost_ranges(self):
         """Earlier trampolines that come back to what is overwritten."""
@@ -10650,6 +10661,26 @@ class Installer:
                     body.arena, body.record) for body in before[patch]
                     if body.probe in gone}.values():
                 arena.mark_gone(record)
+        self._recompose_in_children(jumps, limit)
+
+    def _recompose_in_children(self, changes, limit):
+        """The same in what has inherited the trampolines before.
+
+        One that cannot follow, as it lacks a later arena or may not be
+        traced, keeps their predecessors, which stay as they are.
+        """
+        inodes = {arena.inode for arena in self.arenas if changes} - {0}
+        for pid in {pid for inode in inodes for pid in processes_with(inode)
+                    } - {self.tracer.tgid}:
+            child = Tracer(pid)
+            try:
+                arm(child, self.arenas, [change for change in changes
+                                         if change.is_in_force(child)],
+                    max(0.1, limit - time.monotonic()))
+            except UbpError as error:
+                self.note("its child %d keeps the probe: %s" % (pid, error))
+            self.tracer.others.append(child)
+            self.tracer.pause_us = max(self.tracer.pause_us, child.pause_us)
 
     def _unused(self, done):
         """The arenas that no probe and no code needs, without patches."""
@@ -14029,7 +14060,8 @@ def _restore_everywhere(tracer, arenas, limit, last_look=lambda: None):
     """Restore a process and all that inherited arenas of it. -> Removal
 
     arenas   [Installed]. Children are found by the inodes of their memfds,
-    to a fixpoint: one may fork while another is restored.
+    or in private memory by what is in it, to a fixpoint: one may fork while
+    another is restored.
     """
     total, seen = Removal(0, 0, 0, 0, (), ()), set()
     pending, inodes = {tracer.tgid: arenas}, {a.inode for a in arenas}
@@ -14056,8 +14088,8 @@ def _restore_everywhere(tracer, arenas, limit, last_look=lambda: None):
                     pending.setdefault(pid, []).extend(
                         a for a in arenas if a.inode == inode)
         for arena in arenas:
-            for pid in (processes_in_slack(arena.base, arena.nonce)
-                        if arena.slack else ()):
+            for pid in (processes_with_nonce(arena.base, arena.nonce)
+                        if not arena.inode else ()):
                 if pid not in seen:
                     pending.setdefault(pid, []).append(arena)
     return total

@@ -1695,6 +1695,33 @@ class Several(Case):
             before.check(self)
             process.quit()
 
+    def test_one_of_two_probes_is_removed_from_children_too(self):
+        """What leads to their common trampoline leads to another then."""
+        n = 4 * 1009
+        for ends_first in False, True:
+            with self.subTest(ends_first), live.Target(
+                    "children", "forks") as process:
+                before = Whole(process.pid)
+                with ubp.attach(process.pid) as target:
+                    one = target.probe("exe:hot", ubp.Count())
+                    two = target.probe("exe:hot", ubp.Count(by="pid"))
+                    pids = [int(pid) for pid in str(
+                        process.ask("f")["children"]).split(",")]
+                    one.remove(PATIENCE)
+                    if not ends_first:
+                        self.assertEqual(0, process.ask("w")["wrong"])
+                        self.assertEqual({pid: 1019 for pid in pids},
+                                         two.read())
+                    self.assertEqual((n, []), (one.read(), target.notes))
+                    target.close(PATIENCE)
+                    if ends_first:
+                        for pid in pids:
+                            self.assertEqual([], live.changed_text(pid))
+                            self.assertEqual([], live.arenas(pid))
+                        self.assertEqual(0, process.ask("w")["wrong"])
+                before.check(self)
+                process.quit()
+
     def test_children_of_a_private_arena_are_found_and_cleaned(self):
         with live.Target("children", "forks") as process:
             before = Whole(process.pid)
@@ -1704,10 +1731,13 @@ class Several(Case):
             self.assertRegex(" ".join(target.notes), "fork.*not counted")
             pids = [int(pid) for pid in str(
                 process.ask("f")["children"]).split(",")]
+            self.assertNotEqual([], live.changed_text(pids[0]))
+            ubp.clean(pids[0], all=True, timeout=PATIENCE)
+            self.assertEqual([], live.changed_text(pids[0]))
             target.close(PATIENCE)
             for pid in pids:
-                ubp.clean(pid, all=True, timeout=PATIENCE)
                 self.assertEqual([], live.changed_text(pid))
+                self.assertEqual([], live.arenas(pid))
             self.assertEqual(0, process.ask("w")["wrong"])
             before.check(self)
             process.quit()
