@@ -5501,7 +5501,7 @@ def tracer_of(tid):
 
 
 _GUARD_CODE = ("import sys; sys.path.insert(0, sys.argv[1]); import ubp; "
-               "ubp.guard(int(sys.argv[2]), int(sys.argv[3]))")
+               "ubp.guard(*map(int, sys.argv[2:]))")
 
 
 def is_guardian(pid):
@@ -9276,7 +9276,7 @@ class RecordForm:
                 return (make(self, columns) if make is not None else
                         self._events(columns))
         new, last, found = tuple.__new__, 6 + self.n_values, []
-        probe, sites, inline = self.probe, self.sites, self.inline
+        probe, sites, inline = self.probe._shown, self.sites, self.inline
         kinds, has_stack = self.kinds, self.stack_size > 0
         for record in self.records.iter_unpack(data):
             _, tsc, tid, cpu, index, faults = record[:6]
@@ -9338,7 +9338,7 @@ class RecordForm:
             map(self.sites.__getitem__, indexes),
             map(self.kinds.__getitem__, indexes),
             zip(*values) if values else itertools.repeat(()),
-            itertools.repeat(()), itertools.repeat(self.probe))))
+            itertools.repeat(()), itertools.repeat(self.probe._shown))))
 
     def _values(self, values, texts, faults):
         """The values with their texts; None if they contradict themselves.
@@ -9581,6 +9581,18 @@ class Patch:
             self.records += other.records
 
 
+def _add_reading(found, site, reading):
+    """Add to {…: (Site, Reading)}; a function of one file is one Site."""
+    module = site.module
+    key = (module.path, module.build_id, site.vaddr - module.low,
+           site.is_return)
+    if key in found:
+        first, before = found[key]
+        found[key] = first, before + reading
+    else:
+        found[key] = site, reading
+
+
 class Probe:
     """One probe: its sites, and what they computed.
 
@@ -9600,6 +9612,9 @@ class Probe:
         self._parts = []            # what holds the sites that take no jump
         self._is_removed = False
         self.error = None           # what its Call's function raised
+        # What it is in children of the target that became other programs:
+        # (its twins there, {…: (Site, Reading)} of those that have ended)
+        self._kin, self._shown = ((), {}), self     # a twin shows as this
 
     def __repr__(self):
         return "<Probe %s: %d sites>" % (self.where, len(self.sites))
@@ -9609,7 +9624,35 @@ class Probe:
             strategy="", window=None, trampoline_size=0, rule=rule, why=why))
 
     def readings(self):
-        """{Site: Reading}, cumulative; also after removal and exit."""
+        """{Site: Reading}, cumulative; also after removal and exit.
+
+        What children of the target did after an exec, where that is
+        followed, is told of the Site in the first program that had it.
+        """
+        twins, past = self._kin
+        own = self._own_readings()
+        if not (twins or past):
+            return own
+        found = collections.OrderedDict()
+        for site, reading in own.items():
+            _add_reading(found, site, reading)
+        for site, reading in past.values():
+            _add_reading(found, site, reading)
+        for twin in twins:
+            for site, reading in twin._own_readings().items():
+                _add_reading(found, site, reading)
+        return collections.OrderedDict(found.values())
+
+    def _inherit(self, twin):
+        """A process has ended: keep what a twin of this has computed."""
+        twins, past = self._kin
+        past = collections.OrderedDict(past)
+        for site, reading in twin._own_readings().items():
+            _add_reading(past, site, reading)
+        self._kin = tuple(each for each in twins if each is not twin), past
+
+    def _own_readings(self):
+        """{Site: Reading} of the target alone."""
         # Without the lock: in a forked child it may be held for ever.
         found = collections.OrderedDict()
         for block in list(self._blocks):
@@ -11467,7 +11510,7 @@ class HardwarePart:
                       "exit" if site.is_return else
                       "hit" if site.offset or is_watch(site) else "entry",
                       values, self._frames(hit, names) if names else (),
-                      probe) for hit, site, values in taken]
+                      probe._shown) for hit, site, values in taken]
 
     def _frames(self, hit, names):
         """The stack of a hit, from the copy of it in the sample."""
@@ -11717,6 +11760,9 @@ _ACTION_EACH_S = 0.1            # looks at what programs do about SIGTRAP
 _IGNORES_SIGTRAP = 3            # exit status of a guardian
 _ASIDE_S = 0.1                  # in which who asked comes
 _LAST_RESORT_S = 3600           # for putting the text back when orphaned
+_MOST_WAITING = 4               # programs that wait for the front end at
+#                                 their entry points; others, in their execs,
+_QUEUE_S = 30                   # for so long, while it serves any
 
 
 _SYNCHRONOUS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL,
@@ -11746,9 +11792,9 @@ class Keeper(Tracer):
                | PTRACE_O_TRACEVFORK | PTRACE_O_TRACECLONE
                | PTRACE_O_TRACEEXEC)
 
-    def __init__(self, tgid, guard):
+    def __init__(self, tgid, ward):
         super().__init__(tgid)
-        self.guard, self.sites = guard, guard.sites
+        self.ward, self.sites = ward, ward.sites
         self.is_leaving = False
         self.blocked = set()        # tids that block SIGTRAP
         self.equipped = set()       # tids whose debug registers are ours
@@ -11784,16 +11830,16 @@ class Keeper(Tracer):
             self._mask.raw = (mask | _TRAP_BIT).to_bytes(8, "little")
             ptrace(PTRACE_SETSIGMASK, tid, 8, ctypes.addressof(self._mask))
         if is_watch_hit:
-            self.guard.n_hits += 1
+            self.ward.n_hits += 1
         elif site.insn is not None:
             self._emulate(tid, regs, site)
         else:
             ptrace(PTRACE_POKEUSER, tid, ubp_x86.PROGRAM_COUNTER_OFFSET,
                    site.goal)
             site.n_hits += 1
-            self.guard.n_hits += 1
-            if site.n_hits - site.n_before > self.guard.max_rate:
-                self.guard.note_rate(regs, site)
+            self.ward.n_hits += 1
+            if site.n_hits - site.n_before > self.ward.max_rate:
+                self.ward.note_rate(regs, site)
         if was_reset:
             self._mend(tid, b"" if is_own else self._info.raw)
             return 0
@@ -11807,10 +11853,10 @@ class Keeper(Tracer):
             return False
         status = ptrace(PTRACE_PEEKUSER, tid, ubp_x86.DEBUG_STATUS)
         ptrace(PTRACE_POKEUSER, tid, ubp_x86.DEBUG_STATUS, 0)
-        hits = [watch for n, watch in enumerate(self.guard.watches)
+        hits = [watch for n, watch in enumerate(self.ward.watches)
                 if status >> n & 1]
         for watch in hits:
-            self.guard.note_hit(self, tid, regs, watch)
+            self.ward.note_hit(self, tid, regs, watch)
         return bool(hits)
 
     def _equip(self, tid, watches):
@@ -11826,7 +11872,7 @@ class Keeper(Tracer):
             (self.equipped.add if watches else self.equipped.discard)(tid)
         except OSError as error:
             if error.errno != errno.ESRCH:
-                self.guard.lacking = error
+                self.ward.lacking = error
 
     def _emulate(self, tid, regs, site):
         """Do what an instruction does that no copy of it could. Where it
@@ -11848,7 +11894,7 @@ class Keeper(Tracer):
         if signo not in _SYNCHRONOUS:
             return
         regs = self.get_regs(tid)
-        home = self.guard.home_of(regs)
+        home = self.ward.home_of(regs)
         ptrace(PTRACE_GETSIGINFO, tid, 0, ctypes.addressof(self._info))
         if home is None or struct.unpack_from("<i", self._info, 8)[0] <= 0:
             return                  # it was sent: kill(2)
@@ -11974,16 +12020,21 @@ class Keeper(Tracer):
             self._note_exec(thread)
             return
         new = message.value
+        if new in self.ward.guard.early:
+            # It has run since, and may have become another program.
+            self.ward.guard.early.discard(new)
+            self.ward.guard.move(new, self.ward)
+            return
         status = read_status(new)
         tgid = int(status.get("Tgid", new))
         if tgid == thread.tgid or event != PTRACE_EVENT_FORK and is_same_mm(
                 thread.tid, new) is not False:
             self.threads.setdefault(new, Thread(new, tgid))
         else:
-            self.guard.adopt(new)
+            self.ward.adopt(new)
 
     def _note_exec(self, thread):
-        """Its text is gone, and our int3s with it: let go.
+        """Its text is gone, and our int3s with it: let go, or follow.
 
         One that vforked before had the text of its parent until now.
         """
@@ -11991,11 +12042,12 @@ class Keeper(Tracer):
                       if t.tgid == thread.tgid and t is not thread]:
             self.threads.pop(other.tid, None)
         self.threads.pop(thread.tid, None)
-        if thread.tgid == self.guard.tgid and self.guard.follows:
-            self.guard.hold()
-        self._resume(thread.tid, PTRACE_DETACH)
+        if self.ward.follows:
+            self.ward.guard.meet(thread.tgid)
+        else:
+            self._resume(thread.tid, PTRACE_DETACH)
         if thread.tgid == self.tgid:
-            self.guard.forget(self)
+            self.ward.forget(self)
 
     # -- in a pause ---------------------------------------------------------
 
@@ -12055,9 +12107,9 @@ class Keeper(Tracer):
     def _free(self, thread):
         """Let it run, traced; for good only when the text is back."""
         if thread.tid in self.equipped if self.is_leaving else (
-                self.guard.watches and thread.tid not in self.equipped):
+                self.ward.watches and thread.tid not in self.equipped):
             self._equip(thread.tid, () if self.is_leaving
-                        else self.guard.watches)
+                        else self.ward.watches)
         if self.is_leaving:
             super()._free(thread)
             return
@@ -12149,166 +12201,49 @@ def n_free_registers(tid, vaddr):
     return len(fds)
 
 
-class Guard:
-    """The guardian's side: ptrace in the main thread, requests by another.
+_CLOCK_BOOTTIME = 7             # <linux/time.h>; time has it since 3.7
 
-    Requests are tuples (name, arguments…); each is answered by ("ok",
-    result) or ("error", class, text, hint).
+
+def _ticks():
+    """Now, as start_time() tells it."""
+    return int(time.clock_gettime(_CLOCK_BOOTTIME)
+               * os.sysconf("SC_CLK_TCK"))
+
+
+def _children_since(tgid, ticks):
+    """The children of a process that began at ticks, or later. -> [pid]"""
+    return [int(word) for tid in thread_ids(tgid) for word in read_proc(
+        "/proc/%d/task/%d/children" % (tgid, tid)).split()
+        if start_time(int(word)) >= ticks]
+
+
+class Ward:
+    """One program that the guardian answers for, and what it has forked.
+
+    keepers   [Keeper], of each process that runs the program
+    is_past   the process with that number runs another one by now; this
+              ward is of those that it had forked before
     """
 
-    def __init__(self, channel, tgid):
-        self.channel, self.tgid = channel, tgid
-        self.host = os.getppid()
+    def __init__(self, guard, tgid):
+        self.guard, self.tgid, self.is_past = guard, tgid, False
+        self.birth = start_time(tgid)
         self.sites, self.arenas, self.keepers = {}, [], []
-        self.n_hits = self._n_pinned = self._cpu = 0
-        self.requests, self.is_over = queue.Queue(), False
+        self.n_hits = self.n_pinned = 0
         self.max_rate, self.too_hot, self.cooled = float("inf"), [], []
         self._copies, self._copy_starts = [], []    # (vaddr, size, Insn)
-        self.is_left = False        # on purpose: the front end has gone
         self._armed = ()            # what do_arm was asked last
-        self._next_look, self.exit_status = 0.0, 0
-        self.follows, self.held = False, None   # what hold_at_entry did
+        self.follows = False        # do the programs it becomes concern us?
+        self._rested = None         # of whom do_rest let go, and when
         self.watches, self.lacking = (), None   # debug registers: do_arm
         self.watched, self.n_watched, self._watch_bytes = [], {}, 0
-        self._status = ctypes.c_int()
 
-    def main(self):
-        """Until the front end says so, or has gone. -> its exit status"""
-        for signo in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT,
-                      signal.SIGTSTP, signal.SIGPIPE):
-            signal.signal(signo, signal.SIG_IGN)
-        signal.signal(signal.SIGURG, lambda *_: None)
-        # By a thread: this one may hold the queue's lock when it comes.
-        signal.signal(signal.SIGTERM, lambda *_: _thread.start_new_thread(
-            self.requests.put, ((_TERMINATE, None),)))
-        signal.signal(STEP_ASIDE, lambda *_: _thread.start_new_thread(
-            self.requests.put, ((_ASIDE, None),)))
-        signal.signal(signal.SIGALRM, lambda *_: None)
-        signal.setitimer(signal.ITIMER_REAL, _ACTION_EACH_S, _ACTION_EACH_S)
-        threading.Thread(target=self._receive, daemon=True,
-                         args=(threading.get_ident(),)).start()
-        while not self.is_over:
-            if self.keepers:
-                self._take_stop()
-            elif self.is_left:
-                break               # all have ended, or are other programs
-            while self.too_hot:
-                self._cool(self.too_hot.pop())
-            self._look_at_actions()
-            if self.is_over:
-                break
-            try:
-                request, taken = self.requests.get(
-                    not self.keepers and not self.is_left)
-            except queue.Empty:
-                continue
-            if taken is not None:
-                taken.set()
-            self._answer(request)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)   # it ends well
-        # The interpreter's end takes the handler away before the timer.
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        return self.exit_status
+    def has_ended(self):
+        """Is its process not there any more?"""
+        return (start_time(self.tgid) != self.birth
+                or not read_maps(memory_tid(self.tgid)))
 
-    def _look_at_actions(self):
-        """Has a program changed what it does about SIGTRAP, since?
-
-        A handler that is new must be known before an int3 meets SIGTRAP
-        blocked. Who ignores it would find the default in its place.
-        """
-        now = time.monotonic()
-        if now < self._next_look or not self.sites:
-            return
-        self._next_look = now + _ACTION_EACH_S
-        for keeper in list(self.keepers):
-            status = read_status(keeper.vm_tid())
-            ignores, catches = (int(status.get(name, "0"), 16) & _TRAP_BIT
-                                for name in ("SigIgn", "SigCgt"))
-            try:
-                if catches and not keeper.action:
-                    keeper.learn_action(1)
-                elif ignores:
-                    self.exit_status = _IGNORES_SIGTRAP
-                    self._abandoned()
-            except UbpError as error:       # the next look asks again
-                log.debug("%s", error)
-
-    def _receive(self, main_thread):
-        """In a thread: requests, which interrupt the wait for stops."""
-        request = True
-        while request:
-            request = self.channel.receive()
-            taken = threading.Event()
-            self.requests.put((request, taken))
-            while not taken.wait(0.002):
-                signal.pthread_kill(main_thread, signal.SIGURG)
-
-    def _answer(self, request):
-        if not request and self.is_left:
-            return
-        if request == _ASIDE:
-            self.step_aside()
-            return
-        if not request or request == _TERMINATE:
-            self._abandoned()
-            if not request:
-                self._take_out_arenas()
-            return
-        try:
-            answer = "ok", getattr(self, "do_" + request[0])(*request[1:])
-        except UbpError as error:
-            answer = ("error", type(error).__name__, str(error), error.hint)
-        try:
-            self.channel.send(answer)
-        except OSError:
-            log.debug("the front end has gone")
-
-    # -- stops --------------------------------------------------------------
-
-    def _take_stop(self):
-        """Wait for a stop, and send the thread on."""
-        tid = _waitpid_any(-1, ctypes.addressof(self._status), WALL)
-        if tid < 0:
-            if ctypes.get_errno() == errno.ECHILD:
-                self.keepers = []
-            return
-        status = self._status.value
-        for keeper in self.keepers:
-            thread = keeper.threads.get(tid)
-            if thread is not None:
-                keeper.step(thread, status)
-                break
-        else:
-            self._take_unknown(tid, status)
-        if self.n_hits - self._n_pinned >= _PIN_EACH:
-            self._follow(tid)
-
-    def _take_unknown(self, tid, status):
-        """The first stop of a thread, before its creator's event."""
-        fields = read_status(tid)
-        tgid = int(fields.get("Tgid", 0))
-        keeper = next((k for k in self.keepers if k.tgid == tgid or any(
-            t.tgid == tgid for t in k.threads.values())), None)
-        if keeper is None and tgid:
-            parent = int(fields.get("PPid", 0))
-            keeper = next((k for k in self.keepers if k.tgid == parent), None)
-            if keeper is None or is_same_mm(parent, tid) is False:
-                keeper = self.adopt(tgid)
-        if keeper is not None:
-            thread = keeper.threads.setdefault(tid, Thread(tid, tgid))
-            keeper.step(thread, status)
-
-    def _follow(self, tid):
-        """Run where the thread that was just stopped runs: a switch to it
-        is then no message to another processor, at five times the cost."""
-        self._n_pinned = self.n_hits
-        fields = read_stat(tid)
-        if len(fields) > 36 and int(fields[36]) != self._cpu:
-            self._cpu = int(fields[36])
-            try:
-                os.sched_setaffinity(0, {self._cpu})
-            except OSError:
-                log.debug("cannot run on processor %d", self._cpu)
+    # -- at stops -----------------------------------------------------------
 
     def note_rate(self, regs, site):
         """A site had more hits than a second may have: since when?"""
@@ -12318,18 +12253,41 @@ class Guard:
         elif vaddr not in self.too_hot:
             self.too_hot.append(vaddr)
 
-    def _cool(self, vaddr):
-        """Take out a site that is hit too often."""
-        found = [arena._replace(records=(record,)) for arena in self.arenas
-                 for record in arena.records if record.site == vaddr]
-        try:
-            for keeper in list(self.keepers) if found else ():
-                restore(keeper, found, 2)
-        except UbpError as error:       # the next hit asks again
-            log.debug("0x%x stays: %s", vaddr, error)
-            return
-        if self.sites.pop(vaddr, None) is not None:
-            self.cooled.append(vaddr)
+    def cool(self):
+        """Take out the sites that are hit too often."""
+        while self.too_hot:
+            vaddr = self.too_hot.pop()
+            found = [arena._replace(records=(record,))
+                     for arena in self.arenas for record in arena.records
+                     if record.site == vaddr]
+            try:
+                for keeper in list(self.keepers) if found else ():
+                    restore(keeper, found, 2)
+            except UbpError as error:       # the next hit asks again
+                log.debug("0x%x stays: %s", vaddr, error)
+                continue
+            if self.sites.pop(vaddr, None) is not None:
+                self.cooled.append(vaddr)
+
+    def look_at_actions(self):
+        """Has a program changed what it does about SIGTRAP, since? -> does
+        one ignore it now?
+
+        A handler that is new must be known before an int3 meets SIGTRAP
+        blocked. Who ignores it would find the default in its place.
+        """
+        for keeper in list(self.keepers) if self.sites else ():
+            status = read_status(keeper.vm_tid())
+            ignores, catches = (int(status.get(name, "0"), 16) & _TRAP_BIT
+                                for name in ("SigIgn", "SigCgt"))
+            try:
+                if catches and not keeper.action:
+                    keeper.learn_action(1)
+                elif ignores:
+                    return True
+            except UbpError as error:       # the next look asks again
+                log.debug("%s", error)
+        return False
 
     def adopt(self, tgid):
         """A process was forked: its text is a copy, int3s included."""
@@ -12348,24 +12306,30 @@ class Guard:
             self.keepers.remove(keeper)
             keeper.close()
 
-    def step_aside(self):
-        """Let another ubp take its jumps out of the target, then go on.
+    def keeper_of(self, tgid):
+        """The Keeper of a process, or of one that shares its memory."""
+        return next((keeper for keeper in self.keepers
+                     if keeper.tgid == tgid or any(
+                         thread.tgid == tgid
+                         for thread in keeper.threads.values())), None)
 
-        What the target has forked is not armed again. If it cannot go on,
-        it ends, and the front end notices.
-        """
-        if not self.keepers:
+    def note_hit(self, keeper, tid, regs, watch):
+        """Keep what is known of a hit of a debug register, while the thread
+        is stopped."""
+        self.n_watched[watch] = self.n_watched.get(watch, 0) + 1
+        vaddr, kind, size, stack_size = watch
+        if stack_size < 0 or self._watch_bytes > _MAX_WATCH_BYTES:
             return
-        try:
-            self.do_rest(5)
-            limit = time.monotonic() + 5
-            time.sleep(_ASIDE_S)
-            while tracer_of(self.tgid) and time.monotonic() < limit:
-                time.sleep(0.002)
-            self.do_arm(*self._armed)
-        except UbpError as error:
-            log.debug("pid %d: %s", self.tgid, error)
-            self.is_over = not self.keepers
+        now = int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e9)
+        stack = _peek(tid, ubp_x86.stack_pointer(regs), stack_size)
+        data = _peek(tid, vaddr, size) if kind != "x" else b""
+        fields = read_stat(tid)
+        self.watched.append((watch, data, (
+            now, tid, keeper.threads[tid].tgid
+            if tid in keeper.threads else keeper.tgid,
+            int(fields[36]) if len(fields) > 36 else 0,
+            ubp_x86.program_counter(regs), bytes(regs), stack)))
+        self._watch_bytes += 512 + len(stack)
 
     # -- requests -----------------------------------------------------------
 
@@ -12374,7 +12338,7 @@ class Guard:
 
         arenas     [(base, nonce, inode, [record as a tuple])]
         max_rate   hits a second; who has more is taken out
-        follows    hold the program that it becomes by exec at its entry
+        follows    tell of what it, and what it forks, becomes by exec
         watches    [(vaddr, "x" or "w" or "rw", size, bytes of the stack that
                    a hit is to hold, or -1 for the number of hits alone)]:
                    debug registers of every thread
@@ -12388,8 +12352,6 @@ class Guard:
         changes = [Change(record, ()) for arena in self.arenas
                    for record in arena.records]
         keeper = Keeper(self.tgid, self)
-        if not (arenas or watches):     # an exec is all that is awaited
-            keeper.options &= ~(PTRACE_O_TRACEFORK | PTRACE_O_TRACEVFORK)
         self.keepers = [keeper]
         try:
             self._learn_sites(keeper)
@@ -12407,6 +12369,7 @@ class Guard:
             raise
         for change in refused:
             self.sites.pop(change.record.site, None)
+        self.take_up()
         return [change.record.site for change in refused], keeper.pause_us
 
     def _learn_sites(self, keeper):
@@ -12442,6 +12405,7 @@ class Guard:
     def do_rest(self, timeout):
         """Put all text back, and let go. -> (stopped, us; processes)"""
         limit, pause_us, n = time.monotonic() + timeout, 0.0, 0
+        when, tgids = _ticks(), []
         while self.keepers:
             keeper = self.keepers[0]
             try:
@@ -12453,32 +12417,46 @@ class Guard:
                 log.debug("%s", error)
             keeper.leave(max(0.5, limit - time.monotonic()))
             pause_us, n = max(pause_us, keeper.pause_us), n + 1
+            tgids.append(keeper.tgid)
             self.forget(keeper)
         self.sites.clear()
+        if self.follows and tgids:
+            self._rested = when, [(tgid, start_time(tgid)) for tgid in tgids]
         return pause_us, n
 
-    def do_stay(self):
-        """Go on without the front end, until the targets end or a SIGTERM.
-        """
-        self.is_left, self.follows = True, False
-
-    def note_hit(self, keeper, tid, regs, watch):
-        """Keep what is known of a hit of a debug register, while the thread
-        is stopped."""
-        self.n_watched[watch] = self.n_watched.get(watch, 0) + 1
-        vaddr, kind, size, stack_size = watch
-        if stack_size < 0 or self._watch_bytes > _MAX_WATCH_BYTES:
+    def take_up(self):
+        """Follow again whom do_rest has let go, and what they have forked
+        since; no int3 is written to these."""
+        rested, self._rested = self._rested, None
+        if rested is None or not self.follows:
             return
-        now = int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e9)
-        stack = _peek(tid, ubp_x86.stack_pointer(regs), stack_size)
-        data = _peek(tid, vaddr, size) if kind != "x" else b""
-        fields = read_stat(tid)
-        self.watched.append((watch, data, (
-            now, tid, keeper.threads[tid].tgid
-            if tid in keeper.threads else keeper.tgid,
-            int(fields[36]) if len(fields) > 36 else 0,
-            ubp_x86.program_counter(regs), bytes(regs), stack)))
-        self._watch_bytes += 512 + len(stack)
+        when, todo = rested
+        seen = {keeper.tgid for keeper in self.keepers}
+        while todo:
+            tgid, birth = todo.pop()
+            if start_time(tgid) != birth or not birth:
+                continue
+            if tgid not in seen:
+                seen.add(tgid)
+                self._seize_again(tgid)
+            todo += [(child, start_time(child))
+                     for child in _children_since(tgid, when)
+                     if child not in seen and not tracer_of(child)]
+
+    def _seize_again(self, tgid):
+        """Trace a process that was, or would have been, traced before."""
+        if self.keepers and (program_identity(tgid)
+                             != program_identity(self.keepers[0].tgid)):
+            self.guard.tell("exec", tgid, None, time.monotonic())
+            return                  # it has become another meanwhile
+        keeper = Keeper(tgid, self)
+        keeper.action = self.keepers[0].action if self.keepers else b""
+        try:
+            arm(keeper, [], [], 1)
+            self.keepers.append(keeper)
+        except UbpError as error:
+            log.debug("not followed any further: %s", error)
+            keeper.close()
 
     def do_watched(self):
         """What debug registers have hit since. -> ([…], {watch: hits})"""
@@ -12486,58 +12464,376 @@ class Guard:
         self.watched, self.n_watched, self._watch_bytes = [], {}, 0
         return found
 
-    def hold(self):
-        """The target is another program, in the stop of its exec."""
-        try:
-            self.held = hold_at_entry(self.tgid), time.monotonic()
-        except (Again, OSError, UbpError) as error:
-            log.debug("it is not held: %s", error)
-            self.held = None, time.monotonic()
-
-    def do_held(self):
-        """What became of the last exec: ((stub, entry) or None, when)."""
-        return self.held
-
-    def do_release(self, timeout):
-        """Have a program that waits for that enter."""
-        held, self.held = self.held, None
-        if held and held[0]:
-            release_at_entry(self.keepers[0] if self.keepers
-                             else Tracer(self.tgid), held[0][0], timeout)
-
     def do_cooled(self):
         """The sites that were taken out since this was last asked."""
         cooled, self.cooled = self.cooled, []
         return cooled
 
-    def do_quit(self, timeout):
+    def rearm(self):
+        """Write once more what do_arm has written before."""
+        if self._armed:
+            self.do_arm(*self._armed)
+
+
+class Guard:
+    """The guardian's side: ptrace in the main thread, requests by another.
+
+    Requests are tuples (name, tgid, arguments…); each is answered by ("ok",
+    result) or ("error", class, text, hint). One process for a target and all
+    that comes of it: an interpreter for each would take longer to start
+    than many a command runs. What becomes another program goes this way:
+
+        guardian                          front end
+        stop of its exec, in a queue      -
+        leads it to a waiting_stub,
+        lets go, tells         ------>    puts its jumps in
+        traces it again        <------    "arm"
+        has it enter           <------    "release"
+
+    If the guardian dies, the kernel lets go whoever is stopped, and the stub
+    of who waits there ends by itself. If the front end does, the guardian
+    sends all on; if it has served nobody for _STUB_WAIT_S, whoever waits.
+    """
+
+    def __init__(self, channel, tgid, news):
+        self.channel, self.tgid, self.news = channel, tgid, news
+        self.host, self._cpu = os.getppid(), 0
+        self.wards = [Ward(self, tgid)]
+        self.requests, self.is_over = queue.Queue(), False
+        self.is_left = False        # on purpose: the front end has gone
+        self._next_look, self.exit_status = 0.0, 0
+        self.stopped = collections.deque()  # (tgid, since) in their execs
+        self.waiting = {}           # {tgid: (its stub or 0, since)}
+        self.served = 0.0           # when the front end has last done one
+        self.early = set()          # tids that stopped before their creators
+        self._status = ctypes.c_int()
+
+    @property
+    def keepers(self):
+        """All of them."""
+        return [keeper for ward in self.wards for keeper in ward.keepers]
+
+    def main(self):
+        """Until the front end says so, or has gone. -> its exit status"""
+        for signo in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT,
+                      signal.SIGTSTP, signal.SIGPIPE):
+            signal.signal(signo, signal.SIG_IGN)
+        signal.signal(signal.SIGURG, lambda *_: None)
+        # By a thread: this one may hold the queue's lock when it comes.
+        signal.signal(signal.SIGTERM, lambda *_: _thread.start_new_thread(
+            self.requests.put, ((_TERMINATE, None),)))
+        signal.signal(STEP_ASIDE, lambda *_: _thread.start_new_thread(
+            self.requests.put, ((_ASIDE, None),)))
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.setitimer(signal.ITIMER_REAL, _ACTION_EACH_S, _ACTION_EACH_S)
+        threading.Thread(target=self._receive, daemon=True,
+                         args=(threading.get_ident(),)).start()
+        while not self.is_over:
+            self._lead()
+            is_idle = not any(ward.keepers for ward in self.wards)
+            if not is_idle:
+                self._take_stop()
+            elif self.is_left:
+                break               # all have ended, or are other programs
+            for ward in self.wards:
+                ward.cool()
+            self._look_at_actions()
+            if self.is_over:
+                break
+            self._bury()
+            try:
+                request, taken = self.requests.get(
+                    is_idle, _ACTION_EACH_S if self.stopped
+                    or len(self.wards) > 1 else None)
+            except queue.Empty:
+                continue
+            if taken is not None:
+                taken.set()
+            self._answer(request)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)   # it ends well
+        # The interpreter's end takes the handler away before the timer.
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return self.exit_status
+
+    def _look_at_actions(self):
+        """Let go of programs that ignore SIGTRAP by now."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _ACTION_EACH_S
+        for ward in list(self.wards):
+            if ward.look_at_actions():
+                if ward.tgid == self.tgid:
+                    self.exit_status = _IGNORES_SIGTRAP
+                    self._abandoned()
+                    return
+                self.tell("note", ward.tgid, "it ignores SIGTRAP now: its "
+                          "int3s are out")
+                ward.do_rest(_STUB_WAIT_S)
+
+    def _receive(self, main_thread):
+        """In a thread: requests, which interrupt the wait for stops."""
+        request = True
+        while request:
+            request = self.channel.receive()
+            taken = threading.Event()
+            self.requests.put((request, taken))
+            while not taken.wait(0.002):
+                signal.pthread_kill(main_thread, signal.SIGURG)
+
+    def _answer(self, request):
+        if not request and self.is_left:
+            return
+        if request == _ASIDE:
+            self.step_aside()
+            return
+        if not request or request == _TERMINATE:
+            self._abandoned()
+            if not request:
+                self._take_out_arenas()
+            return
+        try:
+            answer = "ok", self._do(*request)
+        except UbpError as error:
+            answer = ("error", type(error).__name__, str(error), error.hint)
+        try:
+            self.channel.send(answer)
+        except OSError:
+            log.debug("the front end has gone")
+
+    def _do(self, name, tgid, *arguments):
+        """A request about one program: for its Ward, if not for all."""
+        own = getattr(self, "do_" + name, None)
+        return own(tgid, *arguments) if own is not None else getattr(
+            self.ward(tgid), "do_" + name)(*arguments)
+
+    def ward(self, tgid):
+        """The Ward of the program that a process runs."""
+        for ward in self.wards:
+            if ward.tgid == tgid and not ward.is_past:
+                return ward
+        self.wards.append(Ward(self, tgid))
+        return self.wards[-1]
+
+    def tell(self, *what):
+        """Say to the front end what it did not ask for."""
+        try:
+            self.news.send(what)
+        except OSError:
+            log.debug("the front end has gone")
+
+    # -- stops --------------------------------------------------------------
+
+    def _take_stop(self):
+        """Wait for a stop, and send the thread on."""
+        tid = _waitpid_any(-1, ctypes.addressof(self._status), WALL)
+        if tid < 0:
+            if ctypes.get_errno() == errno.ECHILD:
+                for ward in self.wards:
+                    ward.keepers = []
+            return
+        status = self._status.value
+        for ward in self.wards:
+            for keeper in ward.keepers:
+                thread = keeper.threads.get(tid)
+                if thread is not None:
+                    keeper.step(thread, status)
+                    if not keeper.threads:
+                        ward.forget(keeper)
+                    if ward.n_hits - ward.n_pinned >= _PIN_EACH:
+                        self._follow(ward, tid)
+                    return
+        self._take_unknown(tid, status)
+
+    def _take_unknown(self, tid, status):
+        """The first stop of a thread, before its creator's event."""
+        fields = read_status(tid)
+        tgid = int(fields.get("Tgid", 0))
+        if not tgid:
+            return
+        self.early.add(tid)
+        keeper = next(filter(None, (
+            ward.keeper_of(tgid) for ward in self.wards)), None)
+        if keeper is None:
+            parent = int(fields.get("PPid", 0))
+            keeper = next(filter(None, (
+                ward.keeper_of(parent) for ward in self.wards)), None)
+            if keeper is None:
+                keeper = self.ward(self.tgid).adopt(tgid)
+            elif is_same_mm(parent, tid) is False:
+                keeper = keeper.ward.adopt(tgid)
+        keeper.step(keeper.threads.setdefault(tid, Thread(tid, tgid)), status)
+
+    def move(self, tgid, ward):
+        """A process that was adopted early is a fork of this Ward's program:
+        its parent, as the kernel calls it, need not be its creator."""
+        for keeper in self.keepers:
+            if keeper.tgid == tgid and keeper.ward is not ward and (
+                    keeper.ward.tgid != tgid):
+                keeper.ward.keepers.remove(keeper)
+                keeper.ward, keeper.sites = ward, ward.sites
+                ward.keepers.append(keeper)
+
+    def _follow(self, ward, tid):
+        """Run where the thread that was just stopped runs: a switch to it
+        is then no message to another processor, at five times the cost."""
+        ward.n_pinned = ward.n_hits
+        fields = read_stat(tid)
+        if len(fields) > 36 and int(fields[36]) != self._cpu:
+            self._cpu = int(fields[36])
+            try:
+                os.sched_setaffinity(0, {self._cpu})
+            except OSError:
+                log.debug("cannot run on processor %d", self._cpu)
+
+    def _bury(self):
+        """Forget the programs that no process runs any more."""
+        for ward in [ward for ward in self.wards if not ward.keepers]:
+            if ward.is_past:
+                self.wards.remove(ward)
+            elif ward.tgid != self.tgid and ward.has_ended():
+                self.wards.remove(ward)
+                self.tell("end", ward.tgid)
+
+    # -- programs that follow -----------------------------------------------
+
+    def meet(self, tgid):
+        """A process is another program, in the stop of its exec."""
+        for ward in self.wards:
+            ward.is_past |= ward.tgid == tgid
+        self.stopped.append((tgid, time.monotonic()))
+
+    def _lead(self):
+        """Lead programs to their entry points, as many as the front end
+        can serve before they go on by themselves; the others stay stopped.
+        """
+        now = time.monotonic()
+        for tgid, (_, since) in list(self.waiting.items()):
+            if now - since > 2 * _STUB_WAIT_S:
+                del self.waiting[tgid]
+        while self.stopped:
+            tgid, since = self.stopped[0]
+            is_late = (now - max(since, self.served) > _STUB_WAIT_S
+                       or now - since > _QUEUE_S)
+            if len(self.waiting) >= _MOST_WAITING and not is_late:
+                return
+            self.stopped.popleft()
+            held = None
+            try:
+                held = None if is_late else hold_at_entry(tgid)
+            except (Again, OSError, UbpError) as error:
+                log.debug("pid %d is not held: %s", tgid, error)
+            self.waiting[tgid] = held[0] if held else 0, time.monotonic()
+            self._detach(tgid)
+            self.tell("exec", tgid, held, time.monotonic())
+
+    def _detach(self, tgid):
+        try:
+            ptrace(PTRACE_DETACH, tgid)
+        except OSError as error:
+            log.debug("pid %d has ended: %s", tgid, error)
+
+    def do_release(self, tgid, timeout):
+        """Have a program that waits for that enter."""
+        self.served = time.monotonic()
+        stub, _ = self.waiting.pop(tgid, (0, 0))
+        if stub:
+            keepers = [k for k in self.ward(tgid).keepers if k.tgid == tgid]
+            release_at_entry(keepers[0] if keepers else Tracer(tgid), stub,
+                             timeout)
+
+    def do_unfollow(self, _, timeout):
+        """What becomes another program from now on is let go."""
+        limit = time.monotonic() + timeout
+        for ward in self.wards:
+            ward.follows = False
+        while self.stopped:
+            self._detach(self.stopped.popleft()[0])
+        for tgid in list(self.waiting):
+            try:
+                self.do_release(tgid, max(0.5, limit - time.monotonic()))
+            except UbpError as error:       # it goes on by itself
+                log.debug("%s", error)
+        self.tell("over")
+
+    # -- requests -----------------------------------------------------------
+
+    def step_aside(self):
+        """Let another ubp take its jumps out of the target, then go on.
+
+        Int3s are not written again to what the target has forked. If it
+        cannot go on, it ends, and the front end notices.
+        """
+        wards = [ward for ward in self.wards if ward.keepers]
+        try:
+            for ward in wards:
+                ward.do_rest(5)
+            limit = time.monotonic() + 5
+            time.sleep(_ASIDE_S)
+            while wards and tracer_of(self.tgid) and (
+                    time.monotonic() < limit):
+                time.sleep(0.002)
+            for ward in wards:
+                ward.rearm()
+        except UbpError as error:
+            log.debug("pid %d: %s", self.tgid, error)
+            self.is_over = not self.keepers
+
+    def do_rest(self, tgid, timeout):
+        """Let go of a program, also of what it had forked as another."""
+        done = [ward.do_rest(timeout) for ward in list(self.wards)
+                if ward.tgid == tgid]
+        return max([us for us, _ in done] + [0.0]), sum(n for _, n in done)
+
+    def do_arm(self, tgid, *arguments):
+        """Guard a program; take up what it had forked as another, too."""
+        done = self.ward(tgid).do_arm(*arguments)
+        for ward in self.wards:
+            if ward.tgid == tgid and ward.is_past:
+                ward.take_up()
+        return done
+
+    def do_drop(self, tgid, timeout):
+        """Let go of a program for good."""
+        self.do_rest(tgid, timeout)
+        self.wards = [ward for ward in self.wards if ward.tgid != tgid]
+
+    def do_stay(self, tgid):
+        """Go on without the front end, until the targets end or a SIGTERM.
+        """
+        self.do_unfollow(tgid, 5)
+        self.is_left = True
+
+    def do_quit(self, tgid, timeout):
         """Put the text back, let go, and end."""
-        done = self.do_rest(timeout)
+        done = self.do_rest(tgid, timeout)
+        while self.keepers:
+            for ward in list(self.wards):
+                ward.do_rest(timeout)
         self.is_over = True
         return done
 
     def _abandoned(self):
         """The front end has gone: take everything out, however long."""
         self.is_over = True
-        limit, self.follows = time.monotonic() + _LAST_RESORT_S, False
-        try:
-            self.do_release(5)
-        except UbpError as error:
-            log.debug("%s", error)
+        limit = time.monotonic() + _LAST_RESORT_S
+        self.do_unfollow(0, 5)
         while self.keepers and time.monotonic() < limit:
             try:
-                self.do_rest(5)
+                for ward in list(self.wards):
+                    ward.do_rest(5)
             except UbpError as error:
                 log.debug("%s", error)
-                for keeper in list(self.keepers):
+                for keeper in self.keepers:
                     keeper.run(0.05)
 
     def _take_out_arenas(self):
         """What the front end has left, if nobody else is there too."""
-        owners = [view.header.owner_pid for view in find_arenas(self.tgid)
-                  if view.header is not None]
-        if owners and set(owners) == {self.host}:
-            clean(self.tgid, all=True)
+        for tgid in {ward.tgid for ward in self.wards}:
+            owners = [view.header.owner_pid for view in find_arenas(tgid)
+                      if view.header is not None]
+            if owners and set(owners) == {self.host}:
+                clean(tgid, all=True)
 
 
 class Channel:
@@ -12575,12 +12871,12 @@ class Channel:
         return pickle.loads(data) if data else None
 
 
-def guard(fd, tgid):
+def guard(fd, news_fd, tgid):
     """The guardian's main function; see Guardian."""
     import socket
     gc.disable()
-    sock = socket.socket(fileno=fd)
-    sys.exit(Guard(Channel(sock), tgid).main())
+    sys.exit(Guard(Channel(socket.socket(fileno=fd)), tgid, Channel(
+        socket.socket(fileno=news_fd))).main())
 
 
 class GuardianGone(ProbeError):
@@ -12588,37 +12884,55 @@ class GuardianGone(ProbeError):
 
 
 class Guardian:
-    """The front end's side: starts the guardian of a target, and asks it."""
+    """The front end's side: starts the guardian of a target, and asks it.
 
-    def __init__(self, tracer):
+    news   Channel of what it tells by itself: Guard.tell
+    """
+
+    def __init__(self, tracer, shared=None):
+        """shared   the Guardian of the target that this is a child of"""
+        self.tracer, self.is_armed = tracer, False
+        self.is_shared = shared is not None
+        if self.is_shared:
+            self.process, self._lock = shared.process, shared._lock
+            self.channel, self.news = shared.channel, shared.news
+            return
         import socket
-        import subprocess
-        self.tracer, self._lock = tracer, threading.Lock()
-        self.is_armed = False
-        ours, theirs = socket.socketpair()
-        folder = os.path.dirname(os.path.abspath(__file__))
+        self._lock = threading.Lock()
+        ours, theirs = zip(socket.socketpair(), socket.socketpair())
         try:
-            # A session of its own: the Ctrl-C that ends us is not for it.
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-c", _GUARD_CODE, folder,
-                 str(theirs.fileno()), str(tracer.tgid)],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, cwd="/",
-                pass_fds=(theirs.fileno(),), start_new_session=True)
+            self._start([sock.fileno() for sock in theirs])
         except (OSError, TypeError) as error:
-            ours.close()
+            for sock in ours:
+                sock.close()
             raise ProbeError("start a guardian for", tracer.name(),
                              str(error), "int3 needs a process of its own")
         finally:
-            theirs.close()
-        self.channel = Channel(ours)
+            for sock in theirs:
+                sock.close()
+        self.channel, self.news = map(Channel, ours)
+
+    def _start(self, fds):
+        import subprocess
+        folder = os.path.dirname(os.path.abspath(__file__))
+        # A session of its own: the Ctrl-C that ends us is not for it.
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _GUARD_CODE, folder]
+            + ["%d" % n for n in fds + [self.tracer.tgid]],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, cwd="/", pass_fds=fds,
+            start_new_session=True)
 
     def call(self, *request, **options):
-        """Send a request. -> its result. Raises what it raised there."""
+        """Send a request about the target. -> its result
+
+        Raises what it raised there.
+        """
         with self._lock:
-            self.channel.sock.settimeout(options.get("timeout", 5) + 30)
             try:
-                self.channel.send(request)
+                self.channel.sock.settimeout(options.get("timeout", 5) + 30)
+                self.channel.send((request[0], self.tracer.tgid)
+                                  + request[1:])
                 answer = self.channel.receive()
             except OSError:
                 answer = None
@@ -12638,6 +12952,8 @@ class Guardian:
     def stay(self):
         """Leave it alone with its int3s: it ends with the target, or by a
         SIGTERM, of clean()."""
+        if self.is_shared:
+            return                  # that is for the one who started it
         self.call("stay")
         self.channel.sock.close()
         # Our child, while we live: it must not stay as a zombie.
@@ -12648,14 +12964,30 @@ class Guardian:
         """Was it killed?"""
         return self.process.poll() is not None
 
+    def read_news(self, seconds):
+        """What it tells, or None: nothing within so many seconds."""
+        poll = select.poll()
+        try:
+            poll.register(self.news.sock.fileno(), select.POLLIN)
+            if poll.poll(1e3 * seconds):
+                return self.news.receive()
+        except (OSError, ValueError) as error:
+            log.debug("no news: %s", error)     # it was closed
+        return None
+
     def close(self, timeout=5):
-        """Have the text put back, and the guardian end."""
+        """Have the text put back, and the guardian, if it is for this
+        target alone, end."""
+        if self.is_shared:
+            self.call("drop", timeout, timeout=timeout)
+            return
         try:
             self.call("quit", timeout, timeout=timeout)
         except GuardianGone as error:
             log.debug("%s", error)
         finally:
             self.channel.sock.close()
+            self.news.sock.close()
             try:
                 self.process.wait(5)
             except Exception as error:      # stopped, or reaped by the host
@@ -12701,8 +13033,9 @@ _MAX_LIBRARIES = 10000
 _LOOK_EACH_S = 0.05
 _SHORT_LIST = 40            # libraries; a longer list is not read whole each
 _LOOK_WHOLE = 10            # time, but each so many times
+_MOST_TOLD = 20             # notes on children
 _RATE_EACH = 4              # looks, from one look at rates to the next
-_LOOKS_AT_EXEC = 10         # for each look at libraries, to follow an exec
+_LOOKS_AT_OTHERS = 20       # that find an exec of which no guardian tells
 
 
 class LinkMap:
@@ -12778,24 +13111,32 @@ class LibraryWatcher:
 
     def __init__(self, target, link_map):
         self._target, self.link_map = target, link_map
-        self._is_over = threading.Event()
-        self._each = target._follows and _LOOKS_AT_EXEC or 1
-        self._thread = threading.Thread(
-            target=self._run, daemon=True,
-            name="ubp-libraries-%d" % target.pid)
-        self._thread.start()
+        self._is_over, self._n_other = threading.Event(), 0
+        self._n, self._thread = 0, None
+        if target._parent is None:      # else it is the Follower that looks
+            self._thread = threading.Thread(
+                target=self._run, daemon=True,
+                name="ubp-libraries-%d" % target.pid)
+            self._thread.start()
 
     def _run(self):
-        n = 0
-        while not self._is_over.wait(_LOOK_EACH_S / self._each):
-            n += 1
-            if self._target._has_become():
-                self._locked(self._target._meet_exec)
-            elif n % self._each == 0:
-                self._look(n // self._each)
+        while not self._is_over.wait(_LOOK_EACH_S):
+            self.look()
+
+    def look(self):
+        """Look at all that may have changed; at some of it more rarely."""
+        self._n += 1
+        if not self._target._has_become():
+            self._n_other = 0
+            self._look(self._n)
+            return
+        # A guardian tells in the instant of an exec, if it was there.
+        self._n_other += 1
+        if not self._target._follows or self._n_other > _LOOKS_AT_OTHERS:
+            self._locked(self._target._meet_exec)
 
     def _look(self, n):
-        """The n-th look at everything else."""
+        """The n-th look, where the program is the same."""
         guardian = self._target._guardian
         if guardian is not None and guardian.has_ended():
             self._locked(self._target._rescue)
@@ -12807,6 +13148,7 @@ class LibraryWatcher:
             self._locked(self._target._look_for_libraries)
         elif n % _LOOK_WHOLE == 0:
             self._locked(self._target._look_at_text)
+            self._target._look_at_children()
 
     def _locked(self, function, *args):
         """Call it, unless we are to end: who stops us holds the lock."""
@@ -12823,7 +13165,203 @@ class LibraryWatcher:
     def stop(self):
         """End the thread. The caller holds the target's lock."""
         self._is_over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+class Follower:
+    """Has what the children of a target become probed as it is itself.
+
+    One thread does what the guardian tells, one thing after the other: an
+    exec, of the target, too, and the end of a child with all it has forked.
+    Invariant: whoever waits at its entry point is sent on, whatever fails.
+
+    children   {pid: Target}, of those that are there
+    """
+
+    def __init__(self, target):
+        self.target, self.children = target, {}
+        self.lock = threading.RLock()
+        self.n_programs = self.n_probed = 0     # that children have become
+        self.missed = collections.Counter()     # {what else to say: of these}
+        self._ended = set()         # inodes of arenas of children that ended
+        self._n_told = 0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, daemon=True, name="ubp-follow-%d" % target.pid)
+        self._thread.start()
+
+    def _run(self):
+        next_look = 0.0
+        while True:
+            guardian = self.target._guardian
+            news = guardian and guardian.read_news(_LOOK_EACH_S)
+            if news:
+                getattr(self, "_take_" + news[0])(guardian, *news[1:])
+            elif self._is_over.is_set():
+                return
+            elif guardian is None or guardian.has_ended():
+                self._is_over.wait(_LOOK_EACH_S)
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + _LOOK_EACH_S
+                self._look()
+
+    # -- what the guardian tells --------------------------------------------
+
+    def _take_exec(self, guardian, pid, held, when):
+        """A process has become another program.
+
+        held   (stub, entry): it waits in a waiting_stub; else None
+        """
+        if self._is_over.is_set():
+            return                  # the guardian sends it on
+        mine = Guardian(Tracer(pid), guardian)
+        try:
+            if pid == self.target.pid:
+                self._meet_own(held, when)
+            else:
+                with self.lock:
+                    self._meet(pid, held, when)
+        except (OSError, UbpError) as error:
+            self._miss("not probed: " + getattr(error, "why", str(error)))
+            log.debug("pid %d is not probed: %s", pid, error)
+            self.children.pop(pid, None)
+        finally:
+            try:
+                mine.call("release", 5, timeout=5)
+            except UbpError as error:   # it has ended, or enters by itself
+                log.debug("%s", error)
+
+    def _meet_own(self, held, when):
+        """The target has. Who closes it holds its lock, and waits for us."""
+        while not self.target._lock.acquire(timeout=0.01):
+            if self._is_over.is_set():
+                return
+        try:
+            self.target._meet_exec(held, when)
+        finally:
+            self.target._lock.release()
+
+    def _meet(self, pid, held, when):
+        child = self.children.get(pid)
+        self.n_programs += 1
+        why = _unfit_to_follow(pid)
+        if why and child is not None:
+            self._take_end(None, pid)
+        if why:
+            self._miss("not probed: " + why)
+            return
+        if child is not None:
+            child._meet_exec(held, when)
+        else:
+            child = self.children[pid] = Target(pid, parent=self.target)
+            with child._lock:
+                child._enter(held)
+        is_probed = any(map(_n_armed, child._probes))
+        self.n_probed += is_probed
+        if is_probed and not held:
+            self._miss("late: what they called before is not counted")
+        if not child._follows:
+            self._miss("traces others: what it starts is left alone")
+        self._tell(child)
+
+    def _miss(self, what):
+        if len(self.missed) < _MOST_TOLD or what in self.missed:
+            self.missed[what] += 1
+
+    def _take_end(self, _, pid):
+        """No process runs any more what a child had become."""
+        with self.lock:
+            child = self.children.get(pid)
+            if child is not None:
+                self._ended.update(child._bury(self.children))
+                self._tell(child)
+
+    def _take_note(self, _, pid, text):
+        self._note("pid %d (%s): %s" % (pid, comm(pid), text))
+
+    def _take_over(self, _):
+        """It tells nothing more."""
+
+    def _tell(self, child):
+        """Pass on what the user should know of a child."""
+        for note in child.notes:
+            self._note("%s: %s" % (child._tracer.name(), note))
+        child.notes = []
+
+    def _note(self, text):
+        if self._n_told < _MOST_TOLD:
+            self._n_told += 1
+            self.target._note(text)
+
+    def _look(self):
+        """What the LibraryWatcher of a target does, for all children."""
+        for child in list(self.children.values()):
+            if self._is_over.is_set():
+                return
+            if child._watcher is not None:
+                child._watcher.look()
+                self._tell(child)
+
+    # -- what the target asks -----------------------------------------------
+
+    def add(self, probe, timeout):
+        """Put a probe that is new into the children that are there."""
+        with self.lock:
+            for child in list(self.children.values()):
+                try:
+                    with child._lock:
+                        child._add(probe, timeout)
+                except UbpError as error:
+                    log.debug("%s", error)
+
+    def remove(self, probes, timeout):
+        """Take probes out of the children. -> Removal"""
+        total = Removal(0, 0, 0, 0, (), ())
+        with self.lock:
+            for child in self.children.values():
+                before, child.removal = child.removal, total
+                twins = [twin for probe in probes for twin in
+                         probe._kin[0] if twin._target is child]
+                child._remove(twins, timeout)
+                total, child.removal = child.removal, before
+        return total
+
+    def stop(self):
+        """Have the guardian follow no more, and the thread end."""
+        if self._is_over.is_set():
+            return
+        self._is_over.set()
+        guardian = self.target._guardian
+        try:
+            if guardian is not None:
+                guardian.call("unfollow", 5, timeout=5)
+        except UbpError as error:
+            log.debug("%s", error)
         self._thread.join()
+        self._note_words()
+
+    def close(self, timeout):
+        """Take the probes out of all children. -> Removal"""
+        total = Removal(0, 0, 0, 0, (), ())
+        for child in list(self.children.values()):
+            child.close(timeout)
+            total += child.removal
+            self._ended.update(child._bury(self.children))
+        # Who escaped the guardian, as by CLONE_UNTRACED, has them still.
+        for pid in processes_with(*self._ended) if self._ended else ():
+            total += clean(pid, timeout=timeout)    # they are marked as left
+        self._ended.clear()
+        return total
+
+    def _note_words(self):
+        """Say what became of the children, in a line."""
+        text = "its children became %s, %d of them with probes" % (
+            plural(self.n_programs, "other program"), self.n_probed)
+        for why, n in self.missed.most_common(3):
+            text += "; %d %s" % (n, why)
+        if self.n_programs:
+            self.target._note(text)
 
 
 # ---- 10  Library ----------------------------------------------------------
@@ -12836,6 +13374,7 @@ class LibraryWatcher:
 
 _LAST_WAIT_S = 10.0     # for transfers, when the interpreter ends
 _MARGIN_S = 30          # behind the time-out of a job of the worker
+_YOUNG_NS = 2 * 10**6   # that an event of another process may come late
 
 
 class Worker:
@@ -12972,8 +13511,10 @@ class Removal(NamedTuple):
 class Target:
     """A process under observation; from attach() or launch()."""
 
-    def __init__(self, pid, process=None, follows=False):
+    def __init__(self, pid, process=None, follows=False, parent=None):
         self.pid, self.comm = pid, comm(pid)
+        self._parent = parent       # Target that this has become a child of
+        self._follower = None       # of what children become: Follower
         self.notes = []
         self.removal = Removal(0, 0, 0, 0, (), ())
         self._process = process     # _Child, if we launched it
@@ -12986,13 +13527,19 @@ class Target:
         self._watcher = None        # of libraries that come and go
         self._n_looked = 0          # sites whose text was looked at again
         self._gone_modules = []
-        self._follows = follows     # the programs that it becomes by exec
+        # The programs that it, and what it forks, become by exec.
+        self._follows = follows or parent is not None
         self._identity = b""        # of the program that it is
         self._is_other = False      # than the one that was attached to
         self._is_kept = False       # launched, at its entry point, by SIGSTOP
         self._max_rate = float("inf")       # of hits by int3 or hw
         self._fetching = threading.Lock()
         self._rates = {}            # {(HardwarePart, Site): hits before}
+        self._merging = threading.Lock()    # of what comes next
+        self._ended_events = []     # of children that are not there any more
+        self._young_events = []     # that another process may have before
+        self._began, self._has_told = _ticks(), False
+        self._worst_pause_us = 0.0  # of children that are not there any more
 
     def _begin(self, tracer):
         """What is known of one program; an exec makes all of it void."""
@@ -13028,7 +13575,13 @@ class Target:
         """The longest pause so far, microseconds: from the first interrupt
         to the release of the last thread. No thread stood still for longer,
         children included that inherited the probes."""
-        return self._tracer.pause_us
+        return max([self._tracer.pause_us, self._worst_pause_us] + [
+            child.pause_us for child in self._children()])
+
+    def _children(self):
+        """The Targets that its children are, those that are there."""
+        return list(self._follower.children.values()) if (
+            self._follower is not None) else []
 
     @property
     def alive(self):
@@ -13173,6 +13726,8 @@ class Target:
             if not (probe.sites or self._follows):
                 raise _none_armed(where, probe.refused, probe._remedy)
             self._look_after(probe)
+            if self._follower is not None:
+                self._follower.add(probe, timeout)
             return probe
 
     def _look_after(self, probe):
@@ -13187,6 +13742,8 @@ class Target:
         if self._watcher is None:
             self._watcher = LibraryWatcher(self, LinkMap(
                 self.pid, self._read, self._get_modules()))
+        if self._follows and self._parent is None and self._follower is None:
+            self._follower = Follower(self)
 
     def _give_up(self, probe, timeout):
         """Some of a probe could not be armed: its debug registers go, too."""
@@ -13310,7 +13867,7 @@ class Target:
                            "counted")
         for arena in self._installer.arenas:
             if not (_is_mapped_still(self._tracer, arena)
-                    or self._has_become()) and any(
+                    or self._has_become() or not self.alive) and any(
                         self._text_of(patch) == patch.records[-1][1]
                         .patches[-1][2] for patch in patches
                         if patch.records[-1][0] is arena):
@@ -13321,6 +13878,19 @@ class Target:
         """What is now where the last bytes of a patch are, or None."""
         vaddr, _, new = patch.records[-1][1].patches[-1]
         return _text_at(self._tracer, vaddr, len(new))
+
+    def _look_at_children(self):
+        """Say once that a child became another program, if one is seen."""
+        if self._follows or self._has_told or self._parent is not None:
+            return
+        for pid in _children_since(self.pid, self._began):
+            now = program_identity(pid)
+            if now and self._identity and now != self._identity:
+                self._has_told = True
+                self._note("its child %d (%s) became another program (exec), "
+                           "which is not probed: --follow-exec does that"
+                           % (pid, comm(pid)))
+                return
 
     def _forget(self, module):
         """A library is gone, with the windows in it: nothing is written."""
@@ -13349,14 +13919,21 @@ class Target:
         now = self._identity and program_identity(self.pid)
         return bool(now) and now != self._identity
 
-    def _meet_exec(self, timeout=5):
-        """It became another program, and what was in the old one is gone."""
+    def _meet_exec(self, held=None, when=None, timeout=5):
+        """It became another program, and what was in the old one is gone.
+
+        held   (stub, entry): the guardian has led it to a waiting_stub
+        when   it was let go, time.monotonic()
+        """
         with self._lock:
             if self._is_closed or not self._has_become():
                 return
-            held, when = None, time.monotonic()
+            when = time.monotonic() if when is None else when
             if self._guardian is not None:
-                held, when = self._guardian.call("held") or (None, when)
+                try:                # let go of what it had forked before
+                    self._guardian.call("rest", timeout, timeout=timeout)
+                except UbpError as error:
+                    log.debug("%s", error)
                 self._guardian.is_armed = False
             n_gone = sum(map(_n_armed, self._probes))
             self._drop_program(timeout)
@@ -13413,32 +13990,121 @@ class Target:
     def _follow(self, held, timeout):
         """Arm what the probes mean in the program that it became.
 
-        held   (stub, entry): the guardian has led it to a waiting_stub
+        held   (stub, entry): the guardian has led it to a waiting_stub, and
+               sends it on when this is done
         """
+        limit = time.monotonic() + timeout
+        while held and time.monotonic() < limit and self.alive and not (
+                _is_waiting(self.pid, held[0])):
+            time.sleep(0.0002)
+        every = self._get_modules(True)
+        self._planner = Planner(self.pid, self._read)
+        self._planner.patches = self._installer.patches
+        for probe in self._probes:
+            self._put_in(probe, every, timeout)
+        link_map = LinkMap(self.pid, self._read, every)
+        if self._watcher is None:
+            self._watcher = LibraryWatcher(self, link_map)
+        self._watcher.link_map = link_map
+        if self._parent is not None and _is_tracer(every) and not (
+                self._installer.traps() or self._traced_parts()):
+            self._follows = False       # its children are its own
+        elif self._guardian is None or not self._guardian.is_armed:
+            self._with_ptrace(lambda: None, timeout)
+
+    def _put_in(self, probe, every, timeout):
+        """Arm what a probe means in modules of a program that is new."""
         try:
-            limit = time.monotonic() + timeout
-            while held and time.monotonic() < limit and not _is_waiting(
-                    self.pid, held[0]):
-                time.sleep(0.0005)
-            every = self._get_modules(True)
-            self._planner = Planner(self.pid, self._read)
-            self._planner.patches = self._installer.patches
-            for probe in self._probes:
+            sites = self._sites_in(probe, every, True)
+            if sites:
                 self._look([each for each in (probe._spec, probe._entry)
                             if each], probe._strategies, timeout)
-                try:
-                    self._extend(probe, every, timeout, True)
-                except (ProbeError, SymbolError) as error:
-                    self._note(str(error))
-            self._watcher.link_map = LinkMap(self.pid, self._read, every)
-            if self._guardian is None or not self._guardian.is_armed:
-                self._with_ptrace(lambda: None, timeout)
-        finally:
-            if held and self._guardian is not None:
-                self._guardian.call("release", timeout, timeout=timeout)
+                self._arm_sites(probe, sites, timeout)
+        except (ProbeError, SymbolError) as error:
+            self._note(str(error))
 
-    def _extend(self, probe, fresh, timeout, is_other=False):
-        """Arm what a probe's patterns mean in new modules.
+    # -- a child of the target ----------------------------------------------
+
+    def _enter(self, held, timeout=5):
+        """Probe a child as its parent is, now that it is another program."""
+        parent = self._parent
+        self._max_rate, self._tracer.may_suspend = (
+            parent._max_rate, parent._tracer.may_suspend)
+        self._installer.clock = parent._installer.clock
+        for probe in list(parent._probes):
+            self._twin(probe)
+        self._follow(held, timeout)
+        for twin in list(self._probes):
+            self._look_after(twin)
+
+    def _twin(self, probe):
+        """A Probe here that does what one of the parent's does. -> it"""
+        twin = Probe(self, probe.where, probe.action, probe._spec)
+        twin._entry, twin._strategies = probe._entry, probe._strategies
+        twin._shown = probe
+        probe._kin = probe._kin[0] + (twin,), probe._kin[1]
+        self._probes.append(twin)
+        self._traced += [twin] * (probe._spec.action == "trace")
+        return twin
+
+    def _add(self, probe, timeout):
+        """A probe that the parent has got since."""
+        twin = self._twin(probe)
+        self._put_in(twin, self._get_modules(), timeout)
+        self._look_after(twin)
+
+    def _bury(self, children):
+        """It has ended, and all that it forked: keep what they counted.
+
+        children   {pid: Target} that it is to be taken from
+        -> the inodes of its arenas
+        """
+        with self._lock:
+            parent, arenas = self._parent, self._installer.arenas
+            clock = self._installer.clock
+            probes = list({id(each): each for each
+                           in self._probes + self._traced}.values())
+            for part in [part for each in probes for part in each._parts]:
+                part.remove()
+            self._reader.keep(self._traced, clock)
+            with parent._merging:
+                parent._ended_events += self._read_events(True)
+                children.pop(self.pid, None)
+            parent._worst_pause_us = max(parent._worst_pause_us,
+                                         self._tracer.pause_us)
+            for arena in arenas:
+                if arena.memory is not None:
+                    arena.mark_left()
+                arena.lose()
+            inodes = {arena.inode for arena in arenas} - {0}
+            for probe in probes:
+                probe._is_removed = True
+                probe._shown._inherit(probe)
+            for arena in arenas:
+                arena.close()
+            arenas.clear()
+            self._installer.patches.clear()
+            self._probes, self._traced, self._is_closed = [], [], True
+            self._let_go()
+            return inodes
+
+    def _extend(self, probe, fresh, timeout):
+        """Arm what a probe's patterns mean in libraries that are new."""
+        sites = self._sites_in(probe, fresh, False)
+        if not sites:
+            return
+        if self._planner is None:
+            self._planner = Planner(self.pid, self._read)
+            self._planner.patches = self._installer.patches
+            self._planner.offers = self._installer.offers
+        n_before = len(probe.sites)
+        self._arm_sites(probe, sites, timeout)
+        self._note("%s was loaded at %s: %d sites more" % (
+            ", ".join(sorted({site.module.name for site in sites})),
+            time.strftime("%H:%M:%S"), len(probe.sites) - n_before))
+
+    def _sites_in(self, probe, fresh, is_other):
+        """What a probe's patterns mean in new modules. -> [Site]
 
         is_other   they are of another program: memory is watched there, too
         """
@@ -13452,24 +14118,16 @@ class Target:
                     continue
                 sites.update(((site.vaddr, site.is_return), site)
                              for site in found)
-        if not sites:
-            return
-        if self._planner is None:
-            self._planner = Planner(self.pid, self._read)
-            self._planner.patches = self._installer.patches
-            self._planner.offers = self._installer.offers
+        return list(sites.values())
+
+    def _arm_sites(self, probe, sites, timeout):
+        """Arm a probe at more sites."""
         first = len(probe.sites) + len(probe.refused)
         plans = [self._plan(site, probe._spec, first + n, 2, probe._entry,
                             probe._strategies)
-                 for n, site in enumerate(sites.values())]
-        n_before = len(probe.sites)
+                 for n, site in enumerate(sites)]
         self._arm_plans(probe, plans, timeout)
         self._planner.keep_only(self._installer.patches)
-        if not is_other:
-            self._note("%s was loaded at %s: %d sites more" % (
-                ", ".join(sorted({site.module.name for site
-                                  in sites.values()})),
-                time.strftime("%H:%M:%S"), len(probe.sites) - n_before))
 
     def _arm_hardware(self, probe, plans, timeout):
         """Debug registers for plans: for all of them, or none."""
@@ -13627,7 +14285,8 @@ class Target:
                 guardian.close(timeout)
             return
         if self._guardian is None:
-            self._guardian = Guardian(self._tracer)
+            self._guardian = Guardian(
+                self._tracer, self._parent and self._parent._guardian)
         if self._tracer.held:
             self._worker.call(self._hand_over, timeout)
         refused, pause_us = self._guardian.call(
@@ -13692,9 +14351,9 @@ class Target:
         """
         waited = time.monotonic()
         while True:
-            probes = self._traces()
-            is_last = (not any(not probe._is_removed for probe in probes)
-                       or not self.alive)
+            is_last = not self.alive or all(
+                probe._is_removed or probe._is_of_stacks
+                for probe in self._traced)
             found = self.read_events(is_last)
             yield from found
             if found:
@@ -13714,7 +14373,8 @@ class Target:
 
     def _read_events(self, is_last, make=None):
         """read_events(), some made by make: see RecordForm.events."""
-        probes, clock = self._traces(), self._installer.clock
+        probes, clock, began = (self._traces(), self._installer.clock,
+                                time.time())
         in_rings = [probe for probe in probes if probe._rings]
         found = []
         if in_rings and clock is not None:
@@ -13724,7 +14384,25 @@ class Target:
             for part in probe._parts:
                 found += part.take_events(
                     probe, 1 << 62 if is_last else now - 10**6)
+        if self._follower is not None:
+            return self._merged_events(found, began, is_last, make)
         return sorted(found, key=_time_of) if probes != in_rings else found
+
+    def _merged_events(self, found, began, is_last, make):
+        """What the target and its children have recorded, in time order.
+
+        began   time.time() when the first of them was looked at; what is
+                younger waits for the next look
+        """
+        with self._merging:
+            for child in self._children():
+                found += child._read_events(is_last, make)
+            found += self._ended_events + self._young_events
+            found.sort(key=_time_of)
+            n = len(found) if is_last else bisect.bisect_left(
+                found, (1e9 * began - _YOUNG_NS,))
+            self._ended_events, self._young_events = [], found[n:]
+            return found[:n]
 
     def _traces(self):
         """The Trace probes, those taken out too."""
@@ -13778,6 +14456,8 @@ class Target:
             removal = self._with_ptrace(
                 lambda: self._take_out(probes, timeout), timeout)
             self.removal += removal
+            if self._follower is not None:
+                self.removal += self._follower.remove(probes, timeout)
             if self._is_closed:
                 self._worker.stop()
 
@@ -13817,6 +14497,10 @@ class Target:
             raise ProbeError("detach from", "pid %d (%s)" % (
                 self.pid, self.comm), "the function of a Call runs in this "
                 "process", "remove() those probes first")
+        if self._follower is not None:
+            self._follower.stop()
+        for child in self._children():
+            child.detach()
         self._stop_following()
         if any(probe._parts for probe in self._probes):
             raise ProbeError("detach from", "pid %d (%s)" % (
@@ -13843,6 +14527,9 @@ class Target:
             return
         with self._lock:
             try:
+                if self._follower is not None:
+                    self._follower.stop()
+                    self.removal += self._follower.close(timeout)
                 self._stop_following()
                 if self._installer.arenas or self._probes:
                     self._remove(list(self._probes), timeout)
@@ -13974,6 +14661,12 @@ def _unfit_to_follow(pid):
     except AttachError as error:
         return error.why
     return ""
+
+
+def _is_tracer(all_modules):
+    """Does a program trace others? It imports ptrace: gdb, strace."""
+    return any(b"\0ptrace\0" in bytes(module.elf.dynsym.strings)
+               for module in all_modules if module.is_exe)
 
 
 def _n_armed(probe):
@@ -14134,15 +14827,15 @@ def _n_equal(tracer, pages):
     return n_equal
 
 
-def processes_with(inode):
-    """The pids of processes that map a memfd of ubp. -> [pid]"""
-    needle, found = b" %d " % inode, []
-    for pid in _process_ids() if inode else ():
+def processes_with(*inodes):
+    """The pids of processes that map one of these memfds of ubp. -> [pid]"""
+    needles, found = [b" %d " % inode for inode in inodes if inode], []
+    for pid in _process_ids() if needles else ():
         # All processes are asked: most have no need of memory_tid().
         text = (read_proc("/proc/%d/maps" % pid)
                 or read_proc("/proc/%d/maps" % memory_tid(pid)))
-        if needle in text and any(
-                m.inode == inode and m.path == _MEMFD_PATH
+        if any(needle in text for needle in needles) and any(
+                m.inode in inodes and m.path == _MEMFD_PATH
                 and "x" in m.perms for m in read_maps(memory_tid(pid))):
             found.append(pid)
     return found
@@ -17696,7 +18389,7 @@ class EventLines:
         times, tids, cpus, pids, indexes, values = columns
         makers = {index: self._maker(Event(
             0, 0, 0, 0, form.sites[index], form.kinds[index], (), (),
-            form.probe)) for index in set(indexes)}
+            form.probe._shown)) for index in set(indexes)}
         _, converters, *_ = makers[indexes[0]]
         if converters:
             values = [column if convert is None else map(convert, column)
@@ -18227,9 +18920,6 @@ class Session:
         if self.options.command and self.targets and not self.has_started:
             kill_command(self.targets[0])
         self.elapsed = time.monotonic() - self.began
-        for watched in self.watched:
-            self.last_words += ["%s: %s" % (watched.name, note) for note
-                                in watched.target.notes[watched.n_notes:]]
         for target in self.targets:
             name = describe(target.pid, target.comm)
             with self.signals.uninterrupted("removing the probes from %s"
@@ -18238,6 +18928,10 @@ class Session:
                     target.close(_REMOVAL_S)
                 except UbpError as error:
                     self.errors.append(error)
+        for watched in self.watched:
+            self.last_words += ["%s: %s" % (watched.name, note) for note
+                                in watched.target.notes[watched.n_notes:]]
+        for target in self.targets:
             self.last_words += target.removal.notes
         if self.live:
             self.live.erase()

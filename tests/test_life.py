@@ -2096,6 +2096,252 @@ class Exec(unittest.TestCase):
             process.quit()
 
 
+class Children(unittest.TestCase):
+    """Programs that children of the target become: the sum of what each says
+    that it called is what there is to be counted."""
+
+    # $P the program, $T a folder; all but the last of a line is a command
+    COMMANDS = """
+    for i in 1 2 3 4 5; do $P once; done; exit 3
+    $P chain 2; exit 4
+    $P thread 3; echo $?
+    $P fail; echo $?
+    sh -c '$P once; $P chain; exit 5' & sh -c '$P once; true'; wait $!
+    for i in $(seq 12); do $P once & done; wait; exit 9
+    for i in $(seq 9); do /bin/true; nonesuch; $P once | cat; done
+    (echo "#!$P once" > $T/s; chmod 755 $T/s; $T/s; env $T/s); true
+    ($P once; kill -9 $$); true
+    trap 'echo "n=0 term"' TERM; (kill -TERM $$; $P once); true
+    seq 12 | xargs -P4 -n1 $P once; echo $?
+    """
+    PYTHON = """
+    subprocess.call([P, "once"])
+    subprocess.call([P, "once"], preexec_fn=os.getpid)
+    os.waitpid(os.posix_spawn(P, ["P", "once"], os.environ), 0)
+    os.waitpid(os.posix_spawnp("P", ["P", "once"], dict(PATH="/x:/y:" + T)), 0)
+    os.system("set -e; cd /; (" + P + " once) && false; " + P + " chain 2")
+    threading.Thread(target=subprocess.call, args=([P, "thread"],)).start()
+    """
+
+    def environment(self, folder):
+        path = live.build("execs")
+        os.symlink(path, folder + "/P")
+        return dict(os.environ, P=path, T=folder, UBP_TEST_SECONDS="60")
+
+    def run_both(self, command, folder, *options):
+        """What a command says and how it ends, alone and under ubp.
+
+        -> the JSON of ubp, what it said, and the command's output there
+        """
+        environment, ubp_command = self.environment(folder), [
+            sys.executable, TOP + "/ubp.py", "count", "--follow-exec",
+            "-o", folder + "/out.jsonl"] + list(options) + ["--"]
+        found = []
+        for prefix in [], ubp_command:
+            done = subprocess.run(
+                prefix + command, env=environment, timeout=100,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE)
+            code = done.returncode
+            found.append((sorted(done.stdout.splitlines()),
+                          128 - code if code < 0 else code))
+        said = done.stderr.decode()
+        self.assertEqual(found[0], found[1], said)
+        with open(folder + "/out.jsonl") as f:
+            return [json.loads(line) for line in f], said, done.stdout
+
+    def check(self, command, *options):
+        with tempfile.TemporaryDirectory() as folder:
+            records, said, output = self.run_both(command, folder, *options)
+        n = sum(map(int, re.findall(rb"n=(\d+)", output)))
+        self.assertEqual(n, records[-1]["hits"], said)
+        self.assertEqual(0, records[-1]["dropped"])
+        return records, said
+
+    def test_each_call_of_every_program_is_counted(self):
+        for command in self.COMMANDS.strip().splitlines():
+            with self.subTest(command.strip()):
+                self.check(["/bin/sh", "-c", command.strip()], "exe:step")
+
+    def test_whatever_way_python_starts_them(self):
+        for code in self.PYTHON.strip().splitlines():
+            with self.subTest(code.strip()):
+                self.check([sys.executable, "-c",
+                            "import os, subprocess, threading\n"
+                            "P, T = os.environ['P'], os.environ['T']\n"
+                            + code.strip()], "exe:step")
+
+    def test_other_strategies_follow_as_well(self):
+        command = "sh -c '$P once; true' & $P chain 2; wait; exit 3"
+        for strategy in "int3", "hw":
+            with self.subTest(strategy):
+                if strategy == "hw":
+                    Exec.skip_without_registers(self)
+                self.check(["/bin/sh", "-c", command], "exe:step",
+                           "--strategy", strategy)
+
+    def test_fifty_at_once(self):
+        self.check(["/bin/sh", "-c", "for i in $(seq 50); do $P once & done;"
+                    "wait"], "exe:step")
+
+    def test_a_tree_of_make(self):
+        self.check(["/bin/sh", "-c", "printf 'all: a b c\\na b c:\\n"
+                    "\\t@$P once || true\\n\\t@$P once; true\\n' > $T/m;"
+                    "make -j3 -s -f $T/m"], "exe:step")
+
+    def test_pid_tells_them_apart(self):
+        command = "$P once; $P chain; $P chain 2; true"
+        records, said = self.check(["/bin/sh", "-c", command], "exe:step",
+                                   "--by", "pid")
+        counts = sorted(record["total"] for record in records
+                        if record["kind"] == "count")
+        self.assertEqual([1009, 1220, 1431], counts, said)
+        self.assertIn("its children became 6 other programs, 6 of them with "
+                      "probes", said)
+
+    def test_all_that_a_probe_computes_is_of_them_too(self):
+        path = live.build("execs")
+        command = "for i in 1 2 3; do %s once; done; exit 3" % path
+        with ubp.launch(["/bin/sh", "-c", command],
+                        follow_exec=True) as target:
+            probes = [target.probe("exe:step", action) for action in (
+                ubp.Count(by="pid"), ubp.Hist("arg0"), ubp.Stack(),
+                ubp.Latency(), ubp.Count(sum="arg0"))]
+            trace = target.probe("exe:step", ubp.Trace("arg0"), "arg0 == 7")
+            self.assertTrue(target.wait(30))
+            by_pid, sizes, stacks, times, total = [
+                probe.read() for probe in probes]
+            events = list(target.events(0))
+        self.assertEqual([1009] * 3, list(by_pid.values()))
+        self.assertEqual((3027, 0, 1008), (sizes.count, sizes.min, sizes.max))
+        self.assertEqual((3027, 3 * 1008 * 1009 // 2), (times.count, total))
+        for names in [[frame.function for frame in stack]
+                      for stack in stacks]:
+            self.assertEqual(("step", True), (names[0], "main" in names))
+        self.assertEqual(3027, sum(stacks.values()))
+        self.assertEqual(sorted(by_pid), sorted(e.pid for e in events))
+        self.assertEqual([(7,)] * 3, [event.values for event in events])
+        self.assertEqual(sorted(e.time_ns for e in events),
+                         [event.time_ns for event in events])
+        self.assertEqual({id(trace)}, {id(event.probe) for event in events})
+        self.assertEqual(3, target.returncode)
+
+    def test_a_tracer_inside_has_its_own_children(self):
+        for tool in (["strace", "-f", "-qq", "-e", "trace=none"],
+                     ["gdb", "-nx", "-batch", "-ex", "run", "--args"]):
+            with self.subTest(tool[0]), \
+                    tempfile.TemporaryDirectory() as folder:
+                if not shutil.which(tool[0]):
+                    self.skipTest("%s is not installed: apt install %s"
+                                  % (tool[0], tool[0]))
+                records, said, output = self.run_both(
+                    ["/bin/sh", "-c", " ".join(shlex.quote(w) for w in tool)
+                     + " $P once | grep ^n=; true"], folder, "exe:step")
+                self.assertIn(b"n=1009 wrong=0", output)
+                self.assertEqual(0, records[-1]["hits"], said)
+                self.assertIn("traces others", said)
+
+    def test_the_target_is_as_it_was_when_it_is_left(self):
+        """Also children that run on: closed while they wait for input."""
+        path = live.build("execs")
+        with live.Process(["/bin/sh", "-c", "read x; %s wait 9; exit 3" % path]
+                          ) as process:
+            with ubp.attach(process.pid, follow_exec=True) as target:
+                probe = target.probe("exe:step", ubp.Count())
+                process.send("\n")
+                self.assertEqual("ready how=wait", process.line())
+                child = self.child_of(process.pid)
+                for turn in range(2):
+                    self.assertEqual(211, process.ask("c")["n"])
+                    self.assertEqual(211, process.ask("x")["n"])
+                    self.assertEqual("ready how=wait", process.line())
+                self.assertEqual(4 * 211, probe.read())
+                other = target.probe("exe:step", ubp.Count())   # beside it
+                self.assertEqual(211, process.ask("c")["n"])
+                self.assertEqual((5 * 211, 211), (probe.read(), other.read()))
+                probe.remove()
+                self.assertEqual(211, process.ask("c")["n"])
+                self.assertEqual((5 * 211, 422), (probe.read(), other.read()))
+            self.assertEqual((5 * 211, 422), (probe.read(), other.read()))
+            for pid in process.pid, child:
+                self.assertEqual([], live.changed_text(pid))
+                self.assertEqual([], live.arenas(pid))
+                self.assertEqual({}, live.tracers(pid))
+                self.assertEqual([], ubp.waiting_stubs(pid))
+            self.assertEqual(211, process.ask("c")["n"])
+            process.send("q")
+            self.assertEqual(3, process.wait())
+
+    def child_of(self, pid):
+        with open("/proc/%d/task/%d/children" % (pid, pid)) as f:
+            return int(f.read().split()[0])
+
+    KILLED = ("t = ubp.attach(%d, follow_exec=True)\n"
+              "t.probe('exe:step', ubp.Count())\n"
+              "print(t._guardian.process.pid, flush=True)\n"
+              "time.sleep(60)\n")
+
+    def test_killed_by_9_every_child_goes_on(self):
+        """The front end alone, or the guardian, too, at any moment."""
+        path = live.build("execs")
+        for victims in "front end", "both":
+            for delay in (0.0, 0.01, 0.02, 0.04, 0.08):
+                with self.subTest(victims, delay=delay), live.Process([
+                        "/bin/sh", "-c", "read x; for i in 1 2 3; do %s once "
+                        "& done; wait; echo ready; read x" % path
+                        ]) as process, live.python(
+                            self.KILLED % process.pid) as tracer:
+                    guardian = int(tracer.line())
+                    process.send("\n")
+                    time.sleep(delay)
+                    if victims == "both":
+                        os.kill(guardian, signal.SIGKILL)
+                    tracer.process.kill()
+                    lines = [process.line(20) for _ in range(7)]
+                    self.assertEqual(["n=1009 wrong=0"] * 3
+                                     + ["ready"] + ["ready how=once"] * 3,
+                                     sorted(lines))
+                    self.assertTrue(live.settled(
+                        lambda: not live.tracers(process.pid), 20))
+                    process.send("\n")
+                    self.assertEqual(0, process.wait())
+
+    def test_a_front_end_that_stands_still_holds_up_nobody_for_long(self):
+        path = live.build("execs")
+        with live.Process(["/bin/sh", "-c", "read x; for i in 1 2 3 4 5 6; do "
+                           "%s once & done; wait; echo ready" % path
+                           ]) as process, live.python(
+                               self.KILLED % process.pid) as tracer:
+            tracer.line()
+            os.kill(tracer.pid, signal.SIGSTOP)
+            process.send("\n")
+            began = time.monotonic()
+            lines = [process.line(30) for _ in range(13)]
+            took = time.monotonic() - began
+            self.assertEqual(6, lines.count("n=1009 wrong=0"))
+            self.assertEqual(0, process.wait())
+            self.assertLess(took, 12)
+            os.kill(tracer.pid, signal.SIGCONT)
+
+    def test_unfollowed_they_are_told_of(self):
+        path = live.build("execs")
+        with live.Process(["/bin/sh", "-c", "read x; %s wait 9; exit 3" % path]
+                          ) as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe("libc:fork", ubp.Count())
+                process.send("\n")
+                self.assertEqual("ready how=wait", process.line())
+                self.assertTrue(live.settled(lambda: any(
+                    "became another program" in note
+                    for note in target.notes), 10), target.notes)
+                child = self.child_of(process.pid)
+                self.assertEqual([], live.changed_text(child))
+                self.assertEqual({}, live.tracers(child))
+                self.assertLessEqual(probe.read(), 1)
+            process.send("q")
+            self.assertEqual(3, process.wait())
+
+
 @unittest.skipUnless(live.IS_ROOT, "suspending a filter takes root: sudo")
 class Seccomp(unittest.TestCase):
     """Targets whose filter forbids what arming would inject."""
