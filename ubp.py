@@ -942,6 +942,17 @@ class Elf:
         return found
 
     @_Lazy
+    def is_go(self):
+        """Is Go code in it? Its linker says so in a note, or in the names of
+        sections: .gopclntab, .data.rel.ro.gopclntab where it is PIE."""
+        return any(section.name.endswith(b".gopclntab")
+                   for section in self.sections) or any(
+            name == b"Go\0\0" for segment in self.segments
+            if segment.type == PT_NOTE and segment.size < 1 << 16
+            for name, _, _ in _iter_notes(
+                self.image.read(segment.offset, segment.size)))
+
+    @_Lazy
     def dynamic(self):
         """{tag: value} of PT_DYNAMIC, the first of each tag."""
         tags = {}
@@ -1096,16 +1107,25 @@ def _decode(name):
     return name.decode("utf-8", "backslashreplace")
 
 
-def _find_build_id(notes):
-    """The build-id among ELF notes, as hex. Source: elf(5), "Notes"."""
+def _iter_notes(notes):
+    """Yield (name, type, description) of ELF notes. Source: elf(5), "Notes".
+    """
     at = 0
     while at + 12 <= len(notes):
         name_size, size, kind = struct.unpack_from("<III", notes, at)
         start = at + 12 + (name_size + 3 & ~3)
-        if (kind == NT_GNU_BUILD_ID and notes[at + 12:at + 16] == b"GNU\0"
-                and 2 <= size <= 64 and start + size <= len(notes)):
-            return notes[start:start + size].hex()
+        if start + size <= len(notes):
+            yield (notes[at + 12:at + 12 + name_size], kind,
+                   notes[start:start + size])
         at = start + (size + 3 & ~3)
+
+
+def _find_build_id(notes):
+    """The build-id among ELF notes, as hex, or ""."""
+    for name, kind, data in _iter_notes(notes):
+        if name == b"GNU\0" and kind == NT_GNU_BUILD_ID and (
+                2 <= len(data) <= 64):
+            return data.hex()
     return ""
 
 
@@ -8639,7 +8659,7 @@ class Planner:
         self.patches = {}           # {window.site: Patch} that are armed
         self._scans = {}
         self._known = {}            # module -> (starts, Functions), sorted
-        self._texts, self._forbidden, self._go = {}, {}, {}
+        self._texts, self._forbidden = {}, {}
         self._pages = {}            # vaddr -> the page of memory, for a while
         status = read_status(pid)
         caught = int(status.get("SigCgt", "0"), 16)
@@ -8685,7 +8705,7 @@ class Planner:
         plan = self._fitted(SitePlan(
             site, "int3" if is_trap else "jump", window, 0, "", "", (), spec,
             index, is_taken=leave is not None and leave.is_conditional,
-            can_stack=not self._is_go(site.module)))    # they have little
+            can_stack=not site.module.elf.is_go))    # they have little
         if absorbed is not None:
             self._put(site.module, window, site.vaddr, absorbed)
         return plan
@@ -8793,7 +8813,7 @@ class Planner:
         Raises RefusalError where they are not known, or not its own.
         """
         module, function = site.module, self.function(site.module, site.vaddr)
-        if self._is_go(module):
+        if module.elf.is_go:
             raise RefusalError("Go", "a goroutine's stack moves, so an exit "
                                "does not know its entry", site.vaddr)
         if function is None or function.vaddr != site.vaddr:
@@ -8892,8 +8912,6 @@ class Planner:
                                "entry tells where its function ends",
                                site.vaddr)
         window, absorbed = self._plan_window(function, site)
-        if self._is_go(module):
-            _refuse_in_go(function, window)
         _refuse_signal_return(function, window)
         for insn in window.kept if module.has_file else ():
             if self.read(insn.vaddr, insn.size) != insn.code:
@@ -8917,7 +8935,8 @@ class Planner:
             return ubp_x86.plan_window(
                 function, vaddr, self.scan(module),
                 forbidden=self._cancellation(module), seccomp=self._seccomp,
-                catches=self._catches, taken=taken, through=through)
+                catches=self._catches, taken=taken, through=through,
+                is_go=module.elf.is_go)
         for vaddr in starts:
             try:
                 return plan(vaddr, self._through if vaddr == site.vaddr
@@ -8962,11 +8981,6 @@ class Planner:
             for other in absorbed:
                 for low, high in other.ranges:
                     taken.add(low, high)
-
-    def _is_go(self, module):
-        if module not in self._go:
-            self._go[module] = module.elf.section(".gopclntab") is not None
-        return self._go[module]
 
     def function(self, module, vaddr):
         """The ubp_x86.Function round a vaddr, or None."""
@@ -9115,17 +9129,6 @@ def _cut(text, vaddr, size):
         if low <= vaddr < low + len(data):
             return data[vaddr - low:vaddr - low + size]
     return b""
-
-
-def _refuse_in_go(function, window):
-    """A preempted goroutine's pc lies on a stack that no thread owns, so it
-    cannot be moved: it must not lie in the window, where Go preempts
-    anywhere but in the stack check that a function begins with."""
-    flows = [insn.flow for insn in window.insns]
-    if len(flows) > 1 and not (window.site == function.vaddr
-                               and flows[1:] == [ubp_x86.JCC]):
-        raise RefusalError("Go", "a goroutine may be preempted between the "
-                           "instructions at 0x%x" % window.site, window.site)
 
 
 def _refuse_signal_return(function, window):

@@ -3235,11 +3235,12 @@ class _Limits(NamedTuple):
     taken: ByteRanges
     through: int = 0        # an instruction that must be displaced too
     first: int = 0          # of those that stay in front of the window, or 0
+    is_go: bool = False     # Go's runtime stops its threads at any place
 
 
 def plan_window(function, site, branches, read=None, is_executable=None,
                 forbidden=(), seccomp=False, catches=0, taken=None,
-                through=0):
+                through=0, is_go=False):
     """Return the Window for a jump at site, an instruction of function.
 
     branches        BranchScan of the module, best with function_at
@@ -3250,13 +3251,15 @@ def plan_window(function, site, branches, read=None, is_executable=None,
     catches         mask of the faults whose address a handler may look at
     taken           ByteRanges of other patches; Window.ranges is to be added
     through         the vaddr of an instruction to be displaced with the rest
+    is_go           the module is Go's
     Raises RefusalError. Whether rip-relative operands reach is not known
     here: relocate() tells at the real address.
     """
     limits = _Limits(branches, read or branches.read,
                      is_executable or branches.is_executable,
                      tuple(forbidden), seccomp, catches,
-                     ByteRanges() if taken is None else taken, through)
+                     ByteRanges() if taken is None else taken, through,
+                     is_go=is_go)
     analysis = branches.analysis(function)
     insn = analysis.at(site)
     if insn is None:
@@ -3588,7 +3591,29 @@ def _window(analysis, site, jump_size, limits):
     _refuse_place(analysis, site, jump_size, end, limits)
     _refuse_insns(analysis, insns, limits)
     _refuse_arrivals(analysis, site, end, len(insns), limits)
+    if limits.is_go and len(insns) > 1:
+        _refuse_in_go(analysis.function, insns)
     return Window(site, end - site, tuple(insns))
+
+
+# What Go's compiler begins a function with (cmd/internal/obj/x86, stacksplit):
+# cmp rsp, [r14 + 16], where r14 is the goroutine; before Go 1.17, and in
+# assembly, mov rcx, fs:[-8] gets it first. Neither ever faults.
+_GO_STACK_CHECK = b"\x49\x3b\x66\x10"
+_GO_GET_G = b"\x64\x48\x8b\x0c\x25\xf8\xff\xff\xff"
+
+
+def _refuse_in_go(function, insns):
+    """A preempted goroutine's pc lies on a stack that no thread owns, so it
+    cannot be moved: it must not lie in the window, where Go preempts
+    anywhere but in the stack check that a function begins with. Its runtime
+    makes such addresses up, too: a goroutine returns to goexit + 1.
+    """
+    first, *rest = insns
+    if not (first.vaddr == function.vaddr and len(rest) == 1
+            and rest[0].flow == JCC and first.code == _GO_STACK_CHECK):
+        raise RefusalError("Go", "a goroutine may be preempted between the "
+                           "instructions at 0x%x" % first.vaddr, first.vaddr)
 
 
 def _data_in(analysis, low, high):
@@ -3674,6 +3699,9 @@ def _refuse_insns(analysis, insns, limits):
 
 def _is_watched(analysis, insn, limits):
     """Tell whether insn may fault and somebody look at where."""
+    if (limits.is_go and insn.vaddr == analysis.function.vaddr
+            and insn.code in (_GO_STACK_CHECK, _GO_GET_G)):
+        return False
     watched = limits.catches
     if any(low < insn.vaddr + insn.size and insn.vaddr < high
            for low, high in analysis.function.guarded):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import unittest
 
@@ -568,6 +569,128 @@ class ForeignCode(unittest.TestCase):
                 gdb.wait()
             self.assertEqual([], live.changed_text(process.pid))
             process.quit()
+
+
+GO_PROGRAM = """
+package main
+import ("fmt"; "os"; "sync"; "time")
+type node struct { left, right *node; value int }
+//go:noinline
+func tree(depth int) *node {
+    if depth == 0 { return &node{value: 1} }
+    return &node{tree(depth - 1), tree(depth - 1), depth}
+}
+//go:noinline
+func sum(n *node) int {
+    if n == nil { return 0 }
+    return n.value + sum(n.left) + sum(n.right)
+}
+//go:noinline
+func grow(n int) int {
+    var a [64]int
+    a[n % 64] = n
+    if n == 0 { return 0 }
+    return grow(n - 1) + a[n % 64]
+}
+//go:noinline
+func spin(n int) int {
+    x := n
+    for i := 0; i < 3000000; i++ { x = x * 3 ^ i }
+    return x
+}
+func main() {
+    var wait sync.WaitGroup
+    begin := time.Now()
+    must := spin(7)
+    is_over := false
+    go func() { os.Stdin.Read(make([]byte, 1)); is_over = true }()
+    fmt.Println("ready")
+    for g := 0; g < 4; g++ {
+        wait.Add(1)
+        go func(g int) {
+            defer wait.Done()
+            for !is_over && time.Since(begin) < 4 * time.Minute {
+                c := make(chan int)
+                go func() { c <- grow(500) }()
+                if sum(tree(7)) != 375 || <-c != 125250 || spin(7) != must {
+                    fmt.Println("wrong")
+                    os.Exit(1)
+                }
+            }
+        }(g)
+    }
+    wait.Wait()
+    fmt.Println("right")
+}
+"""
+
+
+class Go(unittest.TestCase):
+    """Code that goes on at addresses which no thread holds."""
+
+    def test_21_goroutines_go_on_inside_no_window(self):
+        """The program knows how often each function was entered; also where
+        it goes on in the middle of a function, or at goexit + 1."""
+        with live.Target("golike") as process:
+            before = live.Snapshot(process.pid)
+            for names in (["leaf"], ["checked", "large"], ["exit"],
+                          ["leaf", "checked", "large", "exit"]) * 5:
+                with ubp.attach(process.pid) as target:
+                    probe = target.probe(["exe:go_" + name for name in names],
+                                         ubp.Count())
+                    self.assertEqual(probe.refused, [])
+                    process.ask("r")
+            with ubp.attach(process.pid) as target:
+                # `exit` is entered behind its first instruction only.
+                probe = target.probe("exe:go_exit", ubp.Count())
+                n_exits = process.ask("r")["exit"]
+                self.assertTrue(0 < probe.hits <= n_exits)
+                with self.assertRaises(ubp.ProbeError):
+                    target.probe("exe:go_checked%return", ubp.Latency())
+            live.Snapshot(process.pid).compare(self, before)
+            process.quit()
+
+    def test_21_windows_of_go_code(self):
+        """Of one instruction, or of the stack check; the rest is refused."""
+        with live.Target("golike") as process:
+            with ubp.attach(process.pid) as target:
+                found = {plan.site.function.name: [
+                    insn.code.hex() for insn in plan.window.insns]
+                    for plan in target.plan("exe:go_*")}
+            self.assertEqual(found["go_leaf"], ["4889d8"])
+            self.assertEqual([code[:2] for code in found["go_checked"]],
+                             ["49", "76"])
+            self.assertEqual([code[:6] for code in found["go_large"]],
+                             ["4c8da4"])
+            self.assertEqual([code[:2] for code in found["go_exit"]], ["e8"])
+            process.quit()
+
+    @unittest.skipUnless(shutil.which("go"), "no Go compiler: golang-go")
+    def test_21_every_function_of_a_go_program(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        source = os.path.join(folder, "main.go")
+        with open(source, "w") as file:
+            file.write(GO_PROGRAM)
+        path = os.path.join(folder, "program")
+        subprocess.run(["go", "build", "-o", path, source], check=True,
+                       timeout=240, env=dict(os.environ, GO111MODULE="off",
+                                             GOCACHE=folder, GOFLAGS=""))
+        with subprocess.Popen([path], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE) as process:
+            self.assertEqual(process.stdout.readline(), b"ready\n")
+            try:
+                for _ in range(4):
+                    with ubp.attach(process.pid) as target:
+                        probe = target.probe("exe:*", ubp.Count())
+                        time.sleep(0.7)
+                        self.assertGreater(probe.hits, 1000)
+                        self.assertLess(len(probe.refused),
+                                        len(probe.sites) // 20)
+                out = process.communicate(timeout=30)[0]
+            finally:
+                process.kill()
+        self.assertEqual((out, process.returncode), (b"right\n", 0))
 
 
 class ThreadLocalStorage(unittest.TestCase):
