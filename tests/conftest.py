@@ -2,8 +2,13 @@
 
 They start hundreds of Pythons that import it: from kept bytecode, wherever
 that is forbidden too, or starting them takes more time than all else.
+
+What is ignored here would be in every program that a test starts: a command
+that a shell puts into the background ignores the signals of its terminal, as
+does one under nohup. A handler that does nothing is the same for us only.
 """
 import os
+import signal
 import sys
 import time
 
@@ -12,6 +17,9 @@ import pytest
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+for signum in signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM:
+    if signal.getsignal(signum) == signal.SIG_IGN:
+        signal.signal(signum, lambda signum, frame: None)
 
 
 def children():
