@@ -11759,7 +11759,8 @@ _PIN_EACH = 64                  # hits, after which the guardian follows its
 #                                 tracee to another processor
 _TERMINATE, _ASIDE = ("terminate",), ("aside",)     # what a SIGTERM and a
 #                                 STEP_ASIDE ask of a guardian
-_ACTION_EACH_S = 0.1            # looks at what programs do about SIGTRAP
+_ACTION_EACH_S = 0.1            # looks at what programs do about SIGTRAP,
+_MASKS_EACH = 50                # and at whether so many threads block it
 _IGNORES_SIGTRAP = 3            # exit status of a guardian
 _ASIDE_S = 0.1                  # in which who asked comes
 _LAST_RESORT_S = 3600           # for putting the text back when orphaned
@@ -11800,6 +11801,8 @@ class Keeper(Tracer):
         self.ward, self.sites = ward, ward.sites
         self.is_leaving = False
         self.blocked = set()        # tids that block SIGTRAP
+        self._n_looked = 0          # threads whose masks were looked at,
+        self._in_vain = set()       # and masks of no more than one syscall
         self.equipped = set()       # tids whose debug registers are ours
         self.action = b""           # of SIGTRAP, if there is a handler
         self._info = ctypes.create_string_buffer(128)
@@ -11978,6 +11981,28 @@ class Keeper(Tracer):
             self.blocked.add(tid)
         else:
             self.blocked.discard(tid)
+
+    def look_at_masks(self, most):
+        """Has a thread begun to block SIGTRAP? It is to go on from syscall
+        to syscall then. Some threads each time. Raises UbpError.
+
+        One that blocks everything is told by that: see trap().
+        """
+        tids = sorted(tid for tid, thread in list(self.threads.items())
+                      if thread.state == RUNNING and tid not in self.blocked)
+        first = self._n_looked % max(1, len(tids))
+        self._n_looked += most
+        found = set()
+        for tid in tids[first:first + most]:
+            mask = re.search(rb"^SigBlk:\s*([0-9a-f]+)", read_proc(
+                "/proc/%d/status" % tid), re.M)
+            mask = int(mask.group(1), 16) if mask else 0
+            if mask & _TRAP_BIT and mask & _FULL_MASK != _FULL_MASK:
+                found.add((tid, mask))
+        if found - self._in_vain:
+            self.pause(lambda: None, 1, "look at")
+            self._in_vain |= {(tid, mask) for tid, mask in found
+                              if tid not in self.blocked}
 
     def step(self, thread, status):
         """A thread has stopped, or ended, outside of a pause."""
@@ -12288,6 +12313,8 @@ class Ward:
                     keeper.learn_action(1)
                 elif ignores:
                     return True
+                else:
+                    keeper.look_at_masks(_MASKS_EACH)
             except UbpError as error:       # the next look asks again
                 log.debug("%s", error)
         return False
@@ -13780,11 +13807,7 @@ class Target:
         if most == float("inf"):
             return
         with self._lock:
-            if self._guardian is not None and self._guardian.is_armed:
-                for vaddr in self._guardian.call("cooled"):
-                    patch = self._installer.patches.pop(vaddr, None)
-                    for body in patch.bodies if patch else ():
-                        self._too_often(body.probe, body.plan)
+            self._take_cooled()
             for probe in self._probes:
                 for part in probe._parts:
                     for site, reading in part.readings().items():
@@ -13797,6 +13820,16 @@ class Target:
                                 self._with_ptrace(lambda: None, 5)
                             self._too_often(probe, SitePlan(
                                 site, part.name, None, 0, "", "", ()))
+
+    def _take_cooled(self):
+        """Learn which int3s the guardian has taken out."""
+        guardian = self._guardian
+        if (guardian is not None and guardian.is_armed
+                and self._max_rate < float("inf")):
+            for vaddr in guardian.call("cooled"):
+                patch = self._installer.patches.pop(vaddr, None)
+                for body in patch.bodies if patch else ():
+                    self._too_often(body.probe, body.plan)
 
     def _too_often(self, probe, plan):
         """Say that a site was taken out, and why."""
@@ -14456,6 +14489,10 @@ class Target:
         if self._installer.calls is not None:
             self._installer.calls.let_own_go()
         with self._lock:
+            try:
+                self._take_cooled()
+            except GuardianGone as error:       # it is asked again, below
+                log.debug("%s", error)
             removal = self._with_ptrace(
                 lambda: self._take_out(probes, timeout), timeout)
             self.removal += removal
@@ -14554,6 +14591,10 @@ class Target:
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
             watcher.stop()
+        guardian = self._guardian
+        if guardian is not None and not guardian.is_armed:
+            self._guardian = None       # what it was to do was refused
+            guardian.close()
         self._worker.stop()
         for module in list(self._modules or ()) + self._gone_modules:
             module.close()

@@ -1025,6 +1025,8 @@ class Int3(unittest.TestCase):
                 with self.assertRaises(ubp.ProbeError) as caught:
                     target.probe("exe:step", ubp.Count(), strategy="int3")
                 self.assertIn("ignores SIGTRAP", str(caught.exception))
+                guardian = target._guardian.process
+            self.assertEqual(0, guardian.poll())    # it has ended, too
             self.unchanged(process)
 
     def test_a_handler_of_sigtrap_that_is_set_later_is_kept(self):
@@ -1039,6 +1041,21 @@ class Int3(unittest.TestCase):
                 self.assertEqual(n, probe.read())
             self.unchanged(process)
             self.assertEqual(0, process.ask("b")["wrong"])
+            process.quit()
+
+    def test_sigtrap_blocked_later_stays_so(self):
+        """Nobody catches it: only the thread's mask could be lost."""
+        with live.Target("traps", "later") as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe("exe:step", ubp.Count(), strategy="int3")
+                n = 0
+                for command in "cdsdc":
+                    answer = process.ask(command)
+                    n += answer["n"]
+                    self.assertEqual(0, answer["wrong"], process.stderr())
+                self.assertEqual(n, probe.read())
+            self.unchanged(process)
+            self.assertEqual(0, process.ask("d")["wrong"])
             process.quit()
 
     def test_sigtrap_ignored_later_ends_the_int3s(self):
@@ -1129,6 +1146,22 @@ class Int3(unittest.TestCase):
                     self.assertGreater(rare.read(), before)
                 self.assertEqual([], live.changed_text(process.pid)[:8])
                 process.quit()
+
+    def test_what_was_taken_out_just_before_the_end_is_told(self):
+        with live.Target("busy", 2) as process, mock.patch.object(
+                ubp.Target, "_check_rates"):        # had no time to look
+            with ubp.attach(process.pid) as target:
+                hot = target.probe("exe:hot", ubp.Count(), strategy="int3",
+                                   max_rate=50)
+                process.send("g")
+                self.assertTrue(live.settled(lambda: hot.read() > 50, 20))
+                self.assertTrue(live.settled(
+                    lambda: not live.changed_text(process.pid), 20))
+                process.ask("p")
+                self.assertEqual([], hot.refused)
+            self.assertEqual(["max-rate"], [p.rule for p in hot.refused])
+            self.assertIn("was taken out", target.notes[0])
+            process.quit()
 
     def test_armed_and_removed_under_fire(self):
         with live.Target("busy", 4, seconds=240) as process:

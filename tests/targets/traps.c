@@ -7,7 +7,8 @@
  * b calls while SIGTRAP is blocked; p also with one pending; h handlers of a
  * signal storm that call; m calls of many threads at once; f a child that
  * forks; v posix_spawn; e a child of vfork that calls; j siglongjmp out of a
- * handler; s calls with all signals blocked; q quit.
+ * handler; s calls with all signals blocked; d as b, but some time after it
+ * was blocked; q quit.
  * With the argument "ignored", SIGTRAP is ignored from the start; with
  * "later", a handler is set by the command l, and k ignores it. */
 #include "target.h"
@@ -123,12 +124,14 @@ static long raised(void)
 static long blocked(int is_pending, int how_many)
 {
     sigset_t set, old, pending;
-    long before = n_caught;
-    if (how_many)
+    long before = n_caught, was_caught = is_caught(SIGTRAP);
+    if (how_many == 1)
         sigfillset(&set);
     else
         sigemptyset(&set), sigaddset(&set, SIGTRAP);
     pthread_sigmask(SIG_BLOCK, &set, &old);
+    if (how_many == 2)
+        nap_us(400000);
     if (is_pending)
         raise(SIGTRAP);
     call(17);
@@ -144,7 +147,7 @@ static long blocked(int is_pending, int how_many)
         wrong("%ld SIGTRAP after unblocking", n_caught - before);
     if (is_blocked(SIGTRAP))
         wrong("SIGTRAP is still blocked");
-    if (!is_caught(SIGTRAP))
+    if (is_caught(SIGTRAP) != was_caught)
         wrong("the handler of SIGTRAP is gone");
     return 17;
 }
@@ -271,6 +274,7 @@ int main(int argc, char **argv)
         case 'b': n = blocked(0, 0); break;
         case 'p': n = blocked(1, 0); break;
         case 's': n = blocked(0, 1); break;
+        case 'd': n = blocked(0, 2); break;
         case 'h': n = storm(); break;
         case 'm': n = many(); break;
         case 'f': n = forked(); break;
