@@ -2727,6 +2727,8 @@ _OFFSET = re.compile(r"(.+)\+(0[xX][0-9a-fA-F]{1,16}|[0-9]{1,19})$", re.S)
 _MODULE = re.compile(r"(?<!:):(?!:)")
 _MEMORY = re.compile(r"mem:(.*?)(?:/([0-9]{1,9}))?(?::(w|rw))?$", re.S)
 
+_MEMORY_SUFFIX = re.compile(r"/[0-9]+:[^:/]*$")
+
 
 def _malformed(text, column, why):
     return ProbeError("parse the probe", _quote(text),
@@ -2797,6 +2799,11 @@ def _parse_memory(probe):
     if not place:
         raise ProbeError("parse the probe", _quote(probe),
                          "column 5: no address and no symbol", form)
+    if _MEMORY_SUFFIX.search(place):
+        raise ProbeError("parse the probe", _quote(probe), "column %d: %s is "
+                         "neither :w (writes) nor :rw (reads, too)" % (
+                             5 + place.rindex(":"),
+                             place[place.rindex(":"):]), form)
     spec = parse_probe(place) if not place.startswith("mem:") else None
     if spec is None or is_pattern(spec.function) or spec.is_return:
         raise ProbeError("parse the probe", _quote(probe), "column 5: one "
@@ -3004,7 +3011,9 @@ def _memory_site(all_modules, chosen, spec):
     if not 0 < vaddr <= VADDR_END - size or vaddr % size:
         raise SymbolError("watch", _quote(spec.text), "%d bytes at 0x%x: a "
                           "debug register watches an aligned range of user "
-                          "memory" % (size, vaddr))
+                          "memory" % (size, vaddr),
+                          "mem:0x%x/%d is one with its first byte" % (
+                              vaddr & -size, size))
     name = "mem:%s%s/%d:%s" % (
         spec.function or "0x%x" % (vaddr - module.bias),
         "+0x%x" % spec.offset if spec.offset else "", size, access)
@@ -11719,7 +11728,8 @@ def no_register_left(where, taken, wanted, error=None):
     else:
         why = "perf_event_open: %s: of %d debug registers ubp has %d%s" % (
             errno.errorcode.get(error.errno, error), N_DEBUG_REGISTERS,
-            len(taken), ", others the rest")
+            len(taken), ", others the rest: a debugger, perf, or an "
+            "hw-ptrace that was there (threads keep those until they end)")
     return ProbeError("probe", _where_text(where), why, "remove one, or use "
                       "--strategy jump, which has no such limit")
 

@@ -59,6 +59,8 @@ mem:mem:f        | column 5: one address or one symbol
 mem:coun*        | column 5: one address or one symbol
 mem:counter/3    | 3 bytes: a debug register watches 1, 2, 4 or 8
 mem:counter/16:w | 16 bytes: a debug register watches 1, 2, 4 or 8
+mem:counter/8:x  | column 14: :x is neither :w (writes) nor :rw (reads, too)
+mem:0x10/4:rwx   | column 11: :rwx is neither :w (writes) nor :rw
 mem:f%return     | column 5: one address or one symbol
 """
 
@@ -73,6 +75,7 @@ mem:libc:environ/8:w      | libc | environ    | 0 |    | 8 | w
 mem:/lib/x.so:table+16/4  | /lib/x.so | table | 16 |   | 4 | w
 mem:0x10/8:w              |      |            | 0 | 16 | 8 | w
 mem:exe:0x10              | exe  |            | 0 | 16 | 0 | w
+mem:exe:r                 | exe  | r          | 0 |    | 0 | w
 """
 
 
