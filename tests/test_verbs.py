@@ -280,8 +280,7 @@ class Lines(unittest.TestCase):
         function = collections.namedtuple("Function", "name")("f%s")
         site = ubp.Site(0x1000, function, 0, ("f%s",), module)
         target = collections.namedtuple("Target", "pid comm")(7, "x")
-        probe = collections.namedtuple("Probe", "action")(
-            ubp.Trace(self.EXPRESSIONS))
+        probe = ubp.Probe(None, "f", ubp.Trace(self.EXPRESSIONS), None)
         watched = ubp.Watched(target)
         watched.armed.append(ubp.Armed(
             ubp.Group(), probe, is_exit, False, (),
