@@ -3,6 +3,7 @@
     compat.py                   run a choice under each CPython 3.6 to 3.14
     compat.py WORD...           the same with these words for pytest instead
     compat.py --venv FOLDER     make FOLDER a venv of this Python with pytest
+    compat.py --venvs           make those of all, so that tests need not wait
     compat.py --syntax FILE...  compile files with the oldest CPython found
 
 Interpreters are looked for on PATH and under `pyenv root`, one per version.
@@ -72,6 +73,10 @@ def interpreters():
     return found
 
 
+def folder_of(version):
+    return os.path.join(TOP, ".venv-" + version)
+
+
 def make_venv(python, folder):
     """Make folder a venv of python that has pytest. Exits with the remedy."""
     ready = os.path.join(folder, "ready")
@@ -124,7 +129,7 @@ def choice():
 def run_one(version, python, words):
     """Run pytest under a CPython, and print what came of it. -> exit status
     """
-    folder = os.path.join(TOP, ".venv-" + version)
+    folder = folder_of(version)
     make_venv(python, folder)
     began = time.monotonic()
     done = subprocess.run(
@@ -164,6 +169,10 @@ def main(argv):
     """Do what the words say. -> exit status."""
     if argv[:1] == ["--venv"]:
         return make_venv(sys.executable, argv[1])
+    if argv[:1] == ["--venvs"]:
+        for version, python in interpreters().items():
+            make_venv(python, folder_of(version))
+        return 0
     if argv[:1] == ["--syntax"]:
         return check_syntax(argv[1:])
     return run_all(argv)
