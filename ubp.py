@@ -1200,6 +1200,7 @@ class Fde(NamedTuple):
     vaddr: int
     size: int
     lsda: int               # vaddr of its exception table, 0 if none
+    is_part: bool = False   # it begins within a frame that is there already
 
 
 class Cie(NamedTuple):
@@ -1222,6 +1223,10 @@ class CallFrame(NamedTuple):
     program: bytes
     vaddr: int              # where the program is
 
+
+_FDE = struct.Struct("<IIiiB")  # size, distance of the CIE, start, size of
+#                                 the code, of what augments it: as all write
+_EH_PE_PCREL_SDATA4 = 0x1b
 
 # DW_CFA_def_cfa, _register, _offset, _expression, _sf, _offset_sf: DWARF 5,
 # 6.4.2.2.
@@ -1292,11 +1297,13 @@ class Unwind:
 
     def _fde(self, vaddr):
         """_parse(vaddr), remembered: a plan asks for each several times."""
-        if vaddr not in self._fdes:
+        try:
+            return self._fdes[vaddr]
+        except KeyError:
             if len(self._fdes) > 1 << 17:
                 self._fdes.clear()
-            self._fdes[vaddr] = self._parse(vaddr)
-        return self._fdes[vaddr]
+            fde = self._fdes[vaddr] = self._parse(vaddr)
+            return fde
 
     def _read(self, vaddr, size):
         """Up to size bytes of .eh_frame. Neighbours are asked for next, so
@@ -1309,11 +1316,38 @@ class Unwind:
 
     def _parse(self, vaddr):
         """The Fde at a vaddr of .eh_frame, or None."""
-        parts = self._parts(Cursor(self._read(vaddr, 64), vaddr))
-        return parts and parts[0]
+        cursor = Cursor(self._read(vaddr, 64), vaddr)
+        parts = self._parts(cursor)
+        if parts is None:
+            return None
+        fde, _, behind = parts
+        end = 4 + int.from_bytes(cursor.data[:4], "little")
+        if behind < end <= MAX_FRAME_ENTRY and (
+                self._read(vaddr + behind, 1) in _SETS_CFA):
+            return fde._replace(is_part=True)
+        return fde
+
+    def _usual_parts(self, cursor):
+        """_parts() of what almost every FDE looks like; None: not so."""
+        data, vaddr = cursor.data, cursor.vaddr
+        if len(data) < _FDE.size:
+            return None
+        size, distance, start, length, behind = _FDE.unpack_from(data)
+        cie = self._cies.get(vaddr + 4 - distance)
+        if (size == 0xffffffff or not distance or cie is None
+                or cie.encoding != _EH_PE_PCREL_SDATA4 or not cie.is_augmented
+                or behind or not start or length <= 0):
+            return None
+        start = (vaddr + 8 + start) % (1 << 64)
+        if start + length > VADDR_END:
+            return None
+        return Fde(start, length, 0), cie, _FDE.size
 
     def _parts(self, cursor):
         """(Fde, Cie, where its program begins) of an FDE, or None."""
+        usual = self._usual_parts(cursor)
+        if usual:
+            return usual
         try:
             size, cie_distance = cursor.number(4), cursor.number(4)
             if size == 0xffffffff or cie_distance == 0:
@@ -1397,9 +1431,8 @@ class Unwind:
         Then it is a part that a compiler split off, and nobody calls it: its
         program sets the frame's address before it first advances.
         """
-        found = self.call_frame(start)
-        return (found is not None and found.fde.vaddr == start
-                and found.program[:1] in _SETS_CFA)
+        fde = self.at(start)
+        return fde is not None and fde.vaddr == start and fde.is_part
 
     def at(self, vaddr):
         """The Fde whose range holds vaddr, or None."""
@@ -1418,8 +1451,7 @@ class Unwind:
         if last - first > MAX_HEADERS:
             raise SymbolError("read", self.elf.name, "%d frames overlap "
                               "0x%x" % (last - first, low))
-        found = [self._fde(fde) for fde in fdes[first:last]]
-        return [fde for fde in found
+        return [fde for fde in map(self._fde, fdes[first:last])
                 if fde and fde.vaddr < high and low < fde.vaddr + fde.size]
 
     def landing_pads(self, fde):
@@ -1642,9 +1674,9 @@ class Functions:
 
     def entries(self, low, high):
         """Symbols and landing pads in [low, high)."""
-        entries = {values[at] for _, _, values in self.columns
-                   for at in range(bisect.bisect_left(values, low),
-                                   bisect.bisect_left(values, high))}
+        entries = set()
+        for _, _, values in self.columns:
+            entries.update(_between(values, low, high))
         for fde in self.unwind.within(low, high):
             entries.add(fde.vaddr)
             if fde.lsda:
@@ -2549,8 +2581,8 @@ class Module:
 
 def _between(values, low, high):
     """Those of sorted values that are in [low, high)."""
-    return values[bisect.bisect_left(values, low):
-                  bisect.bisect_left(values, high)]
+    first = bisect.bisect_left(values, low)
+    return values[first:bisect.bisect_left(values, high, first)]
 
 
 def _printable(path):
@@ -8655,10 +8687,13 @@ _MOST_BEFORE_SITE = 16          # bytes in front of a site to be displaced
 
 
 class Planner:
-    """Plans sites in one process. Reads memory and files; stops nothing."""
+    """Plans sites in one process. Reads memory and files; stops nothing.
 
-    def __init__(self, pid, read):
-        self.pid, self.read = pid, read
+    n_sites   about how many: for many, tables pay
+    """
+
+    def __init__(self, pid, read, n_sites=1):
+        self.pid, self.read, self._is_for_many = pid, read, n_sites > 8
         self.taken = {}             # module -> ByteRanges
         self.offers = None          # Place: what the target offers to bodies
         self.windows = {}           # vaddr of each displaced insn: Window
@@ -9047,7 +9082,7 @@ class Planner:
                 return data if data and len(data) == size else None
             self._scans[module] = ubp_x86.BranchScan(
                 text, lambda vaddr: self.function(module, vaddr), read,
-                module.elf.type == ET_EXEC)
+                module.elf.type == ET_EXEC, self._is_for_many)
         return self._scans[module]
 
     def _cancellation(self, module):
@@ -13665,10 +13700,10 @@ class Target:
         action, when   as in probe(); None: a count
         progress       called with the number of sites done, and of all
         """
-        planner = Planner(self.pid, self._read)
-        strategies = strategies_of(strategy)
-        sites, action = self._sites(pattern), self._chosen(
-            Count() if action is None else action, strategies)
+        strategies, sites = strategies_of(strategy), self._sites(pattern)
+        planner = Planner(self.pid, self._read, len(sites))
+        action = self._chosen(Count() if action is None else action,
+                              strategies)
         specs = {is_return: make_specs(action, when, is_return)
                  for is_return in {site.is_return for site in sites}}
 
@@ -13748,7 +13783,7 @@ class Target:
             self._max_rate = min(self._max_rate, max_rate or self._max_rate)
             self._traced += [probe] * (spec.action == "trace")
             if self._planner is None:
-                self._planner = Planner(self.pid, self._read)
+                self._planner = Planner(self.pid, self._read, len(sites))
                 self._planner.patches = self._installer.patches
             self._look([each for each in (spec, entry) if each], strategies,
                        timeout)

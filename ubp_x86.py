@@ -1406,26 +1406,45 @@ def _learn(code, pos, vaddr, bits):
     return form
 
 
+class _Walk:
+    """Code, decoded from end to end: lists of what begins where.
+
+    starts, forms     the vaddr and the Form of each instruction
+    marks, marked     offset and Form of those whose Form is_marked
+    Raises DecodeError at the first byte that begins no instruction.
+    """
+
+    def __init__(self, code, vaddr, bits=64):
+        self.starts, self.forms, self.marks, self.marked = [], [], [], []
+        pos, end, trie, node = 0, len(code), _TRIES[bits], dict
+        add_start, add_form = self.starts.append, self.forms.append
+        while pos < end:            # each name that is local here saves time
+            try:
+                at, form = pos, trie[code[pos]]
+                while form.__class__ is node:
+                    at += 1
+                    form = form[code[at]]
+            except (KeyError, IndexError):
+                form = _learn(code, pos, vaddr + pos, bits)
+            add_start(vaddr + pos)
+            add_form(form)
+            if form[-1]:
+                self.marks.append(pos)
+                self.marked.append(form)
+            pos += form[0]
+        if pos > end:
+            pos -= form[0]
+            raise _undefined(code[pos:], 15, vaddr + pos,
+                             "the bytes end within it")
+
+
 def sweep(code, vaddr, bits=64):
     """Yield (offset, Form) of each instruction, one behind the other.
 
-    Raises DecodeError at the first byte that begins none.
+    Raises DecodeError if there is a byte that begins none.
     """
-    pos, end, trie = 0, len(code), _TRIES[bits]
-    while pos < end:
-        try:
-            at, form = pos, trie[code[pos]]
-            while form.__class__ is dict:
-                at += 1
-                form = form[code[at]]
-        except (KeyError, IndexError):
-            form = _learn(code, pos, vaddr + pos, bits)
-        size = form[0]
-        if pos + size > end:
-            raise _undefined(code[pos:], 15, vaddr + pos,
-                             "the bytes end within it")
-        yield pos, form
-        pos += size
+    walk = _Walk(code, vaddr, bits)
+    return zip(map((-vaddr).__add__, walk.starts), walk.forms)
 
 
 def aim(form, code, pos, vaddr):
@@ -1449,11 +1468,19 @@ def decode(code, vaddr, bits=64):
     bits   64, or 32 for compatibility and protected mode
     Raises DecodeError for what the tables do not define, and where code ends.
     """
-    code = bytes(code[:15])
-    for _, form in sweep(code, vaddr, bits):
-        return Insn(vaddr, form.size, code[:form.size], form.flow,
-                    *aim(form, code, 0, vaddr), form)
-    raise DecodeError("no bytes", vaddr)
+    code, at, form = bytes(code[:15]), 0, _TRIES[bits]
+    if not code:
+        raise DecodeError("no bytes", vaddr)
+    try:
+        while form.__class__ is dict:
+            form = form[code[at]]
+            at += 1
+    except (KeyError, IndexError):
+        form = _learn(code, 0, vaddr, bits)
+    if form.size > len(code):
+        raise _undefined(code, 15, vaddr, "the bytes end within it")
+    return Insn(vaddr, form.size, code[:form.size], form.flow,
+                *aim(form, code, 0, vaddr), form)
 
 
 def decode_all(code, vaddr, bits=64):
@@ -1910,6 +1937,7 @@ _IS_REL8 = bytes(byte >> 4 == 7 or byte >> 2 == 0x38 or byte == 0xeb
                  for byte in range(256))      # jcc; loop, jrcxz; jmp
 _BLOCK = 0x10000
 _N_STREAMS = 6      # passes that cost less than the sorted table
+_N_LATEST = 32      # functions whose Forms are kept
 
 
 def _byte_class(low, high, shift):
@@ -1930,23 +1958,26 @@ class BranchScan:
                  decodes, and is no instruction of it
     read         vaddr, size -> bytes or None; for jump tables
     is_absolute  it is not relocated: constants in code may be addresses
+    is_for_many  more than a few sites will be planned
 
     Call, jmp, jcc (rel32) and xbegin are found in the whole module, and so
     is what could be a rip-relative operand; the first few questions are
-    answered by a pass over the bytes, later ones from sorted tables. Short
-    branches are looked for around the window.
+    answered by a pass over the bytes, later ones (and of many sites all)
+    from sorted tables. Short branches are looked for around the window.
     """
 
     def __init__(self, segments, function_at=None, read=None,
-                 is_absolute=False):
+                 is_absolute=False, is_for_many=False):
         self.is_absolute = is_absolute
         self.segments = sorted(segments, key=lambda segment: segment[0])
         self.function_at = function_at or (lambda vaddr: None)
         self.read = read or (lambda vaddr, size: None)
         self._base = self.segments[0][0] if self.segments else 0
         self._table, self._operands, self._streamed = None, None, []
+        self._n_streams = 0 if is_for_many else _N_STREAMS
         # By Function.vaddr:
         self._analyses, self._proofs, self._behind = {}, {}, {}
+        self._latest = collections.deque()          # Analyses with forms
         self.has_rseq = any(_has_rseq(code) for _, code in self.segments)
 
     def forget(self):
@@ -1954,6 +1985,7 @@ class BranchScan:
         self._analyses.clear()
         self._proofs.clear()
         self._behind.clear()
+        self._latest.clear()
 
     def is_executable(self, vaddr):
         """Tell whether vaddr is in one of the segments."""
@@ -1992,7 +2024,7 @@ class BranchScan:
             for first, last, found in self._streamed:
                 if first <= low and high <= last:
                     return found[which]
-            if len(self._streamed) < _N_STREAMS:
+            if len(self._streamed) < self._n_streams:
                 first = low - _MOST_READ - _MOST_IMMEDIATE
                 self._streamed.append((first, high,
                                        self._stream(first, high)))
@@ -2109,6 +2141,9 @@ class BranchScan:
         if known is None or known.function != function:
             known = analyse(function)
             self._analyses[function.vaddr] = known
+            self._latest.append(known)
+            if len(self._latest) > _N_LATEST:
+                self._latest.popleft().drop_forms()
         return known
 
     def is_refuted(self, source):
@@ -2375,15 +2410,18 @@ def _has_rseq(code):
 # -- Analysis: one function, decoded once for all its sites.
 
 _ENDS = frozenset((RET, JMP, JMP_IND))       # control does not go on
-_SIZE_OF = operator.itemgetter(Form._fields.index("size"))
 _IS_MARKED = operator.itemgetter(Form._fields.index("is_marked"))
+_MARKS_OF = operator.itemgetter(*map(Form._fields.index, (
+    "size", "flow", "aim", "aim_offset", "aim_size", "opcode",
+    "opcode_offset")))
 
 
 class Analysis:
     """A function, decoded. Made by analyse().
 
     starts       sorted vaddrs of its instructions
-    forms        the Form of each; Insns are made when asked for
+    forms        the Form of each, decoded again after drop_forms(); Insns
+                 are made when asked for
     indirect     vaddrs of its indirect jumps
     known        {one of them: its targets}, filled by resolve_jumps
     strays       Insns on ways that enter one of them behind its first byte
@@ -2396,16 +2434,14 @@ class Analysis:
     padding_end  end of the function and of the padding behind it
     """
 
-    def __init__(self, function, forms):
+    def __init__(self, function, walk):
         low, end = function.vaddr, function.vaddr + function.size
-        self.function, self.end, self.forms = function, end, forms
-        places = [0]
-        places += itertools.accumulate(map(_SIZE_OF, forms))
-        self.starts = array.array("Q", [low + pos for pos in places[:-1]])
+        self.function, self.end, self._forms = function, end, walk.forms
+        self.starts = array.array("Q", walk.starts)
         self.padding_end = low + _PADDING.match(
             function.code, function.size).end()
         self.indirect, data, taken = [], set(), set()
-        sources, targets, astray = self._marks(places, data, taken)
+        sources, targets, astray = self._marks(walk, data, taken)
         words = [word for word in function.words
                  if not self._is_nothing(word)]
         taken.update(function.entries)
@@ -2421,11 +2457,11 @@ class Analysis:
                     targets.append(insn.target)
         self.targets = frozenset(targets)
         self.sources = array.array("Q", sorted(sources))
-        self.last_flow = forms[-1].flow if forms else NEXT
+        self.last_flow = walk.forms[-1].flow if walk.forms else NEXT
         self.jumps = self.family = self.rseq = None     # when asked for
         self.known, self.references, self._ways = {}, None, None
 
-    def _marks(self, places, data, taken):
+    def _marks(self, walk, data, taken):
         """Look at the instructions that have an aim or jump indirectly.
 
         -> (vaddrs of the opcodes of direct branches, their targets within
@@ -2433,12 +2469,11 @@ class Analysis:
         What is read or whose address is taken, in its padding too, is put
         into data and taken.
         """
-        code, low, end = self.function.code, self.function.vaddr, places[-1]
-        sources, targets, astray, known = [], [], [], set(places)
-        n_padded = self.padding_end - low
-        for pos, form in itertools.compress(zip(places, self.forms),
-                                            map(_IS_MARKED, self.forms)):
-            size, flow, kind, offset, width = form[:5]
+        code, low = self.function.code, self.function.vaddr
+        sources, targets, inside, n_padded = [], [], [], self.padding_end - low
+        target, call, n_bytes = _TARGET, CALL, self.function.size
+        for pos, (size, flow, kind, offset, width, opcode, skip) in zip(
+                walk.marks, map(_MARKS_OF, walk.marked)):
             # Offsets instead of vaddrs, as small numbers are cheaper.
             if width == 4:
                 to = pos + size + _INT32(code, pos + offset)[0]
@@ -2447,19 +2482,34 @@ class Analysis:
             else:
                 self.indirect.append(low + pos)
                 continue
-            if kind == _TARGET:
-                sources.append(low + pos + form.opcode_offset)
-                if 0 <= to < end:
-                    if to not in known:
-                        astray.append(low + to)
-                    if flow != CALL:
+            if kind == target:
+                sources.append(low + pos + skip)
+                if 0 <= to < n_bytes:
+                    inside.append(low + to)
+                    if flow != call:
                         targets.append(low + to)
                 continue
             if flow == JMP_IND:
                 self.indirect.append(low + pos)
             if 0 <= to < n_padded:
-                (taken if form.opcode == 0x8d else data).add(low + to)
-        return sources, targets, astray
+                (taken if opcode == 0x8d else data).add(low + to)
+        if inside:
+            known = set(walk.starts)
+            inside = [to for to in inside if to not in known]
+        return sources, targets, inside
+
+    @property
+    def forms(self):
+        if self._forms is None:
+            function = self.function
+            self._forms = _Walk(function.code[:function.size],
+                                function.vaddr).forms
+        return self._forms
+
+    def drop_forms(self):
+        """Forget them for now: Python's collector looks at each again and
+        again, and few functions are asked about twice."""
+        self._forms = None
 
     def place(self, vaddr):
         """Return the place in starts of vaddr, -1 if none starts there."""
@@ -2585,11 +2635,10 @@ def analyse(function):
     Raises RefusalError ("unknown instruction") unless all of it decodes.
     """
     try:
-        forms = [form for _, form in sweep(function.code[:function.size],
-                                           function.vaddr)]
+        walk = _Walk(function.code[:function.size], function.vaddr)
     except DecodeError as error:
         raise _unknown(function, error) from error
-    return Analysis(function, forms)
+    return Analysis(function, walk)
 
 
 def _unknown(function, error):
@@ -3016,7 +3065,7 @@ def _indirect_exit(analysis, vaddr, family, branches):
 _FLAGS_AT = 16                  # flags share a mask with the registers
 _ALL = ALL_FLAGS << _FLAGS_AT | ALL_GPRS
 _N_LIVENESS = 128               # instructions looked at per site
-_masks = {}                     # Form -> (reads, kills), one mask each
+_masks = {}     # id of a Form -> (reads, what it keeps, does it branch, Form)
 _known_effects = {}             # Form -> Effects
 
 
@@ -3039,19 +3088,20 @@ def _effects_of(insn):
     return known
 
 
-def _reads_and_kills(insn):
-    """Return what insn reads and what it overwrites, as two masks."""
-    known = _masks.get(insn.form)
-    if known is None:
-        reads, writes, flags_read, flags_written = _effects_of(insn)
-        known = (reads | flags_read << _FLAGS_AT,
-                 writes | flags_written << _FLAGS_AT)
-        if insn.flow not in (NEXT, JCC, JMP):
-            known = _ALL, 0
-        if not _depends_on_count(insn.form):
-            if len(_masks) > 50000:
-                _masks.clear()
-            _masks[insn.form] = known
+def _reads_and_keeps(insn):
+    """Return what insn reads and what it does not overwrite, as two masks;
+    whether it branches; and its Form, which keeps the id from another."""
+    form = insn.form
+    reads, writes, flags_read, flags_written = _effects_of(insn)
+    known = (reads | flags_read << _FLAGS_AT,
+             ~(writes | flags_written << _FLAGS_AT),
+             form.is_marked and form.flow in (JCC, JMP), form)
+    if form.flow not in (NEXT, JCC, JMP):
+        known = _ALL, -1, False, form
+    if not _depends_on_count(form):
+        if len(_masks) > 50000:
+            _masks.clear()
+        _masks[id(form)] = known
     return known
 
 
@@ -3077,12 +3127,12 @@ def liveness(analysis, site):
                 live |= open_
                 break
             seen[place] = before | open_
-            form = forms[place]
-            reads, kills = (known.get(form)
-                            or _reads_and_kills(analysis.insn(place)))
+            reads, keeps, is_branch, form = (
+                known.get(id(forms[place]))
+                or _reads_and_keeps(analysis.insn(place)))
             live |= open_ & reads
-            open_ &= ~kills
-            if form.is_marked and form.flow in (JCC, JMP):
+            open_ &= keeps
+            if is_branch:
                 target = analysis.place(
                     analysis.aim(form, analysis.starts[place])[0])
                 if form.flow == JMP:
