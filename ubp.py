@@ -631,7 +631,8 @@ PT_LOAD, PT_DYNAMIC, PT_NOTE, PT_GNU_EH_FRAME = 1, 2, 4, 0x6474e550
 PF_X, PF_W = 1, 2
 SHT_SYMTAB, SHT_RELA, SHT_NOBITS, SHT_DYNSYM = 2, 4, 8, 11
 SHF_ALLOC, SHF_EXECINSTR = 2, 4
-DT_PLTRELSZ, DT_HASH, DT_STRTAB, DT_SYMTAB, DT_RELA = 2, 4, 5, 6, 7
+DT_NEEDED, DT_PLTRELSZ, DT_HASH, DT_STRTAB = 1, 2, 4, 5
+DT_SYMTAB, DT_RELA = 6, 7
 DT_RELASZ, DT_STRSZ, DT_INIT, DT_FINI, DT_SONAME = 8, 10, 12, 13, 14
 DT_JMPREL, DT_RELRSZ, DT_RELR, DT_GNU_HASH = 23, 35, 36, 0x6ffffef5
 STT_NOTYPE, STT_OBJECT, STT_FUNC, STT_GNU_IFUNC = 0, 1, 2, 10
@@ -984,6 +985,20 @@ class Elf:
             self.note("%s: the table of DT_ tag %d is cut short"
                       % (self.name, pointer_tag))
         return data
+
+    @_Lazy
+    def needed(self):
+        """The names in DT_NEEDED, of files or SONAMEs."""
+        strings, names = self.dynamic_table(DT_STRTAB, DT_STRSZ), []
+        for segment in self.segments:
+            if segment.type == PT_DYNAMIC:
+                data = self.image.read(segment.offset,
+                                       min(segment.size, 1 << 16))
+                names += [_decode(_c_string(strings, value)) for tag, value
+                          in struct.iter_unpack("<QQ", data[:len(data) // 16
+                                                            * 16])
+                          if tag == DT_NEEDED and value < len(strings)]
+        return names
 
     @_Lazy
     def soname(self):
@@ -2363,6 +2378,7 @@ class Module:
         self.path = _printable(path[:-len(DELETED)] if self.deleted else path)
         self.name = os.path.basename(self.path)
         self.is_exe = False
+        self.mapped, self._stamp = _text_maps(maps), _stamp_of(elf)
         if isinstance(elf.image, MemoryImage):
             elf.bias = bias
         spans = [(bias + s.vaddr, bias + s.vaddr + s.size) for s in elf.loads]
@@ -2384,6 +2400,10 @@ class Module:
                     self.text.append((low, high - low, offset))
                     self.shared_text |= ("s" in m.perms
                                          or _is_huge(m, self.elf.image))
+
+    def is_unchanged(self):
+        """Is its file what it was when it was opened?"""
+        return _stamp_of(self.elf) == self._stamp
 
     def is_mapped_from(self, path):
         """Is that path of a Mapping this module's?"""
@@ -2599,9 +2619,23 @@ def _is_huge(m, image):
             and os.fstatvfs(image.fd).f_bsize >= 1 << 21)
 
 
-def modules(pid):
+def _text_maps(maps):
+    return tuple(m for m in maps if "x" in m.perms)
+
+
+def _stamp_of(elf):
+    """What changes when the file of an Elf is written to."""
+    if not isinstance(elf.image, FileImage):
+        return None
+    info = os.fstat(elf.image.fd)
+    return info.st_size, info.st_mtime_ns
+
+
+def modules(pid, before=()):
     """The Modules of a process: the program first, then by address.
 
+    before   Modules from an earlier look; those whose text is mapped as it
+             was then are taken over
     What is mapped executable but is no ELF file (a JIT's cache, ubp's own
     arena) is left out. Raises SymbolError if there is nothing to read.
     """
@@ -2614,10 +2648,14 @@ def modules(pid):
         raise SymbolError("read the modules of", "pid %d" % pid,
                           "/proc/%d/maps shows none" % pid,
                           "it ended, is a kernel thread, or needs sudo")
-    found = []
+    found, known = [], {}
+    for module in before:
+        if module.is_unchanged():
+            known.setdefault(module.mapped, []).append(module)
     for maps in files.values():
-        if any("x" in m.perms for m in maps):
-            found += _modules_of(pid, maps)
+        text = _text_maps(maps)
+        if text:
+            found += known.get(text) or _modules_of(pid, maps)
     phdr = _auxv(pid).get(AT_PHDR, 0)
     for module in found:
         module.is_exe = module.low <= phdr < module.high
@@ -6080,6 +6118,7 @@ class Arena:
         self.records = []
         self._used = 0              # bytes of a shard that are blocks
         self._private_used = 16     # and of the private pages: _fill_private
+        self._calls_used = 0        # and of the slots of calls
         self._last = {}             # {(offset, size): sums when last read}
         self.nonce = int.from_bytes(os.urandom(8), "little")
         self._flags = 0
@@ -6136,7 +6175,7 @@ class Arena:
                 and self.next + need.code <= self.base + self.code_size
                 and _aligned(self._used, need.block) + need.block
                 <= 1 << self.shards.shift
-                and need.calls <= self.layout.calls_size
+                and self._calls_used + need.calls <= self.layout.calls_size
                 and (not need.private or self.private and _aligned(
                     self._private_used, need.private) + need.private
                     <= self.layout.private_size))
@@ -6158,6 +6197,15 @@ class Arena:
         at = _aligned(self._private_used, size)
         self._private_used = at + size
         return self.private + at
+
+    def allocate_calls(self):
+        """Slots of calls, if there is room. -> offset in the arena"""
+        used, size = self._calls_used, self.layout.calls_size
+        if used + ubp_x86.CALLS_SIZE > size:
+            raise ProbeError("call a function for", self.tracer.name(),
+                             "its memory has no slots for it")
+        self._calls_used = used + _pages(ubp_x86.CALLS_SIZE)
+        return self.size - size + used
 
     def shard_at(self, cpu):
         """The offset of a processor's shard in the arena."""
@@ -8542,6 +8590,12 @@ class Call(Action):
         self.function, self.timeout = function, timeout
 
 
+class HookCall(Call):
+    """A Call at the loader's debug hook: it makes no syscall but futex, and
+    has slots and a thread of its own, so that no user's function is waited
+    for."""
+
+
 _LEAST_TIMEOUT_S, _MOST_TIMEOUT_S = 0.001, 60
 _TABLE_BYTES, _RING_BYTES = 1 << 20, 256 << 10      # of one processor
 _STACK_BYTES, _STACK_RING_BYTES = 8 << 10, 12 << 20     # of stacks copied
@@ -8598,7 +8652,7 @@ def make_spec(action, when=None, is_exit=False):
             "u64(elapsed)", True), **rest)
     elif isinstance(action, Call):
         spec = ubp_x86.Spec("call", timeout_ns=int(action.timeout * 1e9),
-                            **rest)
+                            is_quiet=isinstance(action, HookCall), **rest)
     else:
         raise ProbeError("probe with", repr(action),
                          "that action is not built yet")
@@ -9658,6 +9712,7 @@ class Probe:
         self._n_faults = 0          # stacks whose value could not be had
         self._parts = []            # what holds the sites that take no jump
         self._is_removed = False
+        self._is_open = False       # may a library come that it means, too?
         self.error = None           # what its Call's function raised
         # What it is in children of the target that became other programs:
         # (its twins there, {…: (Site, Reading)} of those that have ended)
@@ -10105,7 +10160,7 @@ class Calls:
                              "its memory is not shared with ubp: it, or its "
                              "seccomp filter, allows no memfd")
         self.arena, self.note = arena, note
-        self._offset = arena.size - arena.layout.calls_size
+        self._offset = arena.allocate_calls()
         self.vaddr = arena.base + self._offset
         self._known = []            # by number: (Probe, Site, kind, rip, …)
         self._lock = threading.Lock()
@@ -10347,6 +10402,10 @@ class Calls:
             self._reply(hit, hit._outcome)
             self._current = None
 
+    def is_wanted(self, hit):
+        """Does a hit still wait, and is its probe to stay?"""
+        return hit.probe not in self._gone and self.is_waiting(hit)
+
     def release(self, gone, has_others):
         """Let every hit of some probes go on; if there are no others, none
         waits from now on. May be repeated."""
@@ -10414,6 +10473,7 @@ class Installer:
         self.offers = ubp_x86.Place(_DUMMY_SHARDS, 0)
         self._looked = set()        # what was asked of the target already
         self.calls = None           # Calls, when there are any
+        self.hook_calls = None      # those of the loader's debug hook
         self._forbidden = None      # InjectionRefused, of the first arena
 
     def look(self, spec, limit):
@@ -10451,11 +10511,15 @@ class Installer:
             self.offers = self.offers._replace(tid_offset=offset)
         self._looked |= wants
 
-    def install(self, probe, plans, limit):
-        """Arm the plans of a probe, in one pause: all, or nothing."""
+    def install(self, probe, plans, limit, hook=()):
+        """Arm the plans of a probe, in one pause: all, or nothing.
+
+        hook   (Probe, SitePlan) of the loader's debug hook, to be armed in
+               that pause, if it can be
+        """
         probe._armed_tsc = self.clock.read()[0] if self.clock else 0
         try:
-            steps = []
+            steps = self._steps_of_hook(hook, plans, limit) if hook else []
             for group in _by_reach(plans):
                 while group:
                     try:
@@ -10465,20 +10529,69 @@ class Installer:
                         group = _without_slack(probe, group, error)
                         continue
                     group = group[len(part):]
-                    if arena.layout.calls_size and self.calls is None:
-                        self.calls = Calls(arena, self.note)
                     steps += self._write(probe, arena, part)
             self._arm(steps, limit)
         except BaseException:
-            self.take_out([probe], limit)
+            self.take_out([probe] + list(hook[:1]), limit)
             raise
+
+    def _steps_of_hook(self, hook, plans, limit):
+        """What _write() makes for the loader's debug hook; [] if that cannot
+        be armed. Plans that are near it find room in the same arena."""
+        probe, plan = hook
+        group = next(group for group in _by_reach([plan] + plans)
+                     if plan in group)
+        others = [each for each in group if each is not plan]
+        try:
+            arena = next((arena for arena in self.arenas if arena.n_fitting(
+                [plan], self._need_of, self._span)), None)
+            if arena is None:
+                need = self._need_of([plan])
+                arena = self._new_arena(group, need + self._need_of(others)
+                                        if others else need, limit)
+            return self._write(probe, arena, [plan])
+        except InjectionRefused as error:
+            if self.kind != "auto":
+                raise
+            self._forbidden = error
+        except ProbeError as error:
+            log.debug("the loader's debug hook is not used: %s", error)
+        self._release_calls({probe}, set())
+        return []
+
+    def may_share(self):
+        """May memory be mapped that the target and we share?"""
+        return (self.kind in ("auto", "memfd") and not self._forbidden
+                and all(arena.memory is not None for arena in self.arenas))
+
+    def _calls_of(self, probe):
+        return (self.hook_calls if isinstance(probe.action, HookCall)
+                else self.calls)
 
     def _need_of(self, plans):
         """need_of(), with slots of calls if there are none yet."""
-        need = need_of(plans)
-        if plans[0].spec.action != "call" or self.calls is not None:
+        need, spec = need_of(plans), plans[0].spec
+        if spec.action != "call" or (self.hook_calls if spec.is_quiet
+                                     else self.calls) is not None:
             return need
-        return need._replace(calls=ubp_x86.CALLS_SIZE)
+        return need._replace(calls=_pages(ubp_x86.CALLS_SIZE))
+
+    def _open_calls(self, probe, arena):
+        """Have somebody who answers the hits of a probe."""
+        if self._calls_of(probe) is None:
+            calls = Calls(arena, self.note)
+            if isinstance(probe.action, HookCall):
+                self.hook_calls = calls
+            else:
+                self.calls = calls
+
+    def _release_calls(self, gone, staying):
+        """Let hits of probes that are going go on."""
+        for calls in (self.calls, self.hook_calls):
+            if calls is not None:
+                calls.release(gone, any(
+                    isinstance(probe.action, Call)
+                    and self._calls_of(probe) is calls for probe in staying))
 
     def _room_for(self, plans, need_of, limit):
         """An arena for the first of plans that are near each other.
@@ -10494,20 +10607,23 @@ class Installer:
         try:
             if self._forbidden or self.kind == "slack":
                 return self._slack_for(plans, need_of)
-            arena = make_arena(self.tracer, *self._span(plans),
-                               need_of(plans), max(
-                                   0.1, limit - time.monotonic()), self.kind)
+            return self._new_arena(plans, need_of(plans), limit), plans
         except InjectionRefused as error:
             if self.kind != "auto":
                 raise
             self._forbidden = error
             return self._slack_for(plans, need_of)
+
+    def _new_arena(self, plans, need, limit):
+        """An Arena that code of plans reaches, for a Need."""
+        arena = make_arena(self.tracer, *self._span(plans), need, max(
+            0.1, limit - time.monotonic()), self.kind)
         self.arenas.append(arena)
         if arena.memory is None:
             self.note("its memory is private: calls in processes that it "
                       "forks from now on are not counted, nor, if it ends, "
                       "those since it was last read")
-        return arena, plans
+        return arena
 
     def _slack_for(self, plans, need_of):
         """_room_for, where nothing may be injected. Raises SlackFull."""
@@ -10550,6 +10666,8 @@ class Installer:
     def _write(self, probe, arena, plans):
         """Data, trampolines and records of plans. -> [(Patch, Change)]"""
         layout, spec = ubp_x86.block_layout(plans[0].spec), plans[0].spec
+        if spec.action == "call":
+            self._open_calls(probe, arena)
         is_shared = layout.kind in ("table", "ring")
         offset = arena.allocate(
             layout.size * (1 if is_shared else len(plans)))
@@ -10594,8 +10712,8 @@ class Installer:
         if spec.action == "trace" and spec.policy == "block":
             waits = arena.own_rings()
         if spec.action == "call":
-            calls = self.calls.vaddr
-            index = self.calls.add(probe, whole.site, plan)
+            owner = self._calls_of(probe)
+            calls, index = owner.vaddr, owner.add(probe, whole.site, plan)
         return self.offers._replace(
             shards=arena.shards, block=offset, site_index=index,
             private=arena.private, tracer=waits, calls=calls,
@@ -10616,7 +10734,8 @@ class Installer:
                                    [body.part for body in bodies]),
             bodies[0].part_plan.trampoline_size if len(bodies) == 1 else 0)
         self._links.update((arena, body.arena) for body in bodies)
-        self._links.update((arena, self.calls.arena) for body in bodies
+        self._links.update((arena, self._calls_of(body.probe).arena)
+                           for body in bodies
                            if body.part[0].action == "call")
         change = Change(record, tuple(old for _, old in patch.records))
         patch.records.append((arena, record))
@@ -10688,9 +10807,7 @@ class Installer:
             if arena.ring_owner is not None and not any(
                     probe._rings for probe in staying):
                 arena.ring_owner.close()        # who waits goes on
-        if self.calls is not None:
-            self.calls.release(gone, any(isinstance(probe.action, Call)
-                                         for probe in staying))
+        self._release_calls(gone, staying)
         patches = [patch for patch in self.patches.values()
                    if any(body.probe in gone for body in patch.bodies)]
         self._recompose([patch for patch in patches
@@ -10717,6 +10834,9 @@ class Installer:
                 self.arenas.remove(arena)
                 if self.calls is not None and self.calls.arena is arena:
                     self.calls = None
+                if (self.hook_calls is not None
+                        and self.hook_calls.arena is arena):
+                    self.hook_calls = None
                 arena.close()
         return total
 
@@ -13100,25 +13220,38 @@ _GUARD_ERRORS = {each.__name__: each for each in (
 
 
 # -- libraries that come and go -----------------------------------------------
+#
+# The loader keeps a list of them for debuggers, and calls an empty function
+# when it has begun and when it has ended a change: the debug hook. A call of
+# ours sits there, so that the thread that has loaded a library waits until
+# what patterns mean in it is armed, before its constructors run. It waits
+# for a second at most, as in every Call; and the list is looked at every now
+# and then in any case, as there is not always a hook that takes a probe.
 
 DT_DEBUG = 21
-_R_DEBUG = struct.Struct("<i4xQQi4x")   # version, map, brk, state; <link.h>
+DT_TEXTREL, DT_FLAGS, DF_TEXTREL = 22, 30, 4
+_R_DEBUG = struct.Struct("<i4xQQi4x8xQ")    # version, map, brk, state, next;
+_R_DEBUG_OLD = 40                   # <link.h>: next from version 2 on
 _LINK_MAP = struct.Struct("<QQQQQ")     # addr, name, ld, next, prev
-_MAX_LIBRARIES = 10000
+_MAX_LIBRARIES, _MAX_NAMESPACES = 10000, 64
 _LOOK_EACH_S = 0.05
 _SHORT_LIST = 40            # libraries; a longer list is not read whole each
 _LOOK_WHOLE = 10            # time, but each so many times
 _MOST_TOLD = 20             # notes on children
 _RATE_EACH = 4              # looks, from one look at rates to the next
 _LOOKS_AT_OTHERS = 20       # that find an exec of which no guardian tells
+_HOOK_PATIENCE_S = 0.25     # for whoever else works on the target
+_RELOCATED_S = 0.2          # behind the hook a library is surely relocated
+_HOOK_INSNS = 8             # at most, of a function that does nothing
 
 
 class LinkMap:
     """Tells cheaply when a process has loaded or unloaded a library.
 
-    The loader keeps a list of them for debuggers; reading its end takes two
-    system calls, and nothing of the target's. Where there is none (a static
-    program), the mappings are compared, more rarely.
+    The loader keeps a list of them for debuggers, one for each namespace
+    (dlmopen); reading its end takes two system calls, and nothing of the
+    target's. Where there is none (a static program), the mappings are
+    compared, more rarely.
     """
 
     def __init__(self, pid, read, all_modules):
@@ -13127,7 +13260,8 @@ class LinkMap:
         for module in all_modules:
             if module.is_exe:
                 self._head = self._find(module)
-        self._n, self._seen = 0, self._state()
+        self._n = 0
+        self.note()
 
     def _find(self, module):
         """The vaddr of the loader's struct r_debug, or 0."""
@@ -13146,38 +13280,151 @@ class LinkMap:
         except (OSError, UbpError):
             return b""
 
-    def _state(self):
-        """What the list holds; None while the loader changes it."""
-        if not self._head:
-            return [(m.start, m.path) for m in read_maps(
-                memory_tid(self.pid)) if "x" in m.perms and m.inode]
-        data = self._try(self._head, _R_DEBUG.size)
-        if len(data) < _R_DEBUG.size or _R_DEBUG.unpack(data)[3]:
+    def _debug(self, vaddr):
+        """The fields of a struct r_debug, or None."""
+        data = self._try(vaddr, _R_DEBUG.size) or self._try(vaddr,
+                                                            _R_DEBUG_OLD)
+        if len(data) < _R_DEBUG_OLD:
             return None
-        found, node = [], _R_DEBUG.unpack(data)[1]
+        fields = _R_DEBUG.unpack(data.ljust(_R_DEBUG.size, b"\0"))
+        return fields if fields[0] >= 2 else fields[:4] + (0,)
+
+    @property
+    def hook(self):
+        """The vaddr of the function that the loader calls, or 0."""
+        fields = self._debug(self._head) if self._head else None
+        return fields[2] if fields else 0
+
+    def state(self):
+        """What the lists hold; None while the loader changes one."""
+        if not self._head:
+            return self.text()
+        found, at, seen = [], self._head, set()
+        while at and at not in seen and len(seen) < _MAX_NAMESPACES:
+            fields = self._debug(at)
+            if fields is None or fields[3]:
+                return None
+            nodes = self._nodes(fields[1])
+            if nodes is None:
+                return None
+            if not seen and nodes:
+                self._last = nodes[-1][0]
+            found += nodes
+            seen.add(at)
+            at = fields[4]
+        return found
+
+    def _nodes(self, node):
+        """[(vaddr, bias, name's vaddr)] of a list, or None."""
+        found = []
         while node and len(found) < _MAX_LIBRARIES:
             data = self._try(node, _LINK_MAP.size)
             if len(data) < _LINK_MAP.size:
                 return None
-            self._last = node
             bias, name, _, after, _ = _LINK_MAP.unpack(data)
             found.append((node, bias, name))
             node = after
         return found
 
+    def text(self):
+        """The executable mappings of files, but ours."""
+        return [m for m in read_maps(memory_tid(self.pid))
+                if "x" in m.perms and m.inode and m.path != _MEMFD_PATH]
+
+    def note(self):
+        """What is there now has been seen."""
+        self._seen, self._seen_text = self.state(), self.text()
+
     def has_changed(self):
-        """Has it, since this was last asked?"""
+        """Has it, since that was noted? A cheap look, now and then whole."""
         self._n += 1
         if self._n % _LOOK_WHOLE and (
                 not self._head or len(self._seen or ()) > _SHORT_LIST
                 and _LINK_MAP.unpack(self._try(self._last, _LINK_MAP.size)
                                      or bytes(_LINK_MAP.size))[3] == 0):
             return False
-        state = self._state()
-        if state is None or state == self._seen:
-            return False
-        self._seen = state
+        state = self.state()
+        return state is not None and state != self._seen
+
+    def differs(self, state):
+        """Does a state(), or what is mapped, differ from what was noted? An
+        old loader has no list of its namespaces."""
+        return state != self._seen or self.text() != self._seen_text
+
+
+def can_come_later(spec, all_modules):
+    """Could a Spec name something in a library that is loaded later?
+
+    Not if all that it names now stays: the program, what that needs, and
+    what these need.
+    """
+    if spec.vaddr is not None or spec.watch:
+        return False
+    if not spec.module or is_pattern(spec.module):
         return True
+    named = [module for module in all_modules
+             if is_module_named(module, spec.module)]
+    return spec.module != "exe" and not (
+        named and set(named) <= _steady_modules(all_modules))
+
+
+def _steady_modules(all_modules):
+    """The Modules that stay as long as the program runs."""
+    by_name = {}
+    for module in all_modules:
+        for name in {module.name, module.soname} - {""}:
+            by_name.setdefault(name, module)
+    found, pending = set(), [m for m in all_modules if m.is_exe]
+    while pending:
+        module = pending.pop()
+        if module not in found:
+            found.add(module)
+            pending += [by_name[name] for name in module.elf.needed
+                        if name in by_name]
+    return found
+
+
+def hook_site(planner, all_modules, vaddr):
+    """The Site of the loader's debug hook, or None: the vaddr comes from
+    the target, and whatever is no empty function of its is no hook."""
+    module = next((module for module in all_modules
+                   for low, size, _ in module.text
+                   if low <= vaddr < low + size), None)
+    function = planner.function(module, vaddr) if module else None
+    symbol = module.function_at(vaddr) if function else None
+    if not symbol or not function.vaddr == symbol.vaddr == vaddr:
+        return None
+    at = 0
+    for _ in range(_HOOK_INSNS):
+        try:
+            insn = ubp_x86.decode(function.code[at:at + 15], vaddr + at)
+        except DecodeError:
+            return None
+        at += insn.size
+        if insn.flow == ubp_x86.RET:
+            name = "%s (the loader's debug hook)" % symbol.name
+            return Site(vaddr, symbol._replace(name=name), 0, (name,),
+                        module)
+        if insn.flow != ubp_x86.NEXT:
+            break
+    return None
+
+
+def is_relocated(module, read):
+    """Has the loader relocated a module by now? Before glibc 2.41 it calls
+    its hook when it has not. read: (vaddr, size) -> bytes."""
+    for offsets, infos, addends in module.elf.relocations:
+        if len(infos) and infos[0] == R_X86_64_RELATIVE:
+            word = read(module.bias + offsets[0], 8)
+            return int.from_bytes(word, "little") == (
+                module.bias + addends[0] & (1 << 64) - 1)
+    return not any(len(infos) for _, infos, _ in module.elf.relocations)
+
+
+def changes_its_text(module):
+    """Will the loader relocate its text?"""
+    tags = module.elf.dynamic
+    return DT_TEXTREL in tags or bool(tags.get(DT_FLAGS, 0) & DF_TEXTREL)
 
 
 class LibraryWatcher:
@@ -13219,8 +13466,10 @@ class LibraryWatcher:
             self._locked(self._target._check_rates,
                          _RATE_EACH * _LOOK_EACH_S)
         if self.link_map.has_changed() or (
-                n % _LOOK_WHOLE == 0 and self._target._has_stale()):
+                n % _LOOK_WHOLE == 0 and self._target._stale_modules()):
             self._locked(self._target._look_for_libraries)
+        elif self._target._is_time_to_look_again():
+            self._locked(self._target._look_again)
         elif n % _LOOK_WHOLE == 0:
             self._locked(self._target._look_at_text)
             self._target._look_at_children()
@@ -13600,6 +13849,9 @@ class Target:
         self._begin(Tracer(pid))
         self._is_closed, self._guardian = False, None
         self._watcher = None        # of libraries that come and go
+        self._hook = None           # Probe at the loader's debug hook
+        self._uses_hook = True      # False: the probes are to be left
+        self._early = []            # [(Module, when)] not yet relocated
         self._n_looked = 0          # sites whose text was looked at again
         self._gone_modules = []
         # The programs that it, and what it forks, become by exec.
@@ -13789,8 +14041,9 @@ class Target:
                        timeout)
             plans = _by_address(sites, lambda n, site: self._plan(
                 site, spec, n, len(sites), entry, strategies))
+            probe._is_open = self._may_grow(where)
             try:
-                self._arm_plans(probe, plans, timeout, [probe])
+                self._arm_plans(probe, plans, timeout, (probe,))
             except BaseException:
                 self._give_up(probe, timeout)
                 raise
@@ -13817,6 +14070,9 @@ class Target:
         if self._watcher is None:
             self._watcher = LibraryWatcher(self, LinkMap(
                 self.pid, self._read, self._get_modules()))
+            if set(self._watcher.link_map.text()) - {
+                    m for module in self._modules for m in module.mapped}:
+                self._look_for_libraries()  # loaded since they were listed
         if self._follows and self._parent is None and self._follower is None:
             self._follower = Follower(self)
 
@@ -13843,8 +14099,95 @@ class Target:
                                        if plan.strategy == name], timeout)
         good = [plan for plan in plans if plan.strategy in ("jump", "int3")]
         if good:
-            self._with_ptrace(lambda: self._arm(probe, good, timeout),
-                              timeout, new)
+            hook = self._plan_hook(probe, good)
+            self._with_ptrace(lambda: self._arm(probe, good, timeout, hook),
+                              timeout, new + tuple(hook[:1]))
+            if hook and hook[0].sites:
+                self._hook = hook[0]
+
+    # -- the loader's debug hook ---------------------------------------------
+
+    def _plan_hook(self, probe, plans):
+        """(Probe, SitePlan) of the hook, if it is wanted and takes one. Not
+        where a filter could forbid what its body does."""
+        strategies = [name for name in probe._strategies
+                      if name not in HARDWARE]
+        if (self._hook is not None or not self._uses_hook
+                or not probe._is_open or not self._installer.may_share()
+                or any(seccomp_mode(tid) != "0"
+                       for tid in thread_ids(self.pid))):
+            return ()
+        every = self._get_modules()
+        vaddr = LinkMap(self.pid, self._read, every).hook
+        site = vaddr and hook_site(self._planner, every, vaddr)
+        if not site or any(part.window.site <= vaddr < part.window.site
+                           + part.window.size for plan in plans
+                           for part in plan.all_parts):
+            return ()               # or one change would undo the other
+        action = HookCall(self._meet_hook)
+        spec, _ = make_specs(action)
+        hook = Probe(self, site.names[0], action, spec)
+        hook._entry, hook._strategies = None, strategies
+        plan = self._plan(site, spec, 0, 1, None, strategies)
+        if not plan.strategy:
+            log.debug("the loader's debug hook takes no probe: %s", plan.why)
+            return ()
+        return hook, plan
+
+    def _may_grow(self, where):
+        """May a library be loaded later that patterns mean, too?"""
+        return any(can_come_later(parse_probe(pattern), self._get_modules())
+                   for pattern in _patterns(where))
+
+    def _meet_hook(self, hit):
+        """A thread is in the loader's debug hook, and waits for us."""
+        watcher, limit = self._watcher, time.monotonic() + _HOOK_PATIENCE_S
+        state = watcher.link_map.state() if watcher else []
+        if state is None:
+            return                  # the loader has only begun
+        while not self._lock.acquire(timeout=0.01):
+            if time.monotonic() > limit or not hit._calls.is_wanted(hit):
+                return              # it is looked at soon, all the same
+        try:
+            watcher = self._watcher
+            if watcher is not None and watcher.link_map.differs(state):
+                self._look_for_libraries(is_early=True)
+        except UbpError as error:
+            self._note("while it loaded a library: %s" % error)
+        finally:
+            self._lock.release()
+
+    def _idle_hook(self, probes):
+        """[the hook's Probe] if nobody wants it but some probes, else []."""
+        hook = self._hook
+        return [] if hook is None or any(
+            probe._is_open for probe in self._probes
+            if probe not in probes) else [hook]
+
+    def _users_patches(self):
+        """The Patches in place, without one that is only the hook's."""
+        return [patch for patch in list(self._installer.patches.values())
+                if any(not isinstance(body.probe.action, HookCall)
+                       for body in patch.bodies)]
+
+    def _is_time_to_look_again(self):
+        return bool(self._early) and (
+            time.monotonic() - self._early[0][1] > _RELOCATED_S)
+
+    def _look_again(self, timeout=5):
+        """Plan once more what was not armed in libraries whose loader had
+        not relocated them when they were looked at."""
+        with self._lock:
+            early, self._early = self._early, []
+            again = {module for module, _ in early} & set(
+                self._modules or ())
+            if self._watcher is None or not again or self._is_other:
+                return
+            for probe in self._probes:
+                probe.refused = [plan for plan in probe.refused
+                                 if plan.site.module not in again]
+                self._extend(probe, sorted(again, key=lambda m: m.low),
+                             timeout, True)
 
     def _check_rates(self, seconds):
         """Take out what was hit too often in the last so many seconds."""
@@ -13878,50 +14221,57 @@ class Target:
 
     def _too_often(self, probe, plan):
         """Say that a site was taken out, and why."""
+        if probe is self._hook:
+            log.debug("the loader's debug hook was hit too often")
+            return
         why = "it was hit more than %d times a second" % self._max_rate
         probe._refuse(plan, "max-rate", why)
         self._note("%s was taken out: %s" % (site_name(plan.site), why))
 
-    def _look_for_libraries(self, timeout=5):
+    def _look_for_libraries(self, timeout=5, is_early=False):
         """Give probes the sites they mean in libraries that are new; forget
-        those that went with libraries that are gone."""
+        those that went with libraries that are gone.
+
+        is_early   the loader may not have relocated the new ones
+        """
         with self._lock:
             if (self._watcher is None or self._is_closed
                     or not self._probes or not self.alive
                     or self._is_other or self._has_become()):
                 return
-            before = {(m.path, m.low, m.high): m
-                      for m in self._modules or ()}
-            fresh, kept = [], []
-            for module in modules(self.pid):
-                old = before.get((module.path, module.low, module.high))
-                if old is None or self._is_stale(old):
-                    fresh.append(module)
-                else:
-                    module.close()
-                    kept.append(before.pop((old.path, old.low, old.high)))
-            for module in before.values():
-                self._forget(module)
-            self._modules = kept + fresh
+            self._watcher.link_map.note()
+            before = self._modules or []
+            stale = self._stale_modules()
+            now = modules(self.pid, [m for m in before if m not in stale])
+            for module in before:
+                if module not in now:
+                    self._forget(module)
+            fresh = [module for module in now if module not in before]
+            self._modules = now
+            if is_early:
+                early = [m for m in fresh if not is_relocated(m, self._read)]
+                self._early += [(m, time.monotonic()) for m in early]
+                fresh = [m for m in fresh
+                         if m not in early or not changes_its_text(m)]
             for probe in self._probes if fresh else ():
                 self._extend(probe, fresh, timeout)
 
-    def _has_stale(self):
-        """Is a library back where it was, without its patches?"""
-        return any(self._is_stale(module) for module in {
-            patch.site.module for patch
-            in list(self._installer.patches.values())})
-
-    def _is_stale(self, module):
-        """Was a library unloaded, and loaded again where it was?"""
+    def _stale_modules(self):
+        """The Modules that were unloaded, and loaded again where they were,
+        without their patches."""
         if self._guardian is not None and not self._guardian.is_armed:
-            return False            # its int3s are out for a moment
-        for patch in list(self._installer.patches.values()):
-            if patch.site.module is module and patch.records:
+            return set()            # its int3s are out for a moment
+        seen, stale = set(), set()
+        for patch in self._users_patches():
+            module = patch.site.module
+            if patch.records and module not in seen:
+                seen.add(module)
                 vaddr, old, new = patch.records[-1][1].patches[-1]
                 text = _text_at(self._tracer, vaddr, len(new))
-                return text == old != new and not is_own_page(self.pid, vaddr)
-        return False
+                if (text == old != new
+                        and not is_own_page(self.pid, vaddr)):
+                    stale.add(module)
+        return stale
 
     def _look_at_text(self, most=64):
         """Note what the program, or another tool, has done to our text or
@@ -13929,7 +14279,7 @@ class Target:
         """
         if self._guardian is not None and not self._guardian.is_armed:
             return
-        patches = [patch for patch in list(self._installer.patches.values())
+        patches = [patch for patch in self._users_patches()
                    if patch.records]
         first = self._n_looked % max(1, len(patches))
         self._n_looked += most
@@ -14054,8 +14404,10 @@ class Target:
             arena.lose()
         # Nothing is written to where the arenas were: it finds them gone.
         # Children that had inherited them are restored.
+        gone = self._probes + [self._hook] * (self._hook is not None)
         self._worker.call(lambda: self._installer.take_out(
-            self._probes, time.monotonic() + timeout), timeout)
+            gone, time.monotonic() + timeout), timeout)
+        self._hook, self._early = None, []
         self._worker.stop()
         self._gone_modules += self._modules or ()
         if self._planner is not None:
@@ -14095,6 +14447,7 @@ class Target:
 
     def _put_in(self, probe, every, timeout):
         """Arm what a probe means in modules of a program that is new."""
+        probe._is_open = self._may_grow(probe.where)
         try:
             sites = self._sites_in(probe, every, True)
             if sites:
@@ -14169,8 +14522,11 @@ class Target:
             self._let_go()
             return inodes
 
-    def _extend(self, probe, fresh, timeout):
-        """Arm what a probe's patterns mean in libraries that are new."""
+    def _extend(self, probe, fresh, timeout, is_again=False):
+        """Arm what a probe's patterns mean in libraries that are new.
+
+        is_again   they were looked at before
+        """
         sites = self._sites_in(probe, fresh, False)
         if not sites:
             return
@@ -14180,9 +14536,11 @@ class Target:
             self._planner.offers = self._installer.offers
         n_before = len(probe.sites)
         self._arm_sites(probe, sites, timeout)
-        self._note("%s was loaded at %s: %d sites more" % (
-            ", ".join(sorted({site.module.name for site in sites})),
-            time.strftime("%H:%M:%S"), len(probe.sites) - n_before))
+        n = len(probe.sites) - n_before
+        if n or not is_again:
+            self._note("%s was loaded at %s: %d sites more" % (
+                ", ".join(sorted({site.module.name for site in sites})),
+                time.strftime("%H:%M:%S"), n))
 
     def _sites_in(self, probe, fresh, is_other):
         """What a probe's patterns mean in new modules. -> [Site]
@@ -14190,6 +14548,9 @@ class Target:
         is_other   they are of another program: memory is watched there, too
         """
         sites = collections.OrderedDict()
+        new = set(fresh)
+        known = {(site.vaddr, site.is_return) for site in probe.sites
+                 if site.module in new}
         for spec in map(parse_probe, _patterns(probe.where)):
             if spec.vaddr is None and (is_other or not spec.watch):
                 try:
@@ -14198,7 +14559,8 @@ class Target:
                     log.debug("%s", error)
                     continue
                 sites.update(((site.vaddr, site.is_return), site)
-                             for site in found)
+                             for site in found if (
+                                 site.vaddr, site.is_return) not in known)
         return list(sites.values())
 
     def _arm_sites(self, probe, sites, timeout):
@@ -14415,11 +14777,12 @@ class Target:
             spec = spec._replace(keys=(number,) + spec.keys)
         return _plan_site(self._planner, site, strategies, spec, index, entry)
 
-    def _arm(self, probe, plans, timeout):
+    def _arm(self, probe, plans, timeout, hook=()):
         """In the worker: all of it, or, if that fails, nothing."""
         self._tracer.starts_raw_threads = _starts_raw_threads(
             self._get_modules())
-        self._installer.install(probe, plans, time.monotonic() + timeout)
+        self._installer.install(probe, plans, time.monotonic() + timeout,
+                                hook)
         self._warn_of_seccomp()
 
     # -- events -------------------------------------------------------------
@@ -14531,13 +14894,15 @@ class Target:
     def _remove(self, probes, timeout):
         """Take out probes that are still in; [] takes out what has none."""
         self._check_process("remove a probe from")
-        if self._installer.calls is not None:
-            self._installer.calls.let_own_go()
+        for calls in (self._installer.calls, self._installer.hook_calls):
+            if calls is not None:
+                calls.let_own_go()
         with self._lock:
             try:
                 self._take_cooled()
             except GuardianGone as error:       # it is asked again, below
                 log.debug("%s", error)
+            probes = probes + self._idle_hook(probes)
             removal = self._with_ptrace(
                 lambda: self._take_out(probes, timeout), timeout)
             self.removal += removal
@@ -14556,6 +14921,8 @@ class Target:
             probe._is_removed = True
             if probe in self._probes:
                 self._probes.remove(probe)
+            if probe is self._hook:
+                self._hook = None
         if self._planner is not None:
             self._planner.keep_only(self._installer.patches)
         return total
@@ -14593,6 +14960,9 @@ class Target:
                 "that set them", "remove() those probes first")
         with self._lock:
             if not self._is_closed:
+                if self._hook is not None:
+                    hook = [self._hook]
+                    self._with_ptrace(lambda: self._take_out(hook, 5), 5)
                 for arena in self._installer.arenas:
                     arena.mark_left()
                 guardian, self._guardian = self._guardian, None
@@ -18635,6 +19005,8 @@ class Session:
         for target in self.targets:
             if self.signals.seen:
                 break
+            # What is to be left needs nobody who answers the loader.
+            target._uses_hook = not self.options.leave
             try:
                 self._arm_one(target)
             except UbpError as error:

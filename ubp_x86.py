@@ -4931,6 +4931,8 @@ class Spec(NamedTuple):
     kept: Tuple[str, ...] = ()              # arguments stored in a frame
     is_timed: bool = True   # a frame's time is needed
     timeout_ns: int = 10**9     # that a call waits at most
+    is_quiet: bool = False  # a call that makes no syscall but futex: it
+    #                         tells no tid, and a signal shortens its wait
 
 
 class Place(NamedTuple):
@@ -6895,8 +6897,11 @@ class _Body(_Values):
         code.store(Mem(slot, CALL_ANSWER), answer, 4)
         code.store_imm(Mem(slot, CALL_OUTCOME), 0)
         code.store_site(Mem(slot, CALL_SITE))
-        code.set(RAX, NR_GETTID)
-        code.put(b"\x0f\x05")
+        if self.spec.is_quiet:
+            code.clear(RAX)
+        else:
+            code.set(RAX, NR_GETTID)
+            code.put(b"\x0f\x05")
         code.store(Mem(slot, CALL_TID), RAX, 4)
 
     def wait_for_answer(self, base, slot, answer, asked, no):
@@ -6916,18 +6921,26 @@ class _Body(_Values):
         code.jump(spin, _G)
         code.set(RAX, 1)
         code.op(b"\x87", RAX, Mem(slot, CALL_SLEEPS), 4)        # xchg
-        self.deadline(give_up)
+        is_quiet, results = self.spec.is_quiet, (0, -_EAGAIN, -_EINTR_ERRNO)
+        if is_quiet:
+            results += (-_ETIMEDOUT,)
+            self.turns()
+        else:
+            self.deadline(give_up)
         code.mark(wait)
         self.leave_if_forked(no)
         code.mov(RAX, Mem(slot), 4)
         code.alu(CMP, RAX, asked, 4)
         code.jump(answered, _NE)
+        if is_quiet:
+            code.alu_imm(SUB, Mem(RSP, 16), 1)
+            code.jump(give_up, _B)
         code.mov(10, RSP)
         code.clear(8)
         code.set(9, (1 << 32) - 1)
-        self.futex(Mem(slot), _FUTEX_WAIT_BITSET, lambda: code.mov(
-            RDX, asked, 4))
-        for result in (0, -_EAGAIN, -_EINTR_ERRNO):
+        self.futex(Mem(slot), _FUTEX_WAIT if is_quiet else
+                   _FUTEX_WAIT_BITSET, lambda: code.mov(RDX, asked, 4))
+        for result in results:
             code.alu_imm(CMP, RAX, result)
             code.jump(wait, _E)
         # Late is said first: whoever sees that we gave up takes it back.
@@ -6987,6 +7000,15 @@ class _Body(_Values):
         value()
         code.set(RAX, NR_FUTEX)
         code.put(b"\x0f\x05")
+
+    def turns(self):
+        """[rsp] = a part of the time to wait, a struct timespec; [rsp + 16]
+        = how many parts there are. One that a signal cuts short is one."""
+        code = self.code
+        seconds, rest = divmod(self.spec.timeout_ns // _N_TURNS, 10**9)
+        code.store_imm(Mem(RSP), seconds)
+        code.store_imm(Mem(RSP, 8), rest)
+        code.store_imm(Mem(RSP, 16), _N_TURNS)
 
     def deadline(self, give_up):
         """[rsp] = when to wait no longer, a struct timespec: a signal that
@@ -7055,8 +7077,10 @@ _LAHF_FLAGS, _OVERFLOW_BIT = 0xd5, 11   # SDM 3.4.3: CF PF AF ZF SF; OF
 _N_WAITS, _WAIT_NS = 10, 10000000       # of 10 ms: 100 ms for each hit
 _FUTEX_TID_MASK, _FUTEX_OWNER_DIED = 0x3fffffff, 0x40000000  # linux/futex.h
 NR_FUTEX, NR_GETTID, NR_CLOCK_GETTIME = 202, 186, 228    # asm/unistd_64.h
-_FUTEX_WAKE, _FUTEX_WAIT_BITSET, _CLOCK_MONOTONIC = 1, 9, 1
+_FUTEX_WAIT, _FUTEX_WAKE, _FUTEX_WAIT_BITSET, _CLOCK_MONOTONIC = 0, 1, 9, 1
 _EAGAIN, _EINTR_ERRNO = 11, 4   # asm-generic/errno-base.h
+_ETIMEDOUT = 110                # asm-generic/errno.h
+_N_TURNS = 20                   # parts of the time that a quiet call waits
 _CALL_LOCALS = 16 + 8 * N_CALL_ARGS     # a struct timespec, arguments kept
 
 
