@@ -2625,7 +2625,7 @@ def _text_maps(maps):
 
 def _stamp_of(elf):
     """What changes when the file of an Elf is written to."""
-    if not isinstance(elf.image, FileImage):
+    if not isinstance(elf.image, FileImage) or elf.image.fd < 0:
         return None
     info = os.fstat(elf.image.fd)
     return info.st_size, info.st_mtime_ns
@@ -8980,6 +8980,12 @@ class Planner:
         """
         self._scans.clear()
 
+    def lose(self, module):
+        """Let go of what is known of a module: it is gone."""
+        for known in (self._scans, self._texts, self._known,
+                      self._forbidden, self._go):
+            known.pop(module, None)
+
     def forget(self):
         """Let go of what is known of functions: it can be found again.
 
@@ -9772,7 +9778,9 @@ class Probe:
             for site, reading in found.items():
                 found[site] = self._named(site, reading)
         for part in self._parts:
-            found.update(part.readings())
+            for site, reading in part.readings().items():
+                found[site] = found[site] + reading if site in found \
+                    else reading
             for site in part.tallies if self._is_of_stacks else ():
                 found[site] = found[site]._replace(
                     value=self._named_stacks(site))
@@ -10468,6 +10476,8 @@ class Installer:
         self.tracer, self.kind, self.note = tracer, kind, note
         self.arenas = []
         self.patches = {}           # {window.site: Patch}
+        self.asleep = collections.OrderedDict()     # {Module that was
+        #                             unloaded: its Patches}, should it return
         self._links = set()         # (Arena, other that its code refers to)
         self.clock = None
         self.offers = ubp_x86.Place(_DUMMY_SHARDS, 0)
@@ -10786,6 +10796,24 @@ class Installer:
                     known.add(key)
                     body.probe.sites.append(body.plan.site)
 
+    def wake(self, modules, limit):
+        """Patch libraries that are back where they were. -> how many sites
+
+        Each leads to the trampoline that it led to before, if its text is
+        what it was then.
+        """
+        patches = [patch for module in modules
+                   for patch in self.asleep.pop(module, ())]
+        changes = {Change(patch.records[-1][1], ()): patch
+                   for patch in patches if not patch.window.is_trap}
+        refused = arm(self.tracer, {patch.records[-1][0] for patch in patches},
+                      list(changes), max(0.1, limit - time.monotonic())
+                      ) if changes else ()
+        lost = [changes[change] for change in refused]
+        self.patches.update((patch.window.site, patch) for patch in patches
+                            if patch not in lost)
+        return len(patches) - len(lost)
+
     def traps(self):
         """What a guardian has to do: Guard.do_arm's argument."""
         found = {}
@@ -10801,6 +10829,10 @@ class Installer:
     def take_out(self, probes, limit):
         """Restore every process, or leave what others need. -> Removal"""
         gone = set(probes)
+        for module, patches in self.asleep.items():
+            self.asleep[module] = [
+                patch for patch in patches
+                if gone.isdisjoint(body.probe for body in patch.bodies)]
         staying = {body.probe for patch in self.patches.values()
                    for body in patch.bodies} - gone
         for arena in self.arenas:
@@ -10896,6 +10928,8 @@ class Installer:
         """The arenas that no probe and no code needs, without patches."""
         kept = [patch for patch in self.patches.values()
                 if patch not in done]
+        kept += [patch for patches in self.asleep.values()
+                 for patch in patches]
         used = {body.arena for patch in kept for body in patch.bodies}
         used |= {arena for patch in kept for arena, _ in patch.records}
         while True:
@@ -13242,6 +13276,7 @@ _RATE_EACH = 4              # looks, from one look at rates to the next
 _LOOKS_AT_OTHERS = 20       # that find an exec of which no guardian tells
 _HOOK_PATIENCE_S = 0.25     # for whoever else works on the target
 _RELOCATED_S = 0.2          # behind the hook a library is surely relocated
+_MOST_ASLEEP_MODULES = 32   # that were unloaded, and may come back
 _HOOK_INSNS = 8             # at most, of a function that does nothing
 
 
@@ -14164,6 +14199,16 @@ class Target:
             probe._is_open for probe in self._probes
             if probe not in probes) else [hook]
 
+    def _take_hook_out(self, timeout=5):
+        """The other probes are left: nobody will answer the loader."""
+        hook, own = [self._hook], [
+            body for patch in self._installer.patches.values()
+            for body in patch.bodies if body.probe is self._hook]
+        self._with_ptrace(lambda: self._take_out(hook, timeout), timeout)
+        for body in own:
+            if body.arena in self._installer.arenas:
+                body.arena.mark_gone(body.record)
+
     def _users_patches(self):
         """The Patches in place, without one that is only the hook's."""
         return [patch for patch in list(self._installer.patches.values())
@@ -14240,21 +14285,47 @@ class Target:
                     or self._is_other or self._has_become()):
                 return
             self._watcher.link_map.note()
-            before = self._modules or []
-            stale = self._stale_modules()
-            now = modules(self.pid, [m for m in before if m not in stale])
+            before, asleep = self._modules or [], self._installer.asleep
+            self._modules = modules(self.pid, before + list(asleep))
+            lost = self._stale_modules() | set(before) - set(self._modules)
             for module in before:
-                if module not in now:
+                if module in lost:
                     self._forget(module)
-            fresh = [module for module in now if module not in before]
-            self._modules = now
+            there = set(before) - lost
+            fresh = [m for m in self._modules if m not in there]
             if is_early:
                 early = [m for m in fresh if not is_relocated(m, self._read)]
                 self._early += [(m, time.monotonic()) for m in early]
                 fresh = [m for m in fresh
                          if m not in early or not changes_its_text(m)]
+            self._wake([m for m in fresh if m in asleep], timeout)
             for probe in self._probes if fresh else ():
                 self._extend(probe, fresh, timeout)
+            for module in self._modules:
+                asleep.pop(module, None)
+            while len(asleep) > _MOST_ASLEEP_MODULES:
+                self._retire(asleep.popitem(last=False)[0])
+
+    def _wake(self, back, timeout):
+        """Libraries are back where they were: so are their probes."""
+        if not back:
+            return
+        n = self._with_ptrace(lambda: self._installer.wake(
+            back, time.monotonic() + timeout), timeout)
+        if self._planner is not None:
+            self._planner.keep_only(self._installer.patches)
+        if n:
+            self._note("%s was loaded at %s: %d sites again" % (
+                ", ".join(sorted({module.name for module in back})),
+                time.strftime("%H:%M:%S"), n))
+
+    def _retire(self, module):
+        """Give back what a library that is gone holds; results name it."""
+        for name in ("build_id", "soname"):     # read while it can be
+            getattr(module, name)
+        module.close()
+        if self._planner is not None:
+            self._planner.lose(module)
 
     def _stale_modules(self):
         """The Modules that were unloaded, and loaded again where they were,
@@ -14328,8 +14399,8 @@ class Target:
         patches = self._installer.patches
         gone = [vaddr for vaddr, patch in patches.items()
                 if patch.site.module is module]
-        for vaddr in gone:
-            del patches[vaddr]
+        self._installer.asleep[module] = [
+            patches.pop(vaddr) for vaddr in gone]
         for probe in self._probes:
             for part in probe._parts:
                 lost = [site for site in part.sites if site.module is module]
@@ -14341,7 +14412,6 @@ class Target:
         if gone:
             self._note("%s was unloaded at %s: %d of its sites are gone" % (
                 module.name, time.strftime("%H:%M:%S"), len(gone)))
-        self._gone_modules.append(module)   # results still tell of it
 
     # -- another program ----------------------------------------------------
 
@@ -14410,6 +14480,7 @@ class Target:
         self._hook, self._early = None, []
         self._worker.stop()
         self._gone_modules += self._modules or ()
+        self._gone_modules += self._installer.asleep
         if self._planner is not None:
             self._planner.close()
         self.comm, pause_us = comm(self.pid), self._tracer.pause_us
@@ -14549,7 +14620,11 @@ class Target:
         """
         sites = collections.OrderedDict()
         new = set(fresh)
-        known = {(site.vaddr, site.is_return) for site in probe.sites
+        known = [plan.site for plan in probe.refused]
+        known += [body.plan.site for patch in self._users_patches()
+                  for body in patch.bodies if body.probe is probe]
+        known += [site for part in probe._parts for site in part.sites]
+        known = {(site.vaddr, site.is_return) for site in known
                  if site.module in new}
         for spec in map(parse_probe, _patterns(probe.where)):
             if spec.vaddr is None and (is_other or not spec.watch):
@@ -14601,7 +14676,8 @@ class Target:
         probe._parts.append(part)
         if is_traced:
             self._arm_watches(probe, part, timeout)
-        probe.sites += part.sites
+        probe.sites += [site for site in part.sites
+                        if site not in probe.sites]
         for note in part.notes:
             self._note(note)
 
@@ -14961,8 +15037,7 @@ class Target:
         with self._lock:
             if not self._is_closed:
                 if self._hook is not None:
-                    hook = [self._hook]
-                    self._with_ptrace(lambda: self._take_out(hook, 5), 5)
+                    self._take_hook_out()
                 for arena in self._installer.arenas:
                     arena.mark_left()
                 guardian, self._guardian = self._guardian, None
@@ -15011,7 +15086,8 @@ class Target:
             self._guardian = None       # what it was to do was refused
             guardian.close()
         self._worker.stop()
-        for module in list(self._modules or ()) + self._gone_modules:
+        for module in (list(self._modules or ()) + self._gone_modules
+                       + list(self._installer.asleep)):
             module.close()
         if self._planner is not None:
             self._planner.close()

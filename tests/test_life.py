@@ -1524,11 +1524,12 @@ class Guardian(unittest.TestCase):
 class Libraries(unittest.TestCase):
     """Patterns in libraries that are loaded and unloaded meanwhile."""
 
-    def calls_once_loaded(self, process, probe, n_before):
+    def calls_once_loaded(self, process, probe):
         """A round of calls, once the library that has just been loaded has
-        its sites."""
+        its sites: those that it had before, where it is text that tells."""
         self.assertTrue(live.settled(
-            lambda: len(probe.sites) > n_before, 10), "no new site")
+            lambda: live.changed_text(process.pid)
+            or any(part.sites for part in probe._parts), 10), "no new site")
         with probe._target._lock:       # until all of it is done
             pass
         return process.ask("c")["calls"]
@@ -1547,7 +1548,7 @@ class Libraries(unittest.TestCase):
                     process.ask("u")
                     time.sleep(0.3)
                     process.ask("l")
-                    self.calls_once_loaded(process, probe, round_)
+                    self.calls_once_loaded(process, probe)
                     self.assertEqual(1009 * (round_ + 1), probe.read())
                 self.assertIn("was loaded", " ".join(target.notes))
                 self.assertIn("was unloaded", " ".join(target.notes))
@@ -1560,15 +1561,317 @@ class Libraries(unittest.TestCase):
         with live.Target("dl", library) as process, \
                 ubp.attach(process.pid) as target:
             probe = target.probe(["*:shared_*"], ubp.Count())
-            n = len(probe.sites)
             process.send("ul")
             process.answer()
             process.answer()
-            self.calls_once_loaded(process, probe, n)
+            self.calls_once_loaded(process, probe)
             self.assertEqual(1009, probe.read())
             target.close()
             self.assertEqual([], live.changed_text(process.pid)[:8])
             process.quit()
+
+
+N_CONSTRUCTED, N_CALLED, N_ROUNDS = 53, 1009, 200     # targets/plug*.c
+MUSL = "/usr/lib/x86_64-linux-musl/musl-gcc.specs"
+
+
+class Hook(unittest.TestCase):
+    """Libraries that are met in the loader's debug hook, before their
+    constructors run."""
+
+    def target(self, *flags):
+        """The program, with a copy of the library that nobody else has."""
+        self.library = live.build_library("plug", flags)
+        return live.Target("plugins", self.library, str(N_ROUNDS),
+                           flags=("-rdynamic",) + flags)
+
+    def probe(self, target, action=None, **options):
+        """A probe of what is in the program, and of what may come."""
+        return target.probe("plug*", action or ubp.Count(), **options)
+
+    def counted(self, probe):
+        """The hits of the library's function."""
+        return sum(n for site, n in probe.counts().items()
+                   if site.names[0] == "plug")
+
+    def left_as_it_was(self, process):
+        self.assertEqual([], live.changed_text(process.pid)[:8])
+        self.assertEqual([], live.arenas(process.pid))
+        self.assertEqual({}, live.tracers(process.pid))
+        process.quit()
+
+    def test_the_first_load_is_counted_from_the_constructor_on(self):
+        for strategy in ("jump", "int3", "jump,int3"):
+            with self.subTest(strategy), self.target() as process:
+                with ubp.attach(process.pid) as target:
+                    probe = self.probe(target, strategy=strategy)
+                    self.assertEqual(N_CONSTRUCTED, process.ask("o")["calls"])
+                    self.assertEqual(N_CONSTRUCTED, self.counted(probe))
+                    calls = process.ask("c")["calls"]
+                    self.assertEqual(calls, self.counted(probe))
+                    self.assertEqual(["plug_calls", "plug"], [
+                        site.names[0] for site in probe.sites])
+                    self.assertEqual([probe], target.probes)
+                self.left_as_it_was(process)
+
+    def test_a_tight_loop_of_loads_is_counted_and_takes_no_memory(self):
+        """Load, call once, unload; then so in four threads at once."""
+        with self.target() as process:
+            with ubp.attach(process.pid) as target:
+                probe = self.probe(target)
+                before = process.ask("o")["calls"]
+                process.ask("u")
+                arenas = live.arenas(process.pid)
+                calls = process.ask("l")["calls"]
+                self.assertEqual(N_ROUNDS * (N_CONSTRUCTED + 1),
+                                 calls - before)
+                self.assertEqual(calls, self.counted(probe))
+                # What comes back where it was takes no more memory.
+                self.assertEqual(arenas, live.arenas(process.pid))
+                calls = process.ask("t")["calls"]
+                self.assertEqual(calls, self.counted(probe))
+                self.assertEqual(0, probe.dropped)
+            self.left_as_it_was(process)
+
+    def test_a_tight_loop_under_musl(self):
+        """There it is the constructors that run each time."""
+        if not os.path.exists(MUSL):
+            self.skipTest("no musl-gcc: apt-get install musl-tools")
+        with self.target("-specs=" + MUSL) as process:
+            with ubp.attach(process.pid) as target:
+                probe = self.probe(target)
+                for command in "olt":
+                    calls = process.ask(command)["calls"]
+                    self.assertEqual(calls, self.counted(probe), command)
+            self.left_as_it_was(process)
+
+    def test_a_library_in_a_namespace_of_its_own(self):
+        """dlmopen: its constructor finds nobody who counts but us."""
+        with self.target() as process:
+            with ubp.attach(process.pid) as target:
+                probe = self.probe(target)
+                process.ask("n")
+                self.assertEqual(N_CONSTRUCTED + N_CALLED,
+                                 self.counted(probe))
+                process.ask("o")
+                self.assertEqual(2 * N_CONSTRUCTED + N_CALLED,
+                                 self.counted(probe))
+            self.left_as_it_was(process)
+
+    def test_other_programs_of_the_target_are_as_before(self):
+        """A forked child loads what it likes, and does not wait for us."""
+        with self.target() as process:
+            with ubp.attach(process.pid) as target:
+                probe = self.probe(target)
+                self.assertLess(process.ask("f")["us"], 500000)
+                calls = process.ask("o")["calls"]
+                self.assertEqual(calls, self.counted(probe))
+            self.left_as_it_was(process)
+
+    def armed(self, process):
+        """A tracer of its own, with the probe in place."""
+        tracer = live.python(
+            "t = ubp.attach(%d)\n"
+            "p = t.probe('plug*', ubp.Count())\n"
+            "print('armed', flush=True)\n"
+            "time.sleep(60)\n" % process.pid)
+        self.assertEqual("armed", tracer.line())
+        return tracer
+
+    def test_a_tracer_that_is_stopped_delays_one_load_for_a_second(self):
+        with self.target() as process, self.armed(process) as tracer:
+            os.kill(tracer.pid, signal.SIGSTOP)
+            live.settled(lambda: live.states(tracer.pid).strip("T") == "")
+            first = process.ask("o")["us"]
+            self.assertTrue(9e5 < first < 2e6, first)
+            process.ask("u")
+            self.assertLess(process.ask("o")["us"], 2e5)
+            os.kill(tracer.pid, signal.SIGCONT)
+            tracer.kill()
+            ubp.clean(process.pid)
+            self.left_as_it_was(process)
+
+    def test_a_tracer_that_is_killed_lets_who_waits_go(self):
+        with self.target() as process, self.armed(process) as tracer:
+            os.kill(tracer.pid, signal.SIGSTOP)
+            live.settled(lambda: live.states(tracer.pid).strip("T") == "")
+            process.send("o")
+            time.sleep(0.2)                 # of the second that it waits
+            tracer.kill()
+            self.assertLess(process.answer()["us"], 8e5)
+            [name] = [site.name for arena in ubp.status(process.pid)
+                      for site in arena.sites if "hook" in site.name]
+            self.assertIn("the loader's debug hook", name)
+            self.assertNotEqual([], live.changed_text(process.pid))
+            ubp.clean(process.pid)
+            self.left_as_it_was(process)
+
+    def test_removal_while_a_thread_waits(self):
+        def is_slow(target, hit):
+            entered.append(hit)
+            time.sleep(3)
+        for how in ("remove", "close", "detach"):
+            entered = []
+            with self.subTest(how), self.target() as process, \
+                    mock.patch.object(ubp.Target, "_meet_hook", is_slow), \
+                    ubp.attach(process.pid) as target:
+                probe = self.probe(target)
+                process.send("o")
+                self.assertTrue(live.settled(lambda: entered))
+                getattr(probe if how == "remove" else target, how)()
+                self.assertLess(process.answer()["us"], 9e5)
+                if how == "detach":
+                    self.assertEqual(
+                        ["plug_calls"], [site.name for arena in
+                                         ubp.status(process.pid)
+                                         for site in arena.sites])
+                    ubp.clean(process.pid)
+                self.left_as_it_was(process)
+
+    def test_a_slow_function_of_the_users_delays_no_load(self):
+        entered = []
+
+        def slow(hit):
+            entered.append(hit)
+            time.sleep(0.9)
+        with self.target() as process:
+            with ubp.attach(process.pid) as target:
+                probe = self.probe(target)
+                target.probe("exe:beat", ubp.Call(slow))
+                process.ask("b")
+                self.assertTrue(live.settled(lambda: entered))
+                self.assertLess(process.ask("o")["us"], 7e5)
+                self.assertEqual(N_CONSTRUCTED, self.counted(probe))
+            self.left_as_it_was(process)
+
+    def test_who_works_on_the_target_delays_a_load_for_a_moment(self):
+        """What is not done in the hook is done soon."""
+        with self.target() as process:
+            with ubp.attach(process.pid) as target:
+                probe = self.probe(target)
+                with target._lock:
+                    self.assertLess(process.ask("o")["us"], 7e5)
+                self.assertTrue(live.settled(
+                    lambda: len(probe.sites) == 2, 10))
+                before = self.counted(probe)
+                process.ask("c")
+                self.assertEqual(N_CALLED, self.counted(probe) - before)
+            self.left_as_it_was(process)
+
+    def test_two_of_ubp_on_one_target(self):
+        for order in ((0, 1), (1, 0)):
+            with self.subTest(order), self.target() as process:
+                both = [ubp.attach(process.pid) for _ in range(2)]
+                probe = self.probe(both[0])
+                other = both[1].probe("beat", ubp.Count())
+                self.assertEqual(N_CONSTRUCTED, process.ask("o")["calls"])
+                self.assertEqual(N_CONSTRUCTED, self.counted(probe))
+                process.ask("b")
+                self.assertTrue(live.settled(lambda: other.read() == 1))
+                for n in order:
+                    both[n].close()
+                self.left_as_it_was(process)
+
+    # what is probed | is the hook wanted?
+    WANTED = """
+    beat           | yes
+    plug*          | yes
+    *:beat         | yes
+    exe:beat       | no
+    exe:*          | no
+    libc:getpid    | no
+    ld-*:_dl_debug_state | yes
+    """
+
+    def test_it_is_there_only_if_a_library_could_matter(self):
+        """By the text of the loader: who writes there at all."""
+        for line in self.WANTED.strip().splitlines():
+            pattern, is_wanted = (word.strip() for word in line.split("|"))
+            with self.subTest(pattern), self.target() as process:
+                with ubp.attach(process.pid) as target:
+                    target.probe(pattern, ubp.Count())
+                    self.assertEqual(
+                        is_wanted == "yes", any(
+                            "/ld-" in path for path, _, _, _
+                            in live.changed_text(process.pid)))
+                self.left_as_it_was(process)
+
+    def debug_brk(self, process):
+        """The vaddr of r_brk in the target, as gdb would find it: through
+        DT_DEBUG (21) of the program's dynamic section, <link.h>."""
+        text = subprocess.check_output(["readelf", "-SW", process.path])
+        row = re.search(rb"\.dynamic\s+DYNAMIC\s+([0-9a-f]+)\s+[0-9a-f]+\s+"
+                        rb"([0-9a-f]+)", text)
+        low = min(m.start for m in live.maps(process.pid)
+                  if m.path == os.path.realpath(process.path))
+        with open("/proc/%d/mem" % process.pid, "rb") as memory:
+            memory.seek(low + int(row.group(1), 16))
+            data = memory.read(int(row.group(2), 16))
+        for at in range(0, len(data), 16):
+            if int.from_bytes(data[at:at + 8], "little") == 21:
+                return int.from_bytes(data[at + 8:at + 16], "little") + 16
+        self.fail("no DT_DEBUG")
+
+    def test_a_hostile_address_is_no_hook(self):
+        """What the target says of its loader may be anything."""
+        def code(name):
+            return lambda process: live.symbol(process.path, name)[0] + min(
+                m.start for m in live.maps(process.pid)
+                if m.path == os.path.realpath(process.path))
+        for name, address in (
+                ("nothing", lambda process: 0),
+                ("no memory", lambda process: 0x10),
+                ("no user memory", lambda process: (1 << 64) - 1),
+                ("data", lambda process: process.brk),
+                ("a function that does something", code("main")),
+                ("the middle of one", lambda process:
+                 code("main")(process) + 1)):
+            with self.subTest(name), self.target() as process:
+                process.brk = self.debug_brk(process)
+                with open("/proc/%d/mem" % process.pid, "r+b", 0) as memory:
+                    memory.seek(process.brk)
+                    memory.write(address(process).to_bytes(8, "little"))
+                with ubp.attach(process.pid) as target:
+                    probe = self.probe(target)
+                    self.assertEqual(1, len(
+                        {at // 4096 for _, at, _, _
+                         in live.changed_text(process.pid)}))
+                    process.ask("o")
+                    self.assertTrue(live.settled(
+                        lambda: len(probe.sites) == 2, 10))
+                self.left_as_it_was(process)
+
+    def test_under_a_filter_nothing_waits(self):
+        """The body's system call could be what it forbids."""
+        with mock.patch.object(ubp, "seccomp_mode", lambda tid: "2"), \
+                self.target() as process:
+            with ubp.attach(process.pid) as target:
+                self.probe(target)
+                self.assertNotIn("/ld-", str(live.changed_text(process.pid)))
+                process.ask("o")
+            self.left_as_it_was(process)
+
+    def test_a_debugger_that_was_there_before_keeps_its_breakpoint(self):
+        """An int3 where the hook would be: it is left alone."""
+        with self.target() as process:
+            at = self.debug_brk(process)
+            with open("/proc/%d/mem" % process.pid, "r+b", 0) as memory:
+                memory.seek(at)
+                vaddr = int.from_bytes(memory.read(8), "little")
+                memory.seek(vaddr)
+                own = memory.read(1)
+                memory.seek(vaddr)
+                memory.write(b"\xcc")
+                with ubp.attach(process.pid) as target:
+                    probe = self.probe(target)
+                    memory.seek(vaddr)
+                    self.assertEqual(b"\xcc", memory.read(1))
+                    memory.seek(vaddr)
+                    memory.write(own)
+                    process.ask("o")
+                    self.assertTrue(live.settled(
+                        lambda: len(probe.sites) == 2, 10))
+            self.left_as_it_was(process)
 
 
 class Children(unittest.TestCase):

@@ -3,9 +3,9 @@
  * Commands, each with an answer: o load it; c call its plug 1009 times; u
  * unload it; l N times load it, call plug once, unload it; n load it into a
  * namespace of its own; t load and unload it in 4 threads at once, N / 4
- * times each; f load, call and unload it in a forked child; w load it and
- * tell how long that took (us); q quit. calls: how often plug has run, as
- * the library itself counts, its constructor's calls included. */
+ * times each; f load, call and unload it in a forked child; b call beat in
+ * a thread of its own; q quit. calls: how often plug has run, as the library
+ * itself counts, its constructor's calls included; us: how long it took. */
 #define _GNU_SOURCE
 #include "target.h"
 #include <dlfcn.h>
@@ -41,6 +41,15 @@ static void unload(void *handle)
         wrong("dlclose");
 }
 
+CALLED long beat(long a) { return a + 1; }
+
+static void *beats(void *argument)
+{
+    if (beat(41) != 42)
+        wrong("beat");
+    return argument;
+}
+
 static void rounds(long n)
 {
     while (n--) {
@@ -72,7 +81,7 @@ int main(int argc, char **argv)
     say("ready");
     while ((c = command()) != 'q') {
         long took = now_us();
-        if (c == 'o' || c == 'w') {
+        if (c == 'o') {
             library = load();
         } else if (c == 'c') {
             call(library, ROUND);
@@ -86,6 +95,8 @@ int main(int argc, char **argv)
                 threads[i] = start(in_thread, NULL);
             for (int i = 0; i < THREADS; i++)
                 pthread_join(threads[i], NULL);
+        } else if (c == 'b') {
+            pthread_detach(start(beats, NULL));
         } else if (c == 'f') {
             pid_t pid = fork();
             if (pid == 0) {
