@@ -14566,7 +14566,10 @@ class Target:
         """
         with self._lock:
             parent, arenas = self._parent, self._installer.arenas
-            clock = self._installer.clock
+            clock, hook = self._installer.clock, self._hook
+            if hook is not None:
+                self._installer.hook_calls.release({hook}, False)
+                self._hook = None
             probes = list({id(each): each for each
                            in self._probes + self._traced}.values())
             for part in [part for each in probes for part in each._parts]:
