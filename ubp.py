@@ -14982,13 +14982,30 @@ class Target:
             except GuardianGone as error:       # it is asked again, below
                 log.debug("%s", error)
             probes = probes + self._idle_hook(probes)
+            traps, others = self._sites_only_of(probes)
             removal = self._with_ptrace(
                 lambda: self._take_out(probes, timeout), timeout)
             self.removal += removal
+            if traps and self.alive and not self._has_become():
+                # Those the guardian has put back.
+                pages = {v & -PAGE for v in traps} - {
+                    v & -PAGE for v in others}
+                self.removal += Removal(
+                    len(traps), len(pages), _n_equal(self._tracer, pages),
+                    0, (self.pid,), ())
             if self._follower is not None:
                 self.removal += self._follower.remove(probes, timeout)
             if self._is_closed:
                 self._worker.stop()
+
+    def _sites_only_of(self, probes):
+        """What has a patch for no other probe. -> ([int3s], [jumps])"""
+        gone, found = set(probes), ([], [])
+        for patch in self._installer.patches.values():
+            if patch.records and all(body.probe in gone
+                                     for body in patch.bodies):
+                found[not patch.window.is_trap].append(patch.window.site)
+        return found
 
     def _take_out(self, probes, timeout):
         """In the worker: restore every process, then forget the probes."""
@@ -17860,6 +17877,12 @@ def complete_options(options):
     elif not options.probes:
         raise Misuse("no probe: say what to %s, for example 'libc:malloc'"
                      % verb, hint)
+    lost = sorted(set(strategies_of(getattr(options, "strategy", "jump")))
+                  & set(HARDWARE))
+    if getattr(options, "leave", False) and lost:
+        raise Misuse("--leave cannot leave %s: debug registers end with the "
+                     "process that set them" % lost[0], "--strategy jump, or "
+                     "jump,int3")
     suffix = os.path.splitext(getattr(options, "output", None) or "")[1]
     if suffix and verb not in FORMATS[suffix].split():
         raise Misuse("%s has no %s to write; -o FILE.%s belongs to %s" % (
@@ -18311,8 +18334,10 @@ def strategies_told(probes):
 def pages_equal(removal):
     """Return what a Removal, or a CleanResult, says of the text."""
     if removal.n_equal != removal.n_pages:
-        return "%d of %s equal their files" % (
-            removal.n_equal, plural(removal.n_pages, "page"))
+        has_others = any(find_arenas(pid) for pid in removal.pids)
+        return "%d of %s equal their files%s" % (
+            removal.n_equal, plural(removal.n_pages, "page"),
+            " (there are probes of another ubp)" if has_others else "")
     if not removal.n_pages:
         return "no page was written"
     if removal.n_pages == 1:

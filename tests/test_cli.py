@@ -175,6 +175,7 @@ count -p 4 malloc --duration 3parsecs     | is no time
 count -p 4 malloc --top 0                 | is no number
 count -p 4 malloc --strategy int3,int3    | named twice
 count -p 4 malloc --strategy magic        | no strategy
+count -p 4 malloc --leave --strategy hw   | debug registers end with
 count -p 4 malloc -e arg0                 | -e; it belongs to hist, trace
 count -p 4 malloc +                       | no probe beside the +
 count -p 4 malloc -o x.svg                | count has no .svg to write

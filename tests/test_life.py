@@ -1003,6 +1003,22 @@ class Int3(unittest.TestCase):
             self.unchanged(process)
             process.quit()
 
+    def test_removal_tells_of_the_pages_that_are_the_files_again(self):
+        """Those that the guardian has put back, jumps' pages once."""
+        for where, strategy, n in (("exe:step", "int3", 1),
+                                   (["exe:step", "exe:odd_*"], "int3", 10),
+                                   (["exe:odd_tight+11", "exe:step"],
+                                    "jump,int3", 2)):
+            with self.subTest(where), live.Target("traps") as process:
+                with ubp.attach(process.pid) as target:
+                    sites = target.probe(where, ubp.Count(),
+                                         strategy=strategy).sites
+                pages = {site.vaddr & -4096 for site in sites}
+                self.assertEqual((len(sites), len(pages), len(pages)),
+                                 target.removal[:3])
+                self.assertEqual(n, len(sites))
+                process.quit()
+
     def test_stopped_and_continued_it_stays_so(self):
         with live.Target("traps") as process:
             with ubp.attach(process.pid) as target:
