@@ -2369,7 +2369,11 @@ class Module:
                     exported symbols are read from the process's memory
     shared_text     an executable mapping is shared or of huge pages: a
                     write there would reach the file or other processes
+    naming          what makes text of addresses in its process, if anybody
+                    wants that: Target._namer
     """
+
+    naming = None
 
     def __init__(self, pid, elf, bias, maps, has_file):
         path = maps[0].path
@@ -9737,26 +9741,35 @@ class Probe:
         What children of the target did after an exec, where that is
         followed, is told of the Site in the first program that had it.
         """
+        if self._target._follower is None:
+            return self._own_readings()
         twins, past = self._kin
-        own = self._own_readings()
-        if not (twins or past):
-            return own
         found = collections.OrderedDict()
-        for site, reading in own.items():
-            _add_reading(found, site, reading)
         for site, reading in past.values():
             _add_reading(found, site, reading)
-        for twin in twins:
-            for site, reading in twin._own_readings().items():
-                _add_reading(found, site, reading)
+        for probe in (self,) + twins:
+            for site, reading in probe._own_readings().items():
+                _add_reading(found, site, self._with_names(site, reading))
         return collections.OrderedDict(found.values())
+
+    def _with_names(self, site, reading):
+        """A Reading, its keys named as of the program that it is of."""
+        naming = site.module.naming
+        if naming is None or not isinstance(reading.value, dict) or (
+                self._is_of_stacks):
+            return reading
+        value = {}
+        for key, each in reading.value.items():
+            key = naming.key(self, key)
+            value[key] = value[key] + each if key in value else each
+        return reading._replace(value=value)
 
     def _inherit(self, twin):
         """A process has ended: keep what a twin of this has computed."""
         twins, past = self._kin
         past = collections.OrderedDict(past)
         for site, reading in twin._own_readings().items():
-            _add_reading(past, site, reading)
+            _add_reading(past, site, self._with_names(site, reading))
         self._kin = tuple(each for each in twins if each is not twin), past
 
     def _own_readings(self):
@@ -12437,6 +12450,11 @@ def _ticks():
                * os.sysconf("SC_CLK_TCK"))
 
 
+def _n_descriptors_left():
+    """How many files this process may still open."""
+    return os.sysconf("SC_OPEN_MAX") - len(os.listdir("/proc/self/fd"))
+
+
 def _children_since(tgid, ticks):
     """The children of a process that began at ticks, or later. -> [pid]"""
     return [int(word) for tid in thread_ids(tgid) for word in read_proc(
@@ -12968,8 +12986,9 @@ class Guard:
         stub, _ = self.waiting.pop(tgid, (0, 0))
         if stub:
             keepers = [k for k in self.ward(tgid).keepers if k.tgid == tgid]
-            release_at_entry(keepers[0] if keepers else Tracer(tgid), stub,
-                             timeout)
+            tracer = keepers[0] if keepers else Tracer(tgid)
+            release_at_entry(tracer, stub, timeout)
+            tracer.close()          # there may be thousands of them
 
     def do_unfollow(self, _, timeout):
         """What becomes another program from now on is let go."""
@@ -13272,6 +13291,7 @@ _LOOK_EACH_S = 0.05
 _SHORT_LIST = 40            # libraries; a longer list is not read whole each
 _LOOK_WHOLE = 10            # time, but each so many times
 _MOST_TOLD = 20             # notes on children
+_MOST_OPENED = 64           # files, while one more child is probed
 _RATE_EACH = 4              # looks, from one look at rates to the next
 _LOOKS_AT_OTHERS = 20       # that find an exec of which no guardian tells
 _HOOK_PATIENCE_S = 0.25     # for whoever else works on the target
@@ -13604,7 +13624,9 @@ class Follower:
     def _meet(self, pid, held, when):
         child = self.children.get(pid)
         self.n_programs += 1
-        why = _unfit_to_follow(pid)
+        why = _unfit_to_follow(pid) or (
+            "" if child is not None or _n_descriptors_left() >= _MOST_OPENED
+            else "too many are there for the limit of open files (ulimit -n)")
         if why and child is not None:
             self._take_end(None, pid)
         if why:
@@ -13620,6 +13642,9 @@ class Follower:
         self.n_probed += is_probed
         if is_probed and not held:
             self._miss("late: what they called before is not counted")
+        if _has_lost_privilege(pid):
+            self._miss("without the privilege of a setuid file, as an "
+                       "unprivileged ubp traces it")
         if not child._follows:
             self._miss("traces others: what it starts is left alone")
         self._tell(child)
@@ -13897,6 +13922,9 @@ class Target:
         self._max_rate = float("inf")       # of hits by int3 or hw
         self._fetching = threading.Lock()
         self._rates = {}            # {(HardwarePart, Site): hits before}
+        # (pid, its modules) -> what names addresses in that program, with
+        # methods key(Probe, key) and learn(Event); for its children, too
+        self._namer = None
         self._merging = threading.Lock()    # of what comes next
         self._ended_events = []     # of children that are not there any more
         self._young_events = []     # that another process may have before
@@ -14502,6 +14530,7 @@ class Target:
                 _is_waiting(self.pid, held[0])):
             time.sleep(0.0002)
         every = self._get_modules(True)
+        self._name_modules(every)
         self._planner = Planner(self.pid, self._read)
         self._planner.patches = self._installer.patches
         for probe in self._probes:
@@ -14515,6 +14544,13 @@ class Target:
             self._follows = False       # its children are its own
         elif self._guardian is None or not self._guardian.is_armed:
             self._with_ptrace(lambda: None, timeout)
+
+    def _name_modules(self, every):
+        """Have what these modules' sites tell named as of this program."""
+        namer = (self._parent or self)._namer
+        naming = namer and namer(self.pid, every)
+        for module in every:
+            module.naming = naming
 
     def _put_in(self, probe, every, timeout):
         """Arm what a probe means in modules of a program that is new."""
@@ -14576,7 +14612,11 @@ class Target:
                 part.remove()
             self._reader.keep(self._traced, clock)
             with parent._merging:
-                parent._ended_events += self._read_events(True)
+                events = self._read_events(True)
+                for event in events:        # its files are closed then
+                    if event.site.module.naming is not None:
+                        event.site.module.naming.learn(event)
+                parent._ended_events += events
                 children.pop(self.pid, None)
             parent._worst_pause_us = max(parent._worst_pause_us,
                                          self._tracer.pause_us)
@@ -15218,6 +15258,24 @@ def _unfit_to_follow(pid):
     return ""
 
 
+def _has_lost_privilege(pid):
+    """Is its file setuid or setgid, and has that had no effect?
+
+    execve(2): it has none while somebody without CAP_SYS_PTRACE traces it.
+    """
+    try:
+        info = os.stat("/proc/%d/exe" % pid)
+    except OSError:
+        return False
+    status = read_status(pid)
+    for bit, name, owner in ((stat.S_ISUID, "Uid", info.st_uid),
+                             (stat.S_ISGID, "Gid", info.st_gid)):
+        ids = status.get(name, "").split()
+        if info.st_mode & bit and len(ids) > 1 and int(ids[1]) != owner:
+            return True
+    return False
+
+
 def _is_tracer(all_modules):
     """Does a program trace others? It imports ptrace: gdb, strace."""
     return any(b"\0ptrace\0" in bytes(module.elf.dynsym.strings)
@@ -15690,10 +15748,12 @@ def attach(pid, timeout=5, suspend_seccomp=False, follow_exec=False):
     """Observe a running process. -> Target
 
     pid   of a process that we may ptrace; nothing is stopped or changed
-    follow_exec   arm the patterns of probes in the programs that it becomes
-          by exec, too, before their entry points; one that names nothing
-          yet is no error. A guardian traces it meanwhile, so a setuid
-          program runs without its privilege, unless we may trace any
+    follow_exec   arm the patterns of probes in the programs that it, or a
+          child of it, becomes by exec, too, before their entry points; one
+          that names nothing yet is no error. Results and events of all are
+          those of the probe: by="pid" and Event.pid tell them apart. A
+          guardian traces them meanwhile, so a setuid program runs without
+          its privilege, unless we may trace any
     suspend_seccomp   where a seccomp filter forbids what arming injects,
           suspend it meanwhile (as root): a kill -9 of this process in that
           third of a millisecond may then kill the target
@@ -17654,8 +17714,9 @@ OPTIONS = collections.OrderedDict([
              "meanwhile (root); a kill -9 of ubp just then may kill it"))),
     ("--follow-exec", (PROBING, dict(
         action="store_true",
-        help="probe the programs that it becomes by exec, too, before their "
-             "entry points; meanwhile a guardian traces it"))),
+        help="probe the programs that it and its children become by exec, "
+             "too, before their entry points: --by pid tells them apart; a "
+             "guardian traces them meanwhile"))),
     ("--max-rate", (PROBING, dict(
         metavar="N", type=parse_number,
         help="take out an int3 or debug register that is hit more than N "
@@ -18679,14 +18740,28 @@ class Naming:
     def __init__(self, pid):
         self.pid, self.symbols = pid, None
 
-    def open(self, expressions):
+    def open(self, expressions, every=None):
         """Open the files of all modules, if these expressions want names.
 
         While the process is there: names are asked for after its exit too.
+        every   its modules, if they are open already
         """
         if self.symbols is None and any(is_address(each)
                                         for each in expressions):
-            self.symbols = Symbols(self.pid, modules(self.pid))
+            self.symbols = Symbols(self.pid, every or modules(self.pid))
+
+    def learn(self, event):
+        """Look up the names in an Event, which may be asked for later."""
+        for value, expression in zip(event.values, event.probe._spec.values):
+            self.value(value, expression)
+
+    def key(self, probe, key):
+        """Return a key of a probe, its addresses as text."""
+        expressions = probe._spec.keys
+        parts = key if len(expressions) > 1 else (key,)
+        parts = tuple(self.value(part, each) if is_address(each) else part
+                      for part, each in zip(parts, expressions))
+        return parts if len(expressions) > 1 else parts[0]
 
     def address(self, vaddr, is_return=False):
         """Return "MODULE:FUNCTION+0xOFFSET" for a code address."""
@@ -18729,7 +18804,7 @@ class Naming:
             return value.decode("utf-8", "surrogateescape")
         if value is None:
             return None
-        if is_address(expression):
+        if is_address(expression) and not isinstance(value, str):
             return self.address(value & (1 << 64) - 1,
                                 expression.form != "sym")
         if expression.form == "hex":
@@ -18766,6 +18841,7 @@ class Watched:
     def __init__(self, target):
         self.target, self.armed = target, []
         self.naming = Naming(target.pid)
+        self.named = ()             # the expressions whose values it names
         self.pid, self.name = target.pid, describe(target.pid, target.comm)
         self.is_running, self.n_notes = True, 0
 
@@ -18791,6 +18867,20 @@ class Watched:
             (plan.site.vaddr, plan) for probe in self.probes
             for plan in probe.refused)
         return list(found.values())
+
+    def open_names(self, expressions):
+        """Have values of these be named: in this program, and in others that
+        it, or a child of it, becomes."""
+        self.named += expressions
+        self.naming.open(expressions)
+        if self.naming.symbols is not None:
+            def namer(pid, every):
+                naming = Naming(pid)
+                naming.open(self.named, every)
+                return naming
+            self.target._namer = namer
+            for module in self.target._get_modules():
+                module.naming = self.naming
 
     def frames_told(self):
         """Return what is known of calls that were not seen from end to end.
@@ -18836,8 +18926,9 @@ class Watched:
         """Return the library's Event as a TraceHit."""
         armed = next(each for each in self.armed
                      if each.probe is event.probe)
+        naming = event.site.module.naming or self.naming
         values = tuple(
-            (expression.text.strip(), self.naming.value(value, expression))
+            (expression.text.strip(), naming.value(value, expression))
             for expression, value in zip(armed.values, event.values))
         where = place(event.pid or self.pid, event.site, False,
                       armed.is_exit)
@@ -19016,7 +19107,8 @@ class EventLines:
         armed = next(armed for armed in watched.armed
                      if armed.probe is event.probe)
         hit = watched.hit(event._replace(stack=(), values=()))
-        converters = [watched.naming.converter(expression, self.is_json)
+        naming = event.site.module.naming or watched.naming
+        converters = [naming.converter(expression, self.is_json)
                       for expression in armed.values]
         names = [expression.text.strip() for expression in armed.values]
         if self.is_json:        # an object has each name once
@@ -19051,6 +19143,11 @@ _REMOVAL_S = 60     # to go on trying; the user is told, and may look why
 _TRACE_POLL_S = 0.03
 
 
+def has_pids(options):
+    """Do lines of a trace tell the process?"""
+    return len(options.pids) > 1 or options.follow_exec
+
+
 class Session:
     """One command that probes. Its methods in the order of their calls.
 
@@ -19075,7 +19172,7 @@ class Session:
         self.sink = self._sink() if self.is_trace else None
         self.targets, self.watched = [], []
         self.lines = EventLines(self.sink, self.watched, isinstance(
-            self.sink, HitJson), len(options.pids) > 1)
+            self.sink, HitJson), has_pids(options))
         self.printed, self.drawn, self.n_printed = {}, {}, 0
         self.reason, self.last_words, self.errors = "", [], []
         self.has_started = self.has_hinted = self.is_removed = False
@@ -19084,7 +19181,7 @@ class Session:
 
     def _sink(self):
         """Return what makes text of Hits."""
-        options, has_pid = self.options, len(self.options.pids) > 1
+        options, has_pid = self.options, has_pids(self.options)
         if self.suffix == ".json":
             return HitChrome()
         if self.suffix in WHOLE_FORMATS:
@@ -19199,7 +19296,7 @@ class Session:
             keys, values = (tuple(
                 ubp_x86.parse_expression(text, is_exit) for text in texts)
                 for texts in (group.keys, getattr(action, "exprs", ())))
-            watched.naming.open(keys + values)
+            watched.open_names(keys + values)
             watched.armed.append(Armed(
                 group, probe, is_exit,
                 self.is_trace and not isinstance(action, Trace),

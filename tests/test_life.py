@@ -2578,6 +2578,61 @@ class Children(unittest.TestCase):
         self.assertEqual({id(trace)}, {id(event.probe) for event in events})
         self.assertEqual(3, target.returncode)
 
+    def test_addresses_have_the_names_of_the_program_they_are_of(self):
+        """Programs that are mapped elsewhere each time, one entered by the
+        target itself."""
+        command = "$P once; $P once; exec $P once"
+        records, said = self.check(["/bin/sh", "-c", command], "exe:step",
+                                   "--by", "caller")
+        for record in records[:-1]:
+            self.assertRegex(record["key"][0], r"^execs-\w+:(call|main)\+0x")
+        self.assertEqual(3027, sum(r["total"] for r in records[:-1]))
+        self.assertLess(len(records), 4)
+
+    def test_static_and_foreign_programs_go_their_way(self):
+        import test_targets
+        program = os.path.join(tempfile.mkdtemp(), "program")
+        with open(program, "wb") as f:
+            f.write(test_targets.ELF_32)
+        os.chmod(program, 0o755)
+        self.addCleanup(shutil.rmtree, os.path.dirname(program))
+        static = live.build("execs", ("-static",))
+        self.check(["/bin/sh", "-c", "timeout 0.5 %s 2>/dev/null; echo $?; "
+                    "%s chain; %s once; true" % (program, static, static)],
+                   "exe:step")
+
+    def test_a_setuid_program_keeps_its_privilege_if_ubp_has_any(self):
+        if not live.IS_ROOT:
+            self.skipTest("giving a file away takes root: sudo")
+        command = ("cp $(which id) $T/id; chown 65534 $T/id; chmod 4755 $T/id;"
+                   "$T/id -u; $P once; true")
+        records, said = self.check(["/bin/sh", "-c", command], "exe:step")
+        self.assertNotIn("privilege", said)
+
+    def test_a_setuid_program_without_its_privilege_is_told_of(self):
+        if not live.IS_ROOT:
+            self.skipTest("becoming another user takes root: sudo")
+        with tempfile.TemporaryDirectory() as folder:
+            os.chmod(folder, 0o755)
+            for name in "ubp.py", "ubp_x86.py":
+                shutil.copy(os.path.join(TOP, name), folder)
+            shutil.copy(shutil.which("id"), folder + "/id")
+            os.chmod(folder + "/id", 0o4755)
+            found = []
+            for prefix in [], ["/usr/bin/python3", folder + "/ubp.py",
+                               "count", "--follow-exec", "libc:malloc", "--"]:
+                done = subprocess.run(
+                    prefix + ["/bin/sh", "-c", folder + "/id -u; exit 3"],
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    timeout=60, preexec_fn=lambda: os.setuid(65534))
+                found.append(done.stdout.split(b"\n")[0])
+                self.assertEqual(3, done.returncode, done.stderr)
+            if found[0] != b"0":
+                self.skipTest("the folder for temporary files is mounted "
+                              "nosuid: TMPDIR")
+            self.assertEqual(b"65534", found[1])    # as under strace
+            self.assertIn("without the privilege", done.stderr.decode())
+
     def test_a_tracer_inside_has_its_own_children(self):
         for tool in (["strace", "-f", "-qq", "-e", "trace=none"],
                      ["gdb", "-nx", "-batch", "-ex", "run", "--args"]):
