@@ -4230,6 +4230,7 @@ _SMALL_STACK_LIMIT = 256 << 10      # of one whose bounds are unknown
 _CLD_KILLED = 2             # <asm-generic/siginfo.h>; os has it since 3.9
 _ALL_SIGNALS = b"\xff" * 8
 STEP_ASIDE = signal.SIGWINCH    # to a guardian; who does not know ignores it
+_MOST_KNOWN = 256           # mappings whose Gadgets are known
 _FRAME_MARK = b"ubp: frame end\r\n"     # 16 bytes, above each signal frame
 
 
@@ -4284,6 +4285,7 @@ class Tracer:
     options = PTRACE_O_TRACESYSGOOD     # of PTRACE_SEIZE
     may_suspend = False     # seccomp filters, for what they would forbid
     may_ask = False         # another ubp's guardian to step aside
+    known_gadgets = {}      # {what is mapped of a file: [(bytes, place)]}
 
     def __init__(self, tgid):
         self.tgid = self._vm_tid = tgid
@@ -4381,19 +4383,45 @@ class Tracer:
             syscall_ret = pop_rax = 0
             restorers, self._text_maps = [], text
             for mapping in text:
-                code, start = self._read_text(mapping), mapping.start
-                syscall_ret = syscall_ret or _find(
-                    code, ubp_x86.SYSCALL_RET, start)
-                pop_rax = pop_rax or _find(code, ubp_x86.POP_RAX_RET, start)
-                for form in ubp_x86.RESTORERS:
-                    restorers += [start + found.start() for found
-                                  in re.finditer(re.escape(form), code)]
+                found = self._gadgets_in(mapping)
+                syscall_ret = syscall_ret or found.syscall_ret
+                pop_rax = pop_rax or found.pop_rax
+                restorers += found.restorers
             self._text = Gadgets(syscall_ret, pop_rax, tuple(restorers))
         return self._text
+
+    def _gadgets_in(self, mapping):
+        """The Gadgets of a Mapping. Where others have been found in the same
+        part of the file, in another process, it is only read whether they
+        are there: to look at all of the C library takes 10 ms."""
+        start, key = mapping.start, mapping[2:] + (
+            mapping.end - mapping.start,)
+        found = self.known_gadgets.get(key)
+        if found is None or not mapping.inode or not self._are_at(
+                start, found):
+            code = self._read_text(mapping)
+            found = [(form, each.start()) for form in ubp_x86.RESTORERS
+                     for each in re.finditer(re.escape(form), code)]
+            found += [(form, code.find(form)) for form in (
+                ubp_x86.SYSCALL_RET, ubp_x86.POP_RAX_RET)]
+            if len(self.known_gadgets) >= _MOST_KNOWN:
+                self.known_gadgets.clear()
+            self.known_gadgets[key] = found
+        places = [start + at if at >= 0 else 0 for _, at in found]
+        return Gadgets(places[-2], places[-1], tuple(places[:-2]))
+
+    def _are_at(self, start, found):
+        """Are these bytes at these places?"""
+        try:
+            return all(self.read(start + at, len(form)) == form
+                       for form, at in found if at >= 0)
+        except OSError:
+            return False
 
     def forget_gadgets(self):
         """Look for them anew: what is mapped, or is there, has changed."""
         self._text = None
+        self.known_gadgets.clear()
 
     def _read_text(self, mapping):
         try:
@@ -9147,6 +9175,7 @@ class Planner:
             self._scans[module] = ubp_x86.BranchScan(
                 text, lambda vaddr: self.function(module, vaddr), read,
                 module.elf.type == ET_EXEC, self._is_for_many)
+            _share_tables(self._scans[module])
         return self._scans[module]
 
     def _cancellation(self, module):
@@ -9196,6 +9225,25 @@ class Planner:
                 raise RefusalError("uprobe", "a kernel uprobe is set there",
                                    low)
         return tuple(reversed(old))     # a slot's jump is written first
+
+
+_tables = {}                    # {text of a module: [uses, its tables]}
+_USES, _MOST_TABLES, _MOST_TEXT = 3, 16, 16 << 20
+
+
+def _share_tables(scan):
+    """Where the same text is planned in one process after another, from the
+    third on have the branches in it found once for all."""
+    if scan.is_absolute or sum(len(code) for _, code
+                               in scan.segments) > _MOST_TEXT:
+        return                      # its tables hold addresses; or too much
+    if scan.text not in _tables and len(_tables) >= _MOST_TABLES:
+        _tables.clear()
+    entry = _tables.setdefault(scan.text, [0, None])
+    entry[0] += 1
+    if entry[0] >= _USES:
+        entry[1] = entry[1] or scan.make_tables()
+        scan.take_tables(entry[1])
 
 
 def patches_in(patches, window):
@@ -9692,11 +9740,16 @@ class Patch:
             self.records += other.records
 
 
+def _place_in_file(site):
+    """What names a Site in whatever process its file is mapped."""
+    module = site.module
+    return (module.path, module.build_id, site.vaddr - module.low,
+            site.is_return)
+
+
 def _add_reading(found, site, reading):
     """Add to {…: (Site, Reading)}; a function of one file is one Site."""
-    module = site.module
-    key = (module.path, module.build_id, site.vaddr - module.low,
-           site.is_return)
+    key = _place_in_file(site)
     if key in found:
         first, before = found[key]
         found[key] = first, before + reading
@@ -9763,6 +9816,15 @@ class Probe:
             key = naming.key(self, key)
             value[key] = value[key] + each if key in value else each
         return reading._replace(value=value)
+
+    def _add_refused(self, plans):
+        """Tell of what was refused in a child, each function of a file once.
+        """
+        known = {_place_in_file(plan.site) for plan in self.refused}
+        for plan in plans:
+            if _place_in_file(plan.site) not in known:
+                known.add(_place_in_file(plan.site))
+                self.refused.append(plan)
 
     def _inherit(self, twin):
         """A process has ended: keep what a twin of this has computed."""
@@ -13604,12 +13666,24 @@ class Follower:
         except (OSError, UbpError) as error:
             self._miss("not probed: " + getattr(error, "why", str(error)))
             log.debug("pid %d is not probed: %s", pid, error)
-            self.children.pop(pid, None)
+            self._drop(pid)
         finally:
             try:
                 mine.call("release", 5, timeout=5)
             except UbpError as error:   # it has ended, or enters by itself
                 log.debug("%s", error)
+
+    def _drop(self, pid):
+        """A child could not be probed: take out what is in it."""
+        with self.lock:
+            child = self.children.get(pid)
+            try:
+                if child is not None and child.alive:
+                    child.close()
+            except UbpError as error:
+                self._note("%s: %s" % (child._tracer.name(), error))
+            if child is not None:
+                self._ended.update(child._bury(self.children))
 
     def _meet_own(self, held, when):
         """The target has. Who closes it holds its lock, and waits for us."""
@@ -14535,6 +14609,8 @@ class Target:
         self._planner.patches = self._installer.patches
         for probe in self._probes:
             self._put_in(probe, every, timeout)
+            if self._parent is not None:
+                probe._shown._add_refused(probe.refused)
         link_map = LinkMap(self.pid, self._read, every)
         if self._watcher is None:
             self._watcher = LibraryWatcher(self, link_map)
@@ -14820,6 +14896,10 @@ class Target:
             guardian = self._guardian
             if guardian is None or not guardian.has_ended():
                 return
+            if self._parent is not None and (
+                    self._parent._guardian is None
+                    or self._parent._guardian.has_ended()):
+                return              # it is for that to start another
             words = {0: "its guardian was terminated", _IGNORES_SIGTRAP:
                      "the program ignores SIGTRAP now"}.get(
                          guardian.process.returncode)

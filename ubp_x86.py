@@ -2032,6 +2032,21 @@ class BranchScan:
             self._table, self._operands = self._build()
         return None
 
+    @property
+    def text(self):
+        """The segments, relative to the first: what the tables are made of,
+        unless is_absolute."""
+        return tuple((vaddr - self._base, code)
+                     for vaddr, code in self.segments)
+
+    def make_tables(self):
+        """Return the sorted tables, for scans of the same text elsewhere."""
+        return self._build() if self.segments else (array.array("q"),) * 2
+
+    def take_tables(self, tables):
+        """Use what make_tables() of a scan of an equal text has returned."""
+        self._table, self._operands = tables
+
     def _between(self, table, low, high):
         """Return [(source, target)] of a sorted table."""
         base = self._base

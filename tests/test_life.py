@@ -2679,6 +2679,48 @@ class Children(unittest.TestCase):
             process.send("q")
             self.assertEqual(3, process.wait())
 
+    def test_guardian_killed_another_follows_on(self):
+        path = live.build("execs")
+        with live.Process(["/bin/sh", "-c", "read x; %s wait 9; exit 3" % path]
+                          ) as process:
+            with ubp.attach(process.pid, follow_exec=True) as target:
+                probe = target.probe("exe:step", ubp.Count())
+                process.send("\n")
+                self.assertEqual("ready how=wait", process.line())
+                child = self.child_of(process.pid)
+                first = target._guardian.process.pid
+                os.kill(first, signal.SIGKILL)
+                self.assertEqual(211, process.ask("c")["n"])
+                self.assertTrue(live.settled(lambda: all(
+                    set(live.tracers(pid).values()) - {0, first}
+                    for pid in (process.pid, child)), 20), target.notes)
+                self.assertEqual(211, process.ask("x")["n"])
+                self.assertEqual("ready how=wait", process.line())
+                self.assertEqual(211, process.ask("c")["n"])
+                self.assertEqual(3 * 211, probe.read(), target.notes)
+            for pid in process.pid, child:
+                self.assertEqual([], live.changed_text(pid))
+                self.assertEqual([], live.arenas(pid))
+            process.send("q")
+            self.assertEqual(3, process.wait())
+
+    def test_what_is_refused_in_a_child_is_told(self):
+        with tempfile.TemporaryDirectory() as folder:
+            source = os.path.join(folder, "tiny.c")
+            with open(source, "w") as f:
+                f.write("__asm__(\".globl tiny,next\\n"
+                        ".type tiny,@function\\ntiny: ret\\n"
+                        ".size tiny,1\\n.type next,@function\\n"
+                        "next: ret\\n.size next,1\");\n"
+                        "void tiny(void); int main(void) { tiny(); }\n")
+            subprocess.check_call(["gcc", "-o", folder + "/tiny", source])
+            records, said, _ = self.run_both(
+                ["/bin/sh", "-c", folder + "/tiny; " + folder + "/tiny; true"],
+                folder, "exe:tiny")
+        refused = [r for r in records if r["kind"] == "refused"]
+        self.assertEqual(["tiny"], [r["function"] for r in refused], said)
+        self.assertEqual(1, records[-1]["refused"])
+
     def child_of(self, pid):
         with open("/proc/%d/task/%d/children" % (pid, pid)) as f:
             return int(f.read().split()[0])

@@ -275,8 +275,8 @@ class Lines(unittest.TestCase):
 
     def watched(self, is_exit):
         """Return a Watched of made-up parts, and an Event's maker."""
-        module = collections.namedtuple("Module", "name build_id")(
-            "lib%d.so", "ab12")
+        module = collections.namedtuple("Module", "name build_id naming")(
+            "lib%d.so", "ab12", None)
         function = collections.namedtuple("Function", "name")("f%s")
         site = ubp.Site(0x1000, function, 0, ("f%s",), module)
         target = collections.namedtuple("Target", "pid comm")(7, "x")
