@@ -5750,7 +5750,7 @@ def _check_access(pid, tids):
 #
 #     code r-x   +0      header                     HEADER, 256 bytes
 #                +256    vaddr of shard 0           8
-#                +4096   records                    max_records of 512
+#                +4096   records                    max_records of 640
 #                        trampolines                to the page's end
 #     data rw-   +0      shards, one per processor  1 << shift bytes each
 #                        slots of calls, if wanted  at the end: see ubp_x86
@@ -5764,22 +5764,22 @@ def _check_access(pid, tids):
 #     record     +0      site slot trampoline       3 x 8
 #                +24     size patches copies index  2 1 1 4
 #                +32     patches: vaddr size old new    2 x 32
-#                +96     copies: offset size moved moved_size    12 x 8
-#                +192    build-id, window's size    20, 1
-#                +213    kind of block, is it gone  1 1
-#                +216    module NUL function NUL    290, UTF-8
-#                +506    of a table: words of an entry, words before its
+#                +96     copies: offset size moved moved_size    27 x 8
+#                +312    build-id, window's size    20, 1
+#                +333    kind of block, is it gone  1 1
+#                +336    module NUL function NUL    298, UTF-8
+#                +634    of a table: words of an entry, words before its
 #                        payload, log2 of entries, site's index   2 1 1 2
 
 MAGIC = b"ubp\x7fARNA"
-VERSION = 2
+VERSION = 3
 HEADER = struct.Struct("<8sIIQQQQIIQQIIQQIIIIIIQQ")
 _RECORD_HEAD = struct.Struct("<QQQHBBI")
 _PATCH = struct.Struct("<QB7x8s8s")
 _COPY = struct.Struct("<BBHHH")
 _TABLE = struct.Struct("<HBBH")
-_LITERAL_AT, _RECORDS_AT, _RECORD_SIZE = 256, 4096, 512
-_COPIES_AT, _MOST_COPIES = 96, ubp_x86.MAX_DISPLACED    # in a record
+_LITERAL_AT, _RECORDS_AT, _RECORD_SIZE = 256, 4096, 640
+_COPIES_AT, _MOST_COPIES = 96, ubp_x86.MAX_LOOPED       # in a record
 _BUILD_ID_AT = _COPIES_AT + _MOST_COPIES * _COPY.size
 _NAMES_AT = _BUILD_ID_AT + 24
 _MAX_RECORDS = 1 << 16
@@ -5847,7 +5847,7 @@ class Record(NamedTuple):
     table: tuple = (0, 0, 0, 0)     # as _TABLE has it
 
     def pack(self):
-        """512 bytes for the journal."""
+        """640 bytes for the journal."""
         patches = b"".join(
             _PATCH.pack(vaddr, len(new), old.ljust(8, b"\0"),
                         new.ljust(8, b"\0"))
@@ -7198,12 +7198,12 @@ def moves_in(records):
     """
     inside, behind = {}, {}
     for record in records:
-        patched = len(record.patches[-1][2])
+        # Behind the jump, too: a branch there may lead back into it.
         for copy in record.copies:
-            if 0 < copy.offset < patched:
+            if copy.offset:
                 inside[record.site + copy.offset] = (
                     record.trampoline + copy.moved)
-            if copy.offset < patched and copy.back:
+            if copy.back:
                 behind[record.site + copy.offset + copy.back] = (
                     record.trampoline + copy.moved + copy.back)
     return inside, behind
@@ -7391,6 +7391,7 @@ class Change(NamedTuple):
     record: Record
     before: tuple           # records of its earlier trampolines, and of
     #                         those of windows whose place it takes
+    past: tuple = ()        # of others, gone, that a thread may be in still
 
     def is_in_force(self, tracer):
         """Does the text of a process lead to one of the earlier ones?"""
@@ -7399,11 +7400,12 @@ class Change(NamedTuple):
                    for record in self.before)
 
     def lost_ranges(self):
-        """Earlier trampolines that come back to what is overwritten."""
-        site, _, jump = self.record.patches[-1]
+        """Earlier trampolines that come back to what is overwritten, or to
+        where a branch leads there: those of other windows."""
+        window = self.record.site, self.record.window_size
         return [(old.trampoline, old.trampoline + old.size)
-                for old in self.before
-                if site < old.site + old.window_size < site + len(jump)]
+                for old in self.before + self.past
+                if (old.site, old.window_size) != window]
 
     def patches(self, tracer):
         """((vaddr, what is there, what will be), …), or None.
@@ -7460,20 +7462,27 @@ class _Arming:
         self.inside, self.behind, self.lost = {}, {}, []    # for threads
 
     def survey(self):
-        """Compare the text with what was planned; plan moves and writes."""
-        found = [change.patches(self.tracer) for change in self.changes]
-        self.refused = [change for change, patches
-                        in zip(self.changes, found) if patches is None]
-        good = [change for change, patches in zip(self.changes, found)
+        """Compare the text with what was planned; plan moves and writes.
+
+        Of a window whose bodies are in several arenas the last change has
+        them all, and it alone is made.
+        """
+        last = {change.record.site: change for change in self.changes}
+        found = collections.OrderedDict(
+            (change.record.site, change.patches(self.tracer))
+            for change in self.changes if last[change.record.site] is change)
+        self.refused = [change for change in self.changes
+                        if found[change.record.site] is None]
+        good = [last[site] for site, patches in found.items()
                 if patches is not None]
         self.inside, self.behind = moves_in([each.record for each in good])
         self.lost = []
         for change in good:
             if change.before:
                 self.inside.update(moves_over(change.before, change.record))
-                self.lost += change.lost_ranges()
+            self.lost += change.lost_ranges()
         self.patches = Patches(self.tracer, [
-            patch for patches in found for patch in patches or ()])
+            patch for patches in found.values() for patch in patches or ()])
 
     def write(self):
         """Move the threads, then write. Raises Again.
@@ -10822,13 +10831,25 @@ class Installer:
         self._links.update((arena, self._calls_of(body.probe).arena)
                            for body in bodies
                            if body.part[0].action == "call")
-        change = Change(record, tuple(old for _, old in patch.records))
+        before = tuple(old for _, old in patch.records)
+        change = Change(record, before, self._past(patch.window, before)
+                        if patch.window.has_inner else ())
         patch.records.append((arena, record))
         patch.bodies = bodies
         for other in patch.absorbs:
             self.patches.pop(other.window.site, None)
         self.patches[patch.window.site] = patch
         return change
+
+    def _past(self, window, before):
+        """The Records, but for those before, of windows that had bytes of
+        one: from their trampolines a thread might come into its middle."""
+        known = {record.trampoline for record in before}
+        return tuple(
+            record for arena in self.arenas for record in arena.records
+            if record and record.trampoline not in known
+            and record.site < window.site + window.size
+            and window.site < record.site + record.window_size)
 
     def _arm(self, steps, limit):
         """Patch, after the journal; what has changed meanwhile is refused.

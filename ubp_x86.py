@@ -1821,6 +1821,7 @@ BREAKPOINT = b"\xcc"            # CC: int3
 
 PAGE_SIZE = 4096
 MAX_DISPLACED = 12                           # instructions of a window
+MAX_LOOPED, _LONGEST_LOOP = 27, 200          # of one round a loop; bytes
 JUMP_SIZE, SHORT_JUMP_SIZE = 5, 2            # e9 rel32, eb rel8
 ENDBR64 = b"\xf3\x0f\x1e\xfa"                # SDM 2B, ENDBR64
 RSEQ_SIGNATURE = b"\x53\x30\x05\x53"         # <sys/rseq.h>, RSEQ_SIG
@@ -1871,6 +1872,11 @@ class Window(NamedTuple):
     def last(self):
         """Return the vaddr of the last displaced instruction."""
         return self.insns[-1].vaddr
+
+    @property
+    def has_inner(self):
+        """Tell whether a displaced branch leads to another displaced one."""
+        return bool(_inner_branches(self.insns))
 
     @property
     def ranges(self):
@@ -2438,7 +2444,8 @@ class Analysis:
     forms        the Form of each, decoded again after drop_forms(); Insns
                  are made when asked for
     indirect     vaddrs of its indirect jumps
-    known        {one of them: its targets}, filled by resolve_jumps
+    known        {one of them: its targets}, and
+    tables       {one of them: its _Table}, both filled by resolve_jumps
     strays       Insns on ways that enter one of them behind its first byte
                  (glibc jumps over a lock prefix)
     entries      where others may go to, and whose address it takes itself
@@ -2474,7 +2481,8 @@ class Analysis:
         self.sources = array.array("Q", sorted(sources))
         self.last_flow = walk.forms[-1].flow if walk.forms else NEXT
         self.jumps = self.family = self.rseq = None     # when asked for
-        self.known, self.references, self._ways = {}, None, None
+        self.known, self.tables = {}, collections.OrderedDict()
+        self.references = self._ways = None
 
     def _marks(self, walk, data, taken):
         """Look at the instructions that have an aim or jump indirectly.
@@ -2741,6 +2749,13 @@ def resolve_jumps(analysis, read, is_executable):
         lea b, [rip + table]; movsxd r, [b + index*4]; add r, b; jmp r
     A table whose bound is not seen is read as far as its words lead to
     code: more entries than it has can only refuse more windows.
+
+    While some are unknown, they are taken to lead only where nothing else
+    does. If any stays unknown that does no harm: a window of several
+    instructions is then refused, but for an entry that no table and no
+    name in the function leads into. If none does, what was found before is
+    looked at again with what is known now, and must be the same. Then no
+    jump can be the first that leads elsewhere than it is known to.
     """
     if analysis.jumps is None:
         bases, n_known = [], -1
@@ -2749,11 +2764,22 @@ def resolve_jumps(analysis, read, is_executable):
             for vaddr in analysis.indirect:
                 if vaddr not in analysis.known:
                     _resolve(analysis, vaddr, bases, read, is_executable)
+        _confirm(analysis)
         targets = set().union(*analysis.known.values())
         analysis.jumps = IndirectJumps(tuple(sorted(targets)), tuple(
             vaddr for vaddr in analysis.indirect
             if vaddr not in analysis.known))
     return analysis.jumps
+
+
+def _confirm(analysis):
+    """Forget the tables found with jumps unknown that are not the same with
+    all of them known."""
+    if len(analysis.known) < len(analysis.indirect):
+        return
+    for vaddr, table in list(analysis.tables.items())[:-1]:
+        if _table_of(analysis, analysis.at(vaddr)) != table:
+            del analysis.known[vaddr]
 
 
 def _resolve(analysis, vaddr, bases, read, is_executable):
@@ -2773,6 +2799,7 @@ def _resolve(analysis, vaddr, bases, read, is_executable):
     found = _table_targets(analysis, table, limit, read, is_executable)
     if found is not None:
         analysis.known[vaddr] = found
+        analysis.tables[vaddr] = table
         bisect.insort(bases, table.vaddr)
 
 
@@ -3355,7 +3382,38 @@ def _best_window(analysis, site, limits):
             window = _without_call(analysis, window, limits)
         return window
     except RefusalError as refusal:
-        return _ladder(analysis, site, limits, refusal)
+        try:
+            return _ladder(analysis, site, limits, refusal)
+        except RefusalError:
+            return _looped_window(analysis, site, limits, refusal)
+
+
+def _looped_window(analysis, site, limits, refusal):
+    """Return a Window that has the branches that lead into it.
+
+    Each is displaced as well, and its copy leads to the copy of what it
+    leads to: no branch arrives any more, if all are of the function and
+    behind the site. Then a loop runs in the trampoline. refusal is raised
+    if there is no such window.
+    """
+    end, through = site + JUMP_SIZE, limits.through
+    while True:
+        sources = [source for source, _ in limits.branches.entering(
+            site + 1, max(end, through + 1))]
+        last = max(sources, default=0)
+        if (not sources or min(sources) < site
+                or last >= min(site + _LONGEST_LOOP, analysis.end)):
+            raise refusal
+        place = bisect.bisect_right(analysis.starts, last) - 1
+        if end >= analysis.starts[place] + analysis.forms[place].size:
+            break
+        through = max(through, analysis.starts[place])
+        end = analysis.starts[place] + analysis.forms[place].size
+    try:
+        return _window(analysis, site, JUMP_SIZE,
+                       limits._replace(through=through))
+    except RefusalError:
+        raise refusal
 
 
 _MOST_KEPT = 12
@@ -3654,8 +3712,10 @@ def _window(analysis, site, jump_size, limits):
             break
     end = max(end, site + jump_size)
     _refuse_place(analysis, site, jump_size, end, limits)
-    _refuse_insns(analysis, insns, limits)
-    _refuse_arrivals(analysis, site, end, len(insns), limits)
+    inner = _inner_branches(insns)
+    _refuse_insns(analysis, insns, limits,
+                  MAX_LOOPED if inner else MAX_DISPLACED)
+    _refuse_arrivals(analysis, site, end, len(insns), limits, inner)
     if limits.is_go and len(insns) > 1:
         _refuse_in_go(analysis.function, insns)
     return Window(site, end - site, tuple(insns))
@@ -3679,6 +3739,18 @@ def _refuse_in_go(function, insns):
             and rest[0].flow == JCC and first.code == _GO_STACK_CHECK):
         raise RefusalError("Go", "a goroutine may be preempted between the "
                            "instructions at 0x%x" % first.vaddr, first.vaddr)
+
+
+_INNER = frozenset((JCC, JMP, LOOP))     # flows that may lead within a window
+
+
+def _inner_branches(insns):
+    """Return {(vaddr of its opcode, target)} of the branches from one of
+    the displaced insns to one behind the first."""
+    branches = [insn for insn in insns if insn.flow in _INNER]
+    starts = {insn.vaddr for insn in insns[1:]} if branches else ()
+    return {(insn.vaddr + insn.opcode_offset, insn.target)
+            for insn in branches if insn.target in starts}
 
 
 def _data_in(analysis, low, high):
@@ -3735,9 +3807,9 @@ def _refuse_place(analysis, site, jump_size, end, limits):
                                % (site, end, reason, low, high), site)
 
 
-def _refuse_insns(analysis, insns, limits):
+def _refuse_insns(analysis, insns, limits, most):
     """Refuse instructions that must run where they are."""
-    if len(insns) > MAX_DISPLACED:
+    if len(insns) > most:
         raise RefusalError("too many", "a window of %d instructions"
                            % len(insns), insns[0].vaddr)
     for insn in insns:
@@ -3774,8 +3846,11 @@ def _is_watched(analysis, insn, limits):
     return bool(watched and _faults(insn, limits.read) & watched)
 
 
-def _refuse_arrivals(analysis, site, end, n_insns, limits):
-    """Refuse a window behind whose first byte control could arrive."""
+def _refuse_arrivals(analysis, site, end, n_insns, limits, inner=()):
+    """Refuse a window behind whose first byte control could arrive.
+
+    inner   {(source, target)} of branches that are displaced themselves
+    """
     for vaddr in analysis.entries:
         if site < vaddr < end:
             raise RefusalError("entry in window", "0x%x, an entry of the "
@@ -3787,8 +3862,10 @@ def _refuse_arrivals(analysis, site, end, n_insns, limits):
                                "instruction" % insn.vaddr, site)
     family = _family(analysis, limits.branches)
     for source, target in limits.branches.entering(site + 1, end):
-        raise RefusalError("branch into window", "the branch at 0x%x leads "
-                           "to 0x%x in the window" % (source, target), site)
+        if (source, target) not in inner:
+            raise RefusalError(
+                "branch into window", "the branch at 0x%x leads to 0x%x in "
+                "the window" % (source, target), site)
     for owner in family:
         jumps = resolve_jumps(owner, limits.read, limits.is_executable)
         for target in jumps.targets:
@@ -7342,13 +7419,29 @@ def _with_copies(window, vaddr, code):
     """A Trampoline of a body, the displaced instructions, the way back."""
     copies = []
     move = relocate_trapped if window.is_trap else relocate
-    for insn in window.insns:
+    for insn in _led_within(window, lambda: itertools.accumulate(
+            [vaddr + len(code)] + [len(move(insn, vaddr))
+                                   for insn in window.insns])):
         moved = move(insn, vaddr + len(code))
         copies.append(Copy(insn.vaddr - window.site, insn.size, len(code),
                            len(moved), insn.size * (insn.flow == SYSCALL)))
         code += moved
     code += jmp_rel32(vaddr + len(code), window.site + window.size)
     return Trampoline(vaddr, code, tuple(copies))
+
+
+def _led_within(window, places):
+    """The displaced Insns; a branch from one to another leads to that one's
+    place in the trampoline. One to the site does not: it is hit again.
+
+    places  () -> where each begins there, with the bodies before it
+    """
+    if not _inner_branches(window.insns):
+        return window.insns
+    there = dict(zip([insn.vaddr for insn in window.insns], places()))
+    del there[window.insns[0].vaddr]
+    return [insn._replace(target=there.get(insn.target, insn.target))
+            if insn.flow in _INNER else insn for insn in window.insns]
 
 
 _templates = {}
@@ -7401,13 +7494,15 @@ def trampoline(window, vaddr, parts):
         len(move(insn, vaddr)) for insn in window.insns])
     text = bytearray(template.at(vaddr, [place for _, place in parts]))
     offsets, made = template.labels, []
-    for insn, (start, copy) in zip(window.insns, labels):
+    insns = _led_within(window, lambda: [vaddr + offsets[start]
+                                         for start, _ in labels])
+    for insn, (start, copy) in zip(insns, labels):
         start, at = offsets[start], offsets[copy]
         moved = move(insn, vaddr + at)
         text[at:at + len(moved)] = moved
         # Only a body between two instructions belongs to a copy; the way
         # back of a syscall is counted from itself.
-        if insn.flow == SYSCALL or insn is window.insns[0]:
+        if insn.flow == SYSCALL or insn.vaddr == window.site:
             start = at
         made.append(Copy(insn.vaddr - window.site, insn.size, start,
                          at + len(moved) - start,

@@ -52,8 +52,24 @@ call *mem not last    | <@ ff10 85c0 85d2 c3 >               | call not last
 int3 reports itself   | <@ cc b801000000 c3 >                | trap
 ud2 reports itself    | <@ 0f0b b801000000 c3 >              | trap
 
-loop into the window  | <@ 55 ffc7 85ff 75fa c3 > \
+loop into the window  | <@ 55 ffc7 85ff 75fa c3 >            | 0+7 4
+ ... from behind it   | <@ 55 ffc7 488d4001 85ff 75f6 c3 >   | 0+b 5
+ ... and its neighbour | <@ 55 ffc7 488d4001 85ff 75f6 c3 > < ebf3 > \
                       | branch into window
+ ... in the middle    | < 31d2 @ 55 ffc7 488d4001 85ff 75f6 c3 > | 2+b 5
+ ... before the site  | < eb00 @ 55 4889e5 53 75fa c3 >      | 2+7 4
+ ... from before      | < 7401 90 @ 55 4889e5 4157 c3 >      | 3+6 3
+ ... into it          | < 7402 90 @ 55 90 4889e5 53 c3 >     | branch into window
+ ... by loop          | <@ 55 ffc7 488d4001 e2f8 c3 >        | 0+9 4
+ ... call within      | <@ 55 ffc7 e800000000 85ff 75f5 c3 > | branch into window
+ ... call behind      | <@ 55 ffc7 85ff 75fa e800000000 c3 > | 0+7 4
+ ... an entry behind  | <@ 55 ffc7 488d4001 ! 85ff 75f6 c3 > | branch into window
+ ... and a table      | <@ 55 ffc7 488d4001 85ff 75f6 ffe0 > | 0+b 5
+ ... into an insn     | <@ 55 b8ffc0ffc0 75fb c3 > 90        | branch into window
+ ... two of them      | <@ 55 ffc7 85ff 75fa 85f6 75f8 c3 >  | 0+b 6
+ ... the other first  | <@ 55 ffc7 4883c001 85ff 75f6 85f6 75f4 c3 > | 0+f 7
+ ... too long         | <@ 55 ffc7 9090 =cc 85ff 0f842dffffff c3 > | branch into window
+ ... forward within   | <@ 85c0 7401 90 ffc0 c3 >            | 0+5 3
 behind it is fine     | <@ 4883ec08 85ff 85ff 75fc c3 >      | 0+6 2
 from a neighbour      | <@ 55 4889e5 53 c3 >    < ebf9 > \
                       | branch into window
@@ -113,13 +129,13 @@ falls into the nops   | <@ 31c0 31d2 > 0f1f00 < c3 >         | 0+7 3
 falls into int3       | <@ 31c0 31d2 > cc < c3 >             | too short
 other bytes behind    | <@ 31c0 c3 > 0000 < c3 >             | too short
 
-ladder: own padding   | <@ 31c0 85c0 75fc c3 > 9090909090    | 0+2 1 7
+ladder: own padding   | <@ 31c0 ! 85c0 75fc c3 > 9090909090    | 0+2 1 7
 ladder: one before    | < c3 > 9090909090 <@ 31c0 c3 > <c3>  | 6+2 1 1
 ladder: one after     | <@ 31c0 c3 > < c3 > 9090909090       | 0+2 1 4
 ladder: page border   | =ffd <@ 31c0 c3 > < c3 > 90909090909090 | too short
 ladder: not fallen in | <@ 31c0 c3 > < 85c0 > 9090909090 < c3 > | too short
-ladder: one byte      | <@ 50 85c0 75fc c3 > 9090909090 \
-                      | branch into window
+ladder: one byte      | <@ 50 ! 85c0 75fc c3 > 9090909090 \
+                      | entry in window
 ladder: slot entered  | <@ 31c0 c3 > < c3 > 9090909090 < ebfc > | too short
 ladder: far           | <@ 31c0 c3 > < c3 >=83 < c3 > 9090909090 <c3> | 0+2 1 7e
 ladder: 127 on        | <@ 31c0 c3 > < 0f0b >=80 <c3> 9090909090 <c3> \
@@ -130,18 +146,18 @@ ladder: 128 on        | <@ 31c0 c3 > < 0f0b >=81 <c3> 9090909090 <c3> \
 ladder: fallen into   | <@ 31c0 c3 > < c3 > 909090909090909090 < ebf5 > | too short
 ladder: before it     | <@ 31c0 c3 > < c3 > 909090909090909090 < ebfa > \
                       | 0+2 1 4
-dead nops inside      | <@ 31c0 85c0 75fc eb05 9090909090 c3 > | 0+2 1 8
-dead long nop, int3   | <@ 31c0 85c0 75fc eb05 660f1f00 cc c3 > | 0+2 1 8
-dead behind a ret     | <@ 31c0 85c0 75fc c3 9090909090 c3 > | 0+2 1 7
-too few dead nops     | <@ 31c0 85c0 75fc eb04 90909090 c3 > \
-                      | branch into window
-nops fallen into      | <@ 31c0 85c0 75fc 9090909090 c3 >    | branch into window
-nops branched to      | <@ 31c0 85c0 75fc 7402 eb05 9090909090 c3 > \
-                      | branch into window
-nops entered          | <@ 31c0 85c0 75fc eb05 90 ! 90909090 c3 > \
-                      | branch into window
-nops, unknown jmp     | <@ 31c0 85c0 75fc eb05 9090909090 01c0 ffe0 > \
-                      | branch into window
+dead nops inside      | <@ 31c0 ! 85c0 75fc eb05 9090909090 c3 > | 0+2 1 8
+dead long nop, int3   | <@ 31c0 ! 85c0 75fc eb05 660f1f00 cc c3 > | 0+2 1 8
+dead behind a ret     | <@ 31c0 ! 85c0 75fc c3 9090909090 c3 > | 0+2 1 7
+too few dead nops     | <@ 31c0 ! 85c0 75fc eb04 90909090 c3 > \
+                      | entry in window
+nops fallen into      | <@ 31c0 ! 85c0 75fc 9090909090 c3 >    | entry in window
+nops branched to      | <@ 31c0 ! 85c0 75fc 7402 eb05 9090909090 c3 > \
+                      | entry in window
+nops entered          | <@ 31c0 ! 85c0 75fc eb05 90 ! 90909090 c3 > \
+                      | entry in window
+nops, unknown jmp     | <@ 31c0 ! 85c0 75fc eb05 9090909090 01c0 ffe0 > \
+                      | entry in window
 nops of a neighbour   | <@ 31c0 c3 > < eb05 9090909090 c3 >  | 0+2 1 5
 a word means nothing  | <@ 55 b8 ? 06000000 53 c3 >          | 0+6 2
 a word means a branch | <@ 55 b8 ? eb020606 53 c3 >          | entry in window
@@ -615,6 +631,22 @@ class JumpTableTest(unittest.TestCase):
         # A table whose bound is not seen (-O0 compares memory) is read on.
         if "-O0" not in flags:
             self.assertEqual(found, expected)
+
+    def test_a_table_is_found_again_when_all_other_jumps_are_known(self):
+        """The second jump leads behind the first one's lea, with the same
+        table in rdx, or with another one."""
+        for second, unresolved in (("0a", ()), ("1a", (BASE + 0xe,))):
+            module = Module(
+                "<@ 488d1521000000 4863048a 4801d0 ffe0"
+                " 4c8d0519000000 488d15" + second + "000000"
+                " 49630488 4c01c0 ffe0 c3 >"
+                " e8ffffff ffffffff d7ffffff f7ffffff efffffff efffffff")
+            analysis = x86.analyse(module.functions[0])
+            jumps = x86.resolve_jumps(analysis, module.read,
+                                      module.scan().is_executable)
+            with self.subTest(second):
+                self.assertEqual(jumps.unresolved, unresolved)
+                self.assertIn(BASE + 7, jumps.targets)
 
     def test_targets_are_the_labels_of_the_assembly(self):
         need("cc", "nm")

@@ -133,6 +133,17 @@ CASE(bmi_like, "bsf %r8, %rax; bswap %r9; imul $7, %r10, %r11")
 CASE(cpuid_free, "xchg %rax, %r12; xlat; cmpxchg %r9, (%r15)")
 CASE(endbr64, "endbr64; push %rbp; mov %rsp, %rbp; pop %rbp; nop")
 CASE(dead_flags, "xor %eax, %eax; cmp %r8, %r9; cmovb %r10, %rax")
+/* Branches that lead into the first five bytes. */
+CASE(round, "xor %eax, %eax; 1: add %rcx, %rax; dec %rcx; jnz 1b")
+CASE(round_loop, "stc; 1: adc %rcx, %rax; loop 1b")
+CASE(round_jrcxz, "nop; 1: dec %rcx; jrcxz 2f; jmp 1b; 2: nop")
+CASE(round_ret, "xor %eax, %eax; 1: inc %eax; cmp %ecx, %eax; jne 2f\n"
+     "pop %r8; push %r8; ret; 2: lea 7(%rdx), %rdx; jmp 1b")
+CASE(round_call, "push %rcx; 1: inc %rax; dec %rcx; jnz 1b; pop %rcx\n"
+     "call other; nop")
+CASE(forward, "test %ecx, %ecx; jnz 1f; nop; 1: inc %rax; nop")
+CASE(two_rounds, "push %rcx; 1: inc %rax; 2: adc %r9, %rdx; dec %ecx\n"
+     "jz 3f; test $1, %cl; jz 1b; jmp 2b; 3: pop %rcx")
 CASE(recurse, "test %ecx, %ecx; je 1f; push %rcx; dec %ecx\n"
      "call case_recurse; pop %rcx; add %rcx, %rax; 1:")
 CASE(avx, "vaddps %ymm1, %ymm2, %ymm3; vpcmpeqd %xmm4, %xmm4, %xmm5")
@@ -146,6 +157,8 @@ C(overflow) C(r10_r11) C(call) C(call_reg) C(call_rsp) C(call_rip) C(get_pc)
 C(jcc_taken) C(jcc_not) C(loop) C(jrcxz) C(jmp_reg) C(movsb) C(std) C(lock)
 C(rip_load) C(rip_lea) C(syscall) C(syscall_first) C(ret_imm) C(x87) C(mxcsr)
 C(sse) C(bmi_like) C(cpuid_free) C(endbr64) C(dead_flags) C(recurse)
+C(round) C(round_loop) C(round_jrcxz) C(round_ret) C(round_call) C(forward)
+C(two_rounds)
 #undef C
 	{ "avx", case_avx, 1 }, { "vzeroupper", case_vzeroupper, 1 },
 	{ "vzeroall", case_vzeroall, 1 },

@@ -27,7 +27,8 @@ FUNCTION(site_all,
     "2: add (%rbp),%rax\n dec %ecx\n jnz 1b\n"
     "stc\n adc $0,%rax\n cmp $3,%rbx\n jb 3f\n clc\n cmc\n rcl $1,%rax\n"
     "3: nop\n push %rax\n mov %ebx,%edi\n call site_leaf\n pop %rdx\n"
-    "xor %rdx,%rax\n lea site_leaf(%rip),%r12\n mov %rax,%rdi\n call *%r12\n"
+    "xor %rdx,%rax\n mov %rax,%rdi\n call site_round\n"
+    "lea site_leaf(%rip),%r12\n mov %rax,%rdi\n call *%r12\n"
     "jmp 4f\n .byte 0x66,0x90,0x0f,0x1f,0x40,0x00\n"
     "4: imul $0x1000193,%rax,%rax\n bswap %rax\n pop %r12\n pop %rbp\n"
     "pop %rbx\n ret\n .balign 32, 0x90");
@@ -35,11 +36,17 @@ FUNCTION(site_leaf,
     "mov %rdi,-8(%rsp)\n rol $7,%rdi\n test %dil,%dil\n js 1f\n"
     "add $3,%rdi\n1: mov %rdi,%rax\n sub -8(%rsp),%rax\n ret\n"
     ".balign 32, 0xcc");
+/* Loops back into what a jump would overwrite, and within that. */
+FUNCTION(site_round, "xor %eax,%eax\n1: inc %eax\n2: rol $3,%rdi\n"
+    "test $4,%dil\n jz 3f\n inc %rdi\n3: test $1,%al\n jnz 1b\n"
+    "cmp $9,%eax\n jae 4f\n inc %eax\n jmp 2b\n4: xor %rdi,%rax\n ret\n"
+    ".balign 32, 0x90");
 /* The first instruction may fault: where, the handler looks. */
 FUNCTION(site_load, "mov (%rdi),%rax\n add %rsi,%rax\n add %rdi,%rax\n"
                     "xor %rsi,%rax\n ret");
 __asm__(".data\n site_word: .quad 0x123456789\n.text");
-long site_all(long), site_leaf(long), site_load(long *, long);
+long site_all(long), site_leaf(long), site_round(long),
+     site_load(long *, long);
 
 static atomic_int still, n_still;
 static atomic_long n_calls, n_signals;
@@ -49,7 +56,9 @@ static long wanted[8];
 static char *base(void)
 {
     char *a = (char *)site_all, *b = (char *)site_leaf;
-    return a < b ? a : b;
+    char *c = (char *)site_round;
+    a = a < b ? a : b;
+    return a < c ? a : c;
 }
 
 static void trapped(int signo, siginfo_t *info, void *context)
@@ -148,8 +157,8 @@ int main(int argc, char **argv)
                                     .sa_flags = SA_SIGINFO };
         sigaction(SIGSEGV, &action, NULL);
     }
-    say("ready all=%ld leaf=%ld", (char *)site_all - base(),
-        (char *)site_leaf - base());
+    say("ready all=%ld leaf=%ld round=%ld", (char *)site_all - base(),
+        (char *)site_leaf - base(), (char *)site_round - base());
     for (char c; read(0, &c, 1) == 1 && c != 'q';) {
         if (c == 's') {
             still = 1;

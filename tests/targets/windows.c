@@ -27,6 +27,9 @@ FUNCTION(win_call1, "push %rbx\n call win_deep\n lea 2(%rax),%rax\n"
 /* Returns its argument plus the distance of its return address. */
 FUNCTION(win_deep, "mov (%rsp),%rax\n lea win_slow(%rip),%rcx\n"
                    "sub %rcx,%rax\n pause\n pause\n pause\n ret");
+/* A branch back into the window, from behind the jump. */
+FUNCTION(win_round, "push %rdi\n 1: pause\n lea -1(%rdi),%rdi\n pause\n"
+                    "test %rdi,%rdi\n jnz 1b\n pop %rax\n ret");
 /* A branch back to the entry, and a rip-relative operand in the window. */
 FUNCTION(win_back, "dec %rdi\n jnz win_back\n mov $7,%eax\n ret");
 FUNCTION(win_data, "mov win_word(%rip),%eax\n add %edi,%eax\n ret");
@@ -37,7 +40,8 @@ FUNCTION(nap_behind, "nopl (%rax)\n syscall\n nop\n ret");
 FUNCTION(nap_alone, "mov $35,%eax\n syscall\n ret");
 
 long win_slow(long), win_ones(long), win_pause(long), win_call(long),
-     win_call1(long), win_deep(long), win_back(long), win_data(long);
+     win_call1(long), win_deep(long), win_back(long), win_data(long),
+     win_round(long);
 extern char win_call_return[];
 
 static long call_nap(void *function, long number, long a, long b, long c,
@@ -55,6 +59,7 @@ extern char nap_inside[], nap_behind[], nap_alone[];
 
 static atomic_int parked, n_parked, n_threads;
 static atomic_long n_slow, n_ones, n_pause, n_call, n_call1, n_back, n_data,
+                   n_round,
                    n_nap, n_handled, n_vfork, max_late_us;
 static long far_call, far_call1;
 static int mode;
@@ -120,9 +125,12 @@ static void *work(void *argument)
                     wrong("win_pause");
             if (win_back(30) != 7 || win_data(3) != 1234570)
                 wrong("win_back or win_data");
+            if (win_round(50) != 50)
+                wrong("win_round");
             n_pause += 50;
             n_back += 30;
             n_data++;
+            n_round++;
             break;
         case 3:
             for (int n = 0; n < 50; n++) {
@@ -270,9 +278,10 @@ static void *work_vfork(void *argument)
 static void report(void)
 {
     say("slow=%ld ones=%ld pause=%ld call=%ld call1=%ld back=%ld data=%ld "
-        "nap=%ld handled=%ld sibling=%ld vfork=%ld late_us=%ld wrong=%ld",
-        n_slow, n_ones, n_pause, n_call, n_call1, n_back, n_data, n_nap,
-        n_handled, sibling_calls, n_vfork, max_late_us,
+        "round=%ld nap=%ld handled=%ld sibling=%ld vfork=%ld late_us=%ld "
+        "wrong=%ld",
+        n_slow, n_ones, n_pause, n_call, n_call1, n_back, n_data,
+        n_round, n_nap, n_handled, sibling_calls, n_vfork, max_late_us,
         n_wrong + sibling_wrong);
 }
 
