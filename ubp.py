@@ -15526,19 +15526,20 @@ def _restore_one(tracer, arenas, limit, last_look):
 
 def _n_equal(tracer, pages):
     """How many pages of text equal their files."""
-    n_equal = 0
+    equal = {}
     try:
         for module in modules(tracer.tgid) if pages else ():
-            for low, size, _ in module.text:
+            for low, size, _ in module.text:    # lld begins it in a page
                 for page in pages:
-                    if low <= page < low + size:
-                        span = min(PAGE, low + size - page)
-                        n_equal += (module.read_file(page, span)
-                                    == tracer.read(page, span))
+                    start, end = max(page, low), min(page + PAGE, low + size)
+                    if start < end:
+                        equal[page] = equal.get(page, True) and (
+                            module.read_file(start, end - start)
+                            == tracer.read(start, end - start))
             module.close()
     except (UbpError, OSError) as error:
         log.debug("cannot compare %s with its files: %s", pages, error)
-    return n_equal
+    return sum(equal.values())
 
 
 def processes_with(*inodes):

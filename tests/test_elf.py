@@ -867,6 +867,23 @@ class Hostile(unittest.TestCase):
             pass
         self.assertTrue(stat.S_ISREG(os.stat(path).st_mode))
 
+    def test_pages_are_compared_where_text_begins_in_one(self):
+        """As lld lays it out: the page's beginning is of another segment."""
+        class Text:
+            text, close = [(0x1dc0, 0x2000, 0xdc0)], staticmethod(int)
+            read_file = staticmethod(lambda vaddr, size: b"x" * size)
+        for other, n_equal in ((0, 3), (0x1dbf, 3), (0x1dc0, 2),
+                               (0x3dbf, 2), (0x3dc0, 3)):
+            def read(vaddr, size):
+                data = bytearray(b"x" * size)
+                if vaddr <= other < vaddr + size:
+                    data[other - vaddr] = 0
+                return bytes(data)
+            tracer = mock.Mock(tgid=1, read=read)
+            with mock.patch.object(ubp, "modules", lambda pid: [Text]):
+                self.assertEqual(ubp._n_equal(tracer, {
+                    0x1000, 0x2000, 0x3000}), n_equal, hex(other))
+
     def test_mapped_files_would_kill_whoever_reads_them(self):
         """The reason for pread(2): what the kernel does to a mapping."""
         path = os.path.join(FOLDER, "mapped")
