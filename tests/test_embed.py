@@ -8,6 +8,7 @@ import re
 import threading
 import time
 import unittest
+from unittest import mock
 
 import live
 
@@ -422,6 +423,27 @@ class Deadlines(unittest.TestCase):
             ubp.clean(process.pid, all=True)
             self.assertEqual([], live.changed_text(process.pid))
             process.kill()
+
+
+class Work(unittest.TestCase):
+    """What the thread that has ptrace is given to do."""
+
+    def test_long_work_is_waited_for_but_not_a_thread_that_is_stuck(self):
+        ubp = live.core()
+        worker = ubp.Worker(mock.Mock(tgid=1, finish_late=lambda: False))
+        over = threading.Event()
+
+        def compute():
+            started = time.process_time()
+            while time.process_time() - started < 1.5:
+                pass
+            return "done"
+        with mock.patch.object(ubp, "_MARGIN_S", 0.4):
+            self.assertEqual(worker.call(compute, 0.1), "done")
+            with self.assertRaisesRegex(ubp.UbpTimeout, "stuck"):
+                worker.call(over.wait, 0.1)
+            over.set()
+            worker.stop()
 
 
 class OtherProcess(unittest.TestCase):
