@@ -12062,6 +12062,7 @@ _LAST_RESORT_S = 3600           # for putting the text back when orphaned
 _MOST_WAITING = 4               # programs that wait for the front end at
 #                                 their entry points; others, in their execs,
 _QUEUE_S = 30                   # for so long, while it serves any
+_MOST_UNTOLD = 1000             # execs that the front end has not read of
 
 
 _SYNCHRONOUS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL,
@@ -12830,6 +12831,7 @@ class Guard:
         self.host, self._cpu = os.getppid(), 0
         self.wards = [Ward(self, tgid)]
         self.requests, self.is_over = queue.Queue(), False
+        self.outbox = queue.Queue()     # what to tell
         self.is_left = False        # on purpose: the front end has gone
         self._next_look, self.exit_status = 0.0, 0
         self.stopped = collections.deque()  # (tgid, since) in their execs
@@ -12858,6 +12860,7 @@ class Guard:
         signal.setitimer(signal.ITIMER_REAL, _ACTION_EACH_S, _ACTION_EACH_S)
         threading.Thread(target=self._receive, daemon=True,
                          args=(threading.get_ident(),)).start()
+        threading.Thread(target=self._tell_all, daemon=True).start()
         while not self.is_over:
             self._lead()
             is_idle = not any(ward.keepers for ward in self.wards)
@@ -12946,9 +12949,15 @@ class Guard:
         return self.wards[-1]
 
     def tell(self, *what):
-        """Say to the front end what it did not ask for."""
+        """Say to the front end what it did not ask for. Does not wait."""
+        if what[0] == "end" or self.outbox.qsize() < _MOST_UNTOLD:
+            self.outbox.put(what)
+
+    def _tell_all(self):
+        """In a thread: one that stands still reads nothing."""
         try:
-            self.news.send(what)
+            while True:
+                self.news.send(self.outbox.get())
         except OSError:
             log.debug("the front end has gone")
 
@@ -13654,6 +13663,14 @@ class Follower:
         self._thread.start()
 
     def _run(self):
+        try:
+            self._listen()
+        except BaseException:       # our mistake: nobody is to wait for us
+            if self.target._guardian is not None:
+                self.target._guardian.call("unfollow", 5, timeout=5)
+            raise
+
+    def _listen(self):
         next_look = 0.0
         while True:
             guardian = self.target._guardian

@@ -2704,6 +2704,35 @@ class Children(unittest.TestCase):
             process.send("q")
             self.assertEqual(3, process.wait())
 
+    def test_stops_signals_and_wait_are_as_without_us(self):
+        """Of a child that is followed, as its parent sees them."""
+        code = (
+            "import os, signal, subprocess\n"
+            "P = os.environ['P']\n"
+            "def stop_and_go(pid):\n"
+            "    os.kill(pid, signal.SIGSTOP)\n"
+            "    print(os.waitpid(pid, os.WUNTRACED)[1])\n"
+            "    os.kill(pid, signal.SIGCONT)\n"
+            "    print(os.waitpid(pid, os.WCONTINUED)[1])\n"
+            "p = subprocess.Popen([P, 'wait'], stdin=subprocess.PIPE,\n"
+            "                     stdout=subprocess.PIPE)\n"
+            "p.stdout.readline()\n"
+            "for n in range(3):\n"
+            "    stop_and_go(p.pid)\n"
+            "    p.stdin.write(b'c')\n"
+            "    p.stdin.flush()\n"
+            "    print(p.stdout.readline())\n"
+            "os.kill(p.pid, signal.SIGTERM)\n"
+            "print(p.wait())\n"
+            "pid = os.fork()\n"
+            "if pid == 0:\n"
+            "    os.kill(os.getpid(), signal.SIGSTOP)\n"
+            "    os.execv(P, ['P', 'once'])\n"
+            "print(os.waitpid(pid, os.WUNTRACED)[1])\n"
+            "os.kill(pid, signal.SIGCONT)\n"
+            "print(os.waitpid(pid, 0)[1])\n")
+        self.check([sys.executable, "-c", code], "exe:step")
+
     def test_what_is_refused_in_a_child_is_told(self):
         with tempfile.TemporaryDirectory() as folder:
             source = os.path.join(folder, "tiny.c")
