@@ -9129,7 +9129,9 @@ class Planner:
 
     def function(self, module, vaddr):
         """The ubp_x86.Function round a vaddr, or None."""
-        starts, known = self._known.setdefault(module, ([], []))
+        if module not in self._known:
+            self._known[module] = [], []
+        starts, known = self._known[module]
         at = bisect.bisect_right(starts, vaddr) - 1
         if at >= 0 and vaddr < starts[at] + known[at].size:
             return known[at]

@@ -1560,12 +1560,17 @@ def _gprs(letters, form):
     return mask
 
 
+_flag_masks = {"all": ALL_FLAGS}
+
+
 def _flags(word, form):
+    """Mask of the flags that a word of EFFECTS names."""
     if word == "cc":
         return _CONDITION_FLAGS[form.opcode >> 1 & 7]
-    if word == "all":
-        return ALL_FLAGS
-    return sum(_FLAG_BITS[letter] for letter in word if letter != "-")
+    if word not in _flag_masks:
+        _flag_masks[word] = sum(_FLAG_BITS[letter] for letter in word
+                                if letter != "-")
+    return _flag_masks[word]
 
 
 def effects(insn):
@@ -1943,7 +1948,6 @@ _IS_REL8 = bytes(byte >> 4 == 7 or byte >> 2 == 0x38 or byte == 0xeb
                  for byte in range(256))      # jcc; loop, jrcxz; jmp
 _BLOCK = 0x10000
 _N_STREAMS = 6      # passes that cost less than the sorted table
-_N_LATEST = 32      # functions whose Forms are kept
 
 
 def _byte_class(low, high, shift):
@@ -1983,7 +1987,6 @@ class BranchScan:
         self._n_streams = 0 if is_for_many else _N_STREAMS
         # By Function.vaddr:
         self._analyses, self._proofs, self._behind = {}, {}, {}
-        self._latest = collections.deque()          # Analyses with forms
         self.has_rseq = any(_has_rseq(code) for _, code in self.segments)
 
     def forget(self):
@@ -1991,7 +1994,6 @@ class BranchScan:
         self._analyses.clear()
         self._proofs.clear()
         self._behind.clear()
-        self._latest.clear()
 
     def is_executable(self, vaddr):
         """Tell whether vaddr is in one of the segments."""
@@ -2162,9 +2164,6 @@ class BranchScan:
         if known is None or known.function != function:
             known = analyse(function)
             self._analyses[function.vaddr] = known
-            self._latest.append(known)
-            if len(self._latest) > _N_LATEST:
-                self._latest.popleft().drop_forms()
         return known
 
     def is_refuted(self, source):
@@ -2210,9 +2209,10 @@ class BranchScan:
         low, end = function.vaddr, function.vaddr + function.size
         try:
             analysis = self.analysis(function)
+            own = analysis.own
             insns = analysis.follow([
                 target for source, target in self.far(low, end)
-                if analysis.is_middle(target)
+                if source not in own and analysis.is_middle(target)
                 and self._is_branch_of_another(function, source)])
         except RefusalError:
             return array.array("Q"), 0, ()
@@ -2441,8 +2441,7 @@ class Analysis:
     """A function, decoded. Made by analyse().
 
     starts       sorted vaddrs of its instructions
-    forms        the Form of each, decoded again after drop_forms(); Insns
-                 are made when asked for
+    forms        the Form of each; Insns are made when asked for
     indirect     vaddrs of its indirect jumps
     known        {one of them: its targets}, and
     tables       {one of them: its _Table}, both filled by resolve_jumps
@@ -2450,6 +2449,7 @@ class Analysis:
                  (glibc jumps over a lock prefix)
     entries      where others may go to, and whose address it takes itself
     data         what it reads of its own bytes
+    own          vaddrs that no other function can hold
     targets      vaddrs inside that its own direct branches lead to
     sources      sorted vaddrs of the opcodes of all its direct branches,
                  strays included
@@ -2458,7 +2458,7 @@ class Analysis:
 
     def __init__(self, function, walk):
         low, end = function.vaddr, function.vaddr + function.size
-        self.function, self.end, self._forms = function, end, walk.forms
+        self.function, self.end, self.forms = function, end, walk.forms
         self.starts = array.array("Q", walk.starts)
         self.padding_end = low + _PADDING.match(
             function.code, function.size).end()
@@ -2471,6 +2471,8 @@ class Analysis:
         taken.update(words)
         self.data, self.entries = sorted(data), sorted(
             vaddr for vaddr in taken if low < vaddr < self.padding_end)
+        # Another function that begins within it has an entry there.
+        self.own = range(low, low if self.entries else end)
         self.strays = self.follow(firm, words)
         for insn in self.strays:
             if insn.target is not None:
@@ -2520,19 +2522,6 @@ class Analysis:
             known = set(walk.starts)
             inside = [to for to in inside if to not in known]
         return sources, targets, inside
-
-    @property
-    def forms(self):
-        if self._forms is None:
-            function = self.function
-            self._forms = _Walk(function.code[:function.size],
-                                function.vaddr).forms
-        return self._forms
-
-    def drop_forms(self):
-        """Forget them for now: Python's collector looks at each again and
-        again, and few functions are asked about twice."""
-        self._forms = None
 
     def place(self, vaddr):
         """Return the place in starts of vaddr, -1 if none starts there."""
@@ -3897,8 +3886,7 @@ def _family(analysis, branches):
         return analysis.family
     family, seen = [analysis], {analysis.function.vaddr}
     low = analysis.function.vaddr
-    # What begins within it has an entry there; else its branches are its own.
-    own = range(low, low if analysis.entries else analysis.end)
+    own = analysis.own
     for source, target in branches.far(low, analysis.padding_end):
         if (source in own or target == low
                 and not branches.is_conditional(source)):
