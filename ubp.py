@@ -8795,6 +8795,7 @@ class Planner:
         self._kept = {}             # {Window.site: (module, Window, vaddrs)}
         self._undo = []             # [(Window.site, [what it replaced])]
         self._through = 0           # what the next window must hold, too
+        self._named = 0             # mask of registers that probes read
         self.patches = {}           # {window.site: Patch} that are armed
         self._scans = {}
         self._known = {}            # module -> (starts, Functions), sorted
@@ -8832,8 +8833,11 @@ class Planner:
         """The SitePlan of one instruction. Raises UbpError.
 
         leave   the ubp_x86.Exit that it is, if it is one
-        A window that is planned or armed there already is shared.
+        A window that is planned or armed there already is shared. What a
+        spec names no body planned from now on may change, even where the
+        program needs it no more: a later site would see what it left.
         """
+        self._named |= ubp_x86.input_registers(spec)
         window, absorbed = self.windows.get(site.vaddr), None
         if window is None:
             window, absorbed = ((self._trap_window(site), []) if is_trap
@@ -8856,8 +8860,9 @@ class Planner:
         _refuse_changed_inputs(window, site.vaddr, spec)
         if plan.is_taken or site.vaddr > window.site:
             at = site.vaddr
-            dead = ubp_x86.liveness(self.scan(site.module).analysis(
-                self.function(site.module, at)), at)
+            registers, flags = ubp_x86.liveness(self.scan(
+                site.module).analysis(self.function(site.module, at)), at)
+            dead = registers & ~self._named, flags
         vaddr = (window.site & -PAGE) - PAGE
         parts = [body.part_in(window) for patch in patches_in(
             self.patches, window) for body in patch.bodies]
@@ -9062,7 +9067,8 @@ class Planner:
             if self.read(insn.vaddr, insn.size) != insn.code:
                 raise RefusalError("changed text", "the text at 0x%x differs "
                                    "from its file" % insn.vaddr, insn.vaddr)
-        return window, absorbed
+        return window._replace(dead_regs=window.dead_regs
+                               & ~self._named), absorbed
 
     def _plan_window(self, function, site):
         """(the Window at a site, [windows that it takes the place of]).

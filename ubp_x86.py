@@ -7450,14 +7450,16 @@ def _template(window, parts, sizes):
     made = _templates.get(key)
     if made is not None:
         return made
-    code, labels = Code(), []
+    code, labels, named = Code(), [], 0
+    for spec, _ in parts:
+        named |= input_registers(spec)
     for insn, size in zip(window.insns, sizes):
         here = [(n, part) for n, part in enumerate(parts)
                 if part[1].at == insn.vaddr
                 or not part[1].at and insn is window.insns[0]]
         labels.append((code.label(), code.label()))
         code.mark(labels[-1][0])
-        _add_bodies(code, window, insn, here)
+        _add_bodies(code, window, insn, here, named)
         code.mark(labels[-1][1])
         code.put(bytes(size))                           # to be filled in
     back = code.label()
@@ -7474,8 +7476,9 @@ def trampoline(window, vaddr, parts):
 
     parts   [(Spec, Place), ...]; Place.at tells which displaced instruction
             a body comes before, if not the first
-    What is rare lies behind the jump back. What a body reads, those before
-    it leave alone even where it is dead. Raises as body() does.
+    What is rare lies behind the jump back. What a body reads, all leave
+    alone even where it is dead: one behind it or the next round of a loop
+    would see what they left there. Raises as body() does.
     """
     move = relocate_trapped if window.is_trap else relocate
     template, labels, back = _template(window, parts, [
@@ -7501,10 +7504,11 @@ def trampoline(window, vaddr, parts):
     return Trampoline(vaddr, bytes(text), tuple(made))
 
 
-def _add_bodies(code, window, insn, parts):
+def _add_bodies(code, window, insn, parts, named):
     """Put the bodies that come before a displaced instruction.
 
     parts   [(n, (Spec, Place)), ...], the n-th of the trampoline's
+    named   mask of registers that none of them may change
     Those for a conditional jump that is taken are jumped over by its
     opposite; behind them it is executed again, with the same flags.
     """
@@ -7516,12 +7520,9 @@ def _add_bodies(code, window, insn, parts):
         over = code.label()
         if is_taken and these:
             code.jump(over, insn.form.opcode & 15 ^ 1)
-        for index, (n, (spec, place)) in enumerate(these):
-            kept = 0
-            for _, (later, _) in these[index + 1:]:
-                kept |= input_registers(later)
+        for n, (spec, place) in these:
             code.include(compiled(spec, place, window._replace(
-                dead_regs=window.dead_regs & ~kept)), n)
+                dead_regs=window.dead_regs & ~named)), n)
         code.mark(over)
 
 

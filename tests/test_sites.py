@@ -127,6 +127,39 @@ class AnyOrder(unittest.TestCase):
         self.assertGreaterEqual(min(armed.values()), 0.9, armed)
 
 
+class Named(unittest.TestCase):
+    """A register that the program needs no more, and a probe names."""
+
+    SITES = "0x1c", "0x20", "0x24", "0x26", "0x2b"       # of a loop
+
+    def counts(self, arm):
+        """What arm(target, sites) -> probe has of r8 to r11, called."""
+        with live.Target("sites", 0, seconds=60) as child, \
+                ubp.attach(child.pid) as target:
+            child.ask("s")
+            probe = arm(target, ["exe:site_dead+" + at for at in self.SITES])
+            times = child.ask("d")["times"]
+            found = probe.read()
+            target.close()
+            child.quit()
+        return times, found
+
+    def test_all_sites_see_what_the_program_left_there(self):
+        by = "r8, r9, r10, r11"
+
+        def one_probe(target, sites):
+            return target.probe(sites, ubp.Count(by=by))
+
+        def first_of_two(target, sites):
+            probe = target.probe(sites[1::2], ubp.Count(by=by))
+            target.probe(sites, ubp.Hist("rax * rcx + rdx", by="rcx, rax"))
+            return probe
+        for arm, n in (one_probe, 5), (first_of_two, 2):
+            with self.subTest(arm.__name__):
+                times, found = self.counts(arm)
+                self.assertEqual(found, {(8, 9, 10, 11): 5 * n * times})
+
+
 class Faults(unittest.TestCase):
 
     def test_20_a_load_that_may_fault_stays_where_a_handler_looks(self):

@@ -8,7 +8,8 @@
  * g call it CALLS times from here; t tell how often each of its instructions
  * runs in one call, as the CPU's trap flag saw it before any probe; l call
  * site_load() CALLS times with a good pointer and CALLS times with a bad one,
- * whose fault must be told of its first instruction; q quit.
+ * whose fault must be told of its first instruction; d call site_dead()
+ * CALLS times; q quit.
  */
 #include "target.h"
 #include <setjmp.h>
@@ -41,11 +42,18 @@ FUNCTION(site_round, "xor %eax,%eax\n1: inc %eax\n2: rol $3,%rdi\n"
     "test $4,%dil\n jz 3f\n inc %rdi\n3: test $1,%al\n jnz 1b\n"
     "cmp $9,%eax\n jae 4f\n inc %eax\n jmp 2b\n4: xor %rdi,%rax\n ret\n"
     ".balign 32, 0x90");
+/* r8 to r11 are overwritten at the end, and nobody reads them before. */
+FUNCTION(site_dead, "mov $8,%r8d\n mov $9,%r9d\n mov $10,%r10d\n"
+    "mov $11,%r11d\n xor %eax,%eax\n xor %ecx,%ecx\n"
+    "1: lea 3(%rax),%rax\n nopl 0(%rax,%rax,1)\n inc %ecx\n"
+    "nopw 0(%rax,%rax,1)\n cmp $5,%ecx\n jne 1b\n"
+    "xor %r8d,%r8d\n xor %r9d,%r9d\n xor %r10d,%r10d\n xor %r11d,%r11d\n"
+    "ret");
 /* The first instruction may fault: where, the handler looks. */
 FUNCTION(site_load, "mov (%rdi),%rax\n add %rsi,%rax\n add %rdi,%rax\n"
                     "xor %rsi,%rax\n ret");
 __asm__(".data\n site_word: .quad 0x123456789\n.text");
-long site_all(long), site_leaf(long), site_round(long),
+long site_all(long), site_leaf(long), site_round(long), site_dead(void),
      site_load(long *, long);
 
 static atomic_int still, n_still;
@@ -172,6 +180,11 @@ int main(int argc, char **argv)
             for (long i = 0; i < 8 * CALLS; i++)
                 if (site_all(i & 7) != wanted[i & 7])
                     wrong("site_all(%ld) differs", i & 7);
+            say("times=%d", CALLS);
+        } else if (c == 'd') {
+            for (int i = 0; i < CALLS; i++)
+                if (site_dead() != 15)
+                    wrong("site_dead() differs");
             say("times=%d", CALLS);
         } else if (c == 'l') {
             load();
