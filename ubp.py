@@ -13620,6 +13620,9 @@ class LibraryWatcher:
         if n % _RATE_EACH == 0:
             self._locked(self._target._check_rates,
                          _RATE_EACH * _LOOK_EACH_S)
+        if (self._target._hook is not None
+                and seccomp_mode(self._target.pid) != "0"):
+            self._locked(self._target._hush_hook)
         if self.link_map.has_changed() or (
                 n % _LOOK_WHOLE == 0 and self._target._stale_modules()):
             self._locked(self._target._look_for_libraries)
@@ -14337,8 +14340,9 @@ class Target:
         """A thread is in the loader's debug hook, and waits for us."""
         watcher, limit = self._watcher, time.monotonic() + _HOOK_PATIENCE_S
         state = watcher.link_map.state() if watcher else []
-        if state is None:
-            return                  # the loader has only begun
+        if state is None or self._is_others_tracee():
+            return                  # it has only begun; or it is looked at
+        #                             when the debugger has gone
         while not self._lock.acquire(timeout=0.01):
             if time.monotonic() > limit or not hit._calls.is_wanted(hit):
                 return              # it is looked at soon, all the same
@@ -14358,6 +14362,13 @@ class Target:
             probe._is_open for probe in self._probes
             if probe not in probes) else [hook]
 
+    def _hush_hook(self):
+        """It has a filter now, which could forbid what the hook's body does:
+        from now on that passes by, and makes no syscall."""
+        with self._lock:
+            if self._hook is not None and self._installer.hook_calls:
+                self._installer.hook_calls.release({self._hook}, False)
+
     def _take_hook_out(self, timeout=5):
         """The other probes are left: nobody will answer the loader."""
         hook, own = [self._hook], [
@@ -14374,13 +14385,21 @@ class Target:
                 if any(not isinstance(body.probe.action, HookCall)
                        for body in patch.bodies)]
 
+    def _is_others_tracee(self):
+        """Does somebody else trace it? Then we cannot."""
+        tracer, guardian = tracer_of(self.pid), self._guardian
+        return bool(tracer) and not (
+            guardian is not None and guardian.process.pid == tracer)
+
     def _is_time_to_look_again(self):
-        return bool(self._early) and (
-            time.monotonic() - self._early[0][1] > _RELOCATED_S)
+        return (bool(self._early)
+                and time.monotonic() - self._early[0][1] > _RELOCATED_S
+                and not self._is_others_tracee())
 
     def _look_again(self, timeout=5):
         """Plan once more what was not armed in libraries whose loader had
-        not relocated them when they were looked at."""
+        not relocated them when they were looked at, or that could not be
+        stopped then."""
         with self._lock:
             early, self._early = self._early, []
             again = {module for module, _ in early} & set(
@@ -14390,8 +14409,8 @@ class Target:
             for probe in self._probes:
                 probe.refused = [plan for plan in probe.refused
                                  if plan.site.module not in again]
-                self._extend(probe, sorted(again, key=lambda m: m.low),
-                             timeout, True)
+            self._extend_all(sorted(again, key=lambda m: m.low), timeout,
+                             True)
 
     def _check_rates(self, seconds):
         """Take out what was hit too often in the last so many seconds."""
@@ -14457,13 +14476,23 @@ class Target:
                 self._early += [(m, time.monotonic()) for m in early]
                 fresh = [m for m in fresh
                          if m not in early or not changes_its_text(m)]
-            self._wake([m for m in fresh if m in asleep], timeout)
-            for probe in self._probes if fresh else ():
-                self._extend(probe, fresh, timeout)
-            for module in self._modules:
-                asleep.pop(module, None)
+            self._extend_all(fresh, timeout)
             while len(asleep) > _MOST_ASLEEP_MODULES:
                 self._retire(asleep.popitem(last=False)[0])
+
+    def _extend_all(self, fresh, timeout, is_again=False):
+        """Arm what all probes mean in libraries, or do it later."""
+        asleep = self._installer.asleep
+        try:
+            self._wake([m for m in fresh if m in asleep], timeout)
+            for probe in self._probes if fresh else ():
+                self._extend(probe, fresh, timeout, is_again)
+        except (AttachError, UbpTimeout):
+            self._early += [(m, time.monotonic()) for m in fresh]
+            raise
+        finally:
+            for module in fresh:
+                asleep.pop(module, None)
 
     def _wake(self, back, timeout):
         """Libraries are back where they were: so are their probes."""

@@ -1774,6 +1774,30 @@ class Hook(unittest.TestCase):
                 self.assertEqual(N_CALLED, self.counted(probe) - before)
             self.left_as_it_was(process)
 
+    def test_beside_a_debugger_no_load_is_held_up(self):
+        """It is we who cannot stop the target: what is loaded then has its
+        probes when the debugger has gone."""
+        if shutil.which("gdb") is None:
+            self.skipTest("no gdb: apt-get install gdb")
+        with self.target() as process:
+            with ubp.attach(process.pid) as target:
+                probe = self.probe(target)
+                with subprocess.Popen(
+                        ["gdb", "-q", "-batch", "-p", str(process.pid), "-ex",
+                         "break beat", "-ex", "echo here\\n", "-ex",
+                         "continue", "-ex", "detach"], stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT) as gdb:
+                    while b"here" not in gdb.stdout.readline():
+                        pass
+                    self.assertLess(process.ask("o")["us"], 9e5)
+                    process.ask("b")
+                    gdb.stdout.read()
+                self.assertTrue(live.settled(
+                    lambda: len(probe.sites) == 2, 20))
+                process.ask("c")
+                self.assertEqual(N_CALLED, self.counted(probe))
+            self.left_as_it_was(process)
+
     def test_two_of_ubp_on_one_target(self):
         for order in ((0, 1), (1, 0)):
             with self.subTest(order), self.target() as process:
@@ -1865,6 +1889,18 @@ class Hook(unittest.TestCase):
                 self.probe(target)
                 self.assertNotIn("/ld-", str(live.changed_text(process.pid)))
                 process.ask("o")
+            self.left_as_it_was(process)
+
+    def test_a_filter_that_comes_later_meets_no_call_of_ours(self):
+        """It kills who calls futex: nobody does, soon after it is there."""
+        with self.target() as process:
+            with ubp.attach(process.pid) as target:
+                probe = self.probe(target)
+                process.ask("s")
+                time.sleep(0.5)
+                process.ask("o")
+                self.assertTrue(live.settled(
+                    lambda: len(probe.sites) == 2, 10))
             self.left_as_it_was(process)
 
     def test_a_debugger_that_was_there_before_keeps_its_breakpoint(self):

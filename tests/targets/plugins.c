@@ -4,11 +4,32 @@
  * unload it; l N times load it, call plug once, unload it; n load it into a
  * namespace of its own; t load and unload it in 4 threads at once, N / 4
  * times each; f load, call and unload it in a forked child; b call beat in
- * a thread of its own; q quit. calls: how often plug has run, as the library
+ * a thread of its own; s install a filter that kills who calls futex (2);
+ * q quit. calls: how often plug has run, as the library
  * itself counts, its constructor's calls included; us: how long it took. */
 #define _GNU_SOURCE
 #include "target.h"
 #include <dlfcn.h>
+#ifdef __GLIBC__
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <stddef.h>
+
+static void forbid_futex(void)
+{
+    struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_futex, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW) };
+    struct sock_fprog program = { sizeof code / sizeof *code, code };
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program))
+        wrong("seccomp");
+}
+#endif
 
 enum { ROUND = 1009, THREADS = 4 };
 static const char *path;
@@ -106,6 +127,8 @@ int main(int argc, char **argv)
             if (waitpid(pid, &status, 0) != pid || status)
                 wrong("a child ended with %x", status);
 #ifdef __GLIBC__
+        } else if (c == 's') {
+            forbid_futex();
         } else if (c == 'n') {
             void *handle = dlmopen(LM_ID_NEWLM, path, RTLD_NOW);
             if (!handle)
