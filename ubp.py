@@ -15638,9 +15638,18 @@ class _Child:
         self._error, error_write = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            _become(self.path, argv, go_read, error_write)
+            _become(self.path, argv, (go_read, error_write),
+                    (self._go, self._error))
         os.close(go_read)
         os.close(error_write)
+
+    def give_up(self):
+        """Let it end instead."""
+        os.close(self._go)
+        os.close(self._error)
+        limit = time.monotonic() + 1
+        while self.poll() is None and time.monotonic() < limit:
+            time.sleep(0.001)
 
     def go(self):
         """Let it exec. It stops there if it is traced for that."""
@@ -15675,9 +15684,16 @@ class _Child:
                         else os.WEXITSTATUS(status))
 
 
-def _become(path, argv, go_read, error_write):
-    """In the forked child: wait for the tracer, then exec. Never returns."""
+def _become(path, argv, fds, others):
+    """In the forked child: wait for the tracer, then exec. Never returns.
+
+    others   the tracer's ends of the pipes: while we have them, too, its
+             death is not the end of what we read
+    """
+    go_read, error_write = fds
     try:
+        for fd in others:
+            os.close(fd)
         if os.read(go_read, 1) == b"g":
             for signo in (signal.SIGPIPE, signal.SIGXFSZ):
                 signal.signal(signo, signal.SIG_DFL)    # Python ignores them
@@ -15728,8 +15744,13 @@ class Launch:
         """-> 0, or the errno of a failed exec."""
         self.limit = time.monotonic() + timeout
         tid = self.tid
-        ptrace(PTRACE_SEIZE, tid, 0,
-               PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEEXEC)
+        try:
+            ptrace(PTRACE_SEIZE, tid, 0,
+                   PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEEXEC)
+        except OSError as error:        # by an strace -f of ours, say
+            refusal = _refusal_to_attach(tid, "PTRACE_SEIZE", error)
+            self.child.give_up()
+            raise refusal
         self.child.go()
         if not self._until(lambda s: s >> 16 == PTRACE_EVENT_EXEC,
                            PTRACE_CONT, start=False):

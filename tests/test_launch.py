@@ -247,6 +247,31 @@ class Pipes(unittest.TestCase):
         self.assertEqual(unprobed, jump)
         self.assertEqual(unprobed, int3)
 
+    @unittest.skipUnless(shutil.which("strace"), "install strace")
+    def test_under_a_tracer_that_follows_forks_it_is_refused(self):
+        """A process has one tracer: the command is not run, nor left."""
+        done = subprocess.run(
+            ["strace", "-f", "-o", os.devnull, sys.executable, UBP, "count",
+             "libc:malloc", "--", "sh", "-c", "echo ran"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+            stdin=subprocess.DEVNULL)
+        self.assertEqual((125, b""), (done.returncode, done.stdout))
+        self.assertRegex(done.stderr.decode(), r"\Aubp: cannot attach to pid "
+                         r"\d+ .*: EPERM: traced by pid \d+ \(strace\)\n"
+                         r"ubp: hint: .*\n\Z")
+
+    def test_killed_before_the_command_runs_nothing_is_left(self):
+        code = ("import os, sys; sys.path.insert(0, sys.argv[1]); import ubp\n"
+                "child = ubp._Child(['/bin/echo', 'ran'])\n"
+                "os.write(1, b'%d' % child.pid); os.kill(os.getpid(), 9)\n")
+        done = subprocess.run([sys.executable, "-c", code,
+                               os.path.dirname(UBP)], timeout=60,
+                              stdout=subprocess.PIPE)
+        self.assertEqual(-signal.SIGKILL, done.returncode)
+        pid = int(done.stdout)          # the pipe is closed: it has ended
+        self.assertTrue(live.settled(
+            lambda: not os.path.exists("/proc/%d/exe" % pid), 10))
+
 
 if __name__ == "__main__":
     unittest.main()
