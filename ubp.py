@@ -1462,7 +1462,7 @@ class Unwind:
         """The Fdes that overlap [low, high)."""
         starts, fdes = self._index
         first = max(0, bisect.bisect_right(starts, low) - 1)
-        last = bisect.bisect_left(starts, high)
+        last = bisect.bisect_left(starts, high, first)
         if last - first > MAX_HEADERS:
             raise SymbolError("read", self.elf.name, "%d frames overlap "
                               "0x%x" % (last - first, low))

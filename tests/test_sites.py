@@ -160,6 +160,36 @@ class Named(unittest.TestCase):
                 self.assertEqual(found, {(8, 9, 10, 11): 5 * n * times})
 
 
+class Planning(unittest.TestCase):
+
+    def test_text_is_read_once_for_all_sites_and_anew_for_the_next(self):
+        """What others wrote between two plannings is seen by the second."""
+        with live.Target("sites", 0, seconds=60) as child, \
+                ubp.attach(child.pid) as target:
+            reads = []
+
+            def read(vaddr, size):
+                reads.append(vaddr)
+                data = target._read(vaddr, size)
+                return bytes(size) if is_changed else data
+            planner = ubp.Planner(child.pid, read)
+            sites = target._sites("exe:site_*")
+            for is_changed, rule in (False, ""), (True, "changed text"):
+                planner.keep_only({})
+                reads.clear()
+                plans = planner.settle([planner.plan(site)
+                                        for site in sites])
+                pages = {plan.window.site & -4096 for plan in plans
+                         if plan.window} or set(reads)
+                self.assertLess(len(pages), len(sites))
+                self.assertEqual([reads.count(page) for page in pages],
+                                 [1] * len(pages))
+                self.assertIn(rule, {plan.rule for plan in plans})
+            planner.close()
+            target.close()
+            child.quit()
+
+
 class Faults(unittest.TestCase):
 
     def test_20_a_load_that_may_fault_stays_where_a_handler_looks(self):
