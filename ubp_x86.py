@@ -2073,7 +2073,7 @@ class BranchScan:
         tail = b"(?=..%s%s)" % (_byte_class(-span, span, 16),
                                 _byte_class(-span, span, 24))
         branches, operands = (self._sorted(kinds, tail, span) for kinds in (
-            _REL32, [(b"[%s]" % re.escape(_RIP_MODRM), 1)]))
+            _REL32, [(re.escape(_RIP_MODRM[n:n + 1]), 1) for n in range(8)]))
         words = [(value - self._base << 32) + place - self._base
                  for place, value in self._words(self._base,
                                                  self._base + span)]
@@ -2281,10 +2281,16 @@ class BranchScan:
                     for insn in insns]), None)
         return _Named(target, _MOST_IMMEDIATE + _LONGEST_READ, True, True)
 
-    def _is_lea(self, place):
-        """Tell whether an operand at place can only be that of a lea."""
-        code = self.read(place - 6, 5) or b""
-        return (code[4:] == b"\x8d" and code[3] & 0xf8 == 0x48
+    def _ends_before(self, place, target, low):
+        """Tell by the bytes in front of a displacement whether what it
+        leads to, in front of low, cannot be read up to there: as it is far,
+        and no x87 state, or the operand of a lea."""
+        code = self.read(place - 6, 5)
+        if not code:
+            return False
+        if target + _MOST_IMMEDIATE + _LONGEST_READ <= low:
+            return code[4] >> 3 != 0x1b
+        return (code[4] == 0x8d and code[3] & 0xf8 == 0x48
                 and code[0] != 0x62)    # no EVEX prefix, whose last it were
 
     def use(self, first, high, own=None, low=0):
@@ -2300,8 +2306,8 @@ class BranchScan:
                 low - _MOST_READ - _MOST_IMMEDIATE, high):
             if own is not None and 0 <= place - own.vaddr < own.size:
                 continue
-            if target < first and self._is_lea(place):
-                continue                # most are: pointers to functions
+            if target < first and self._ends_before(place, target, low):
+                continue                # most do: pointers to functions
             named = self.operand(place, target)
             if named is not None and named.vaddr < high and (
                     named.is_address and first <= named.vaddr
