@@ -14503,9 +14503,9 @@ class Target:
         if self._planner is not None:
             self._planner.keep_only(self._installer.patches)
         if n:
-            self._note("%s was loaded at %s: %d sites again" % (
+            self._note("%s was loaded at %s: %s again" % (
                 ", ".join(sorted({module.name for module in back})),
-                time.strftime("%H:%M:%S"), n))
+                time.strftime("%H:%M:%S"), plural(n, "site")))
 
     def _retire(self, module):
         """Give back what a library that is gone holds; results name it."""
@@ -14814,9 +14814,9 @@ class Target:
         self._arm_sites(probe, sites, timeout)
         n = len(probe.sites) - n_before
         if n or not is_again:
-            self._note("%s was loaded at %s: %d sites more" % (
+            self._note("%s was loaded at %s: %s more" % (
                 ", ".join(sorted({site.module.name for site in sites})),
-                time.strftime("%H:%M:%S"), n))
+                time.strftime("%H:%M:%S"), plural(n, "site")))
 
     def _sites_in(self, probe, fresh, is_other):
         """What a probe's patterns mean in new modules. -> [Site]
