@@ -2795,20 +2795,22 @@ class Children(unittest.TestCase):
             return int(f.read().split()[0])
 
     KILLED = ("t = ubp.attach(%d, follow_exec=True)\n"
-              "t.probe('exe:step', ubp.Count())\n"
+              "t.probe('exe:step', ubp.Count(), strategy=%r)\n"
               "print(t._guardian.process.pid, flush=True)\n"
               "time.sleep(60)\n")
 
     def test_killed_by_9_every_child_goes_on(self):
         """The front end alone, or the guardian, too, at any moment."""
         path = live.build("execs")
-        for victims in "front end", "both":
+        for victims, strategy in (("front end", "jump"), ("both", "jump"),
+                                  ("front end", "int3")):
             for delay in (0.0, 0.01, 0.02, 0.04, 0.08):
-                with self.subTest(victims, delay=delay), live.Process([
+                with self.subTest(victims, strategy=strategy,
+                                  delay=delay), live.Process([
                         "/bin/sh", "-c", "read x; for i in 1 2 3; do %s once "
                         "& done; wait; echo ready; read x" % path
                         ]) as process, live.python(
-                            self.KILLED % process.pid) as tracer:
+                            self.KILLED % (process.pid, strategy)) as tracer:
                     guardian = int(tracer.line())
                     process.send("\n")
                     time.sleep(delay)
@@ -2829,7 +2831,7 @@ class Children(unittest.TestCase):
         with live.Process(["/bin/sh", "-c", "read x; for i in 1 2 3 4 5 6; do "
                            "%s once & done; wait; echo ready" % path
                            ]) as process, live.python(
-                               self.KILLED % process.pid) as tracer:
+                               self.KILLED % (process.pid, "jump")) as tracer:
             tracer.line()
             os.kill(tracer.pid, signal.SIGSTOP)
             process.send("\n")
