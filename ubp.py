@@ -13842,7 +13842,8 @@ class Follower:
         guardian = self.target._guardian
         try:
             if guardian is not None:
-                guardian.call("unfollow", 5, timeout=5)
+                with self.lock:     # not while a child is being probed
+                    guardian.call("unfollow", 5, timeout=5)
         except UbpError as error:
             log.debug("%s", error)
         self._thread.join()
@@ -14571,7 +14572,8 @@ class Target:
 
     def _look_at_children(self):
         """Say once that a child became another program, if one is seen."""
-        if self._follows or self._has_told or self._parent is not None:
+        if (self._follows or self._has_told or self._parent is not None
+                or self._follower is not None):
             return
         for pid in _children_since(self.pid, self._began):
             now = program_identity(pid)
@@ -15907,16 +15909,22 @@ def _is_waiting(pid, stub):
 def release_at_entry(tracer, stub, timeout):
     """Have the program in a waiting_stub enter, and unmap that."""
     def action():
-        entry = ubp_x86.waiting_stub_entry(tracer.read(stub, 256))
+        code = tracer.read(stub, 256)
+        entry = ubp_x86.waiting_stub_entry(code)
         if entry is None:
             return                  # it is not there any more
-        for thread in tracer.threads.values():
-            vaddr = ubp_x86.program_counter(thread.regs) - stub
-            if 0 <= vaddr < PAGE:
-                if not ubp_x86.has_begun_waiting(thread.regs, stub):
-                    raise Again("it is on its way to its entry")
-                thread.regs = ubp_x86.at_entry(thread.regs, entry)
-                tracer.set_regs(thread.tid, thread.regs)
+        inside = [thread for thread in tracer.threads.values() if 0 <= (
+            ubp_x86.program_counter(thread.regs) - stub) < PAGE]
+        for thread in inside:
+            if not ubp_x86.has_begun_waiting(thread.regs, stub):
+                raise Again("it is on its way to its entry")
+            thread.regs = ubp_x86.at_entry(thread.regs, entry)
+            tracer.set_regs(thread.tid, thread.regs)
+        # The loader has read the stub's address long before it jumps there.
+        word = ubp_x86.waiting_stub_word(code)
+        if not inside and word and tracer.read(
+                word, 8) == struct.pack("<Q", stub):
+            raise Again("its loader is not done yet")
         with Injection(tracer) as injection:
             injection.call(SYS_munmap, stub, PAGE)
     tracer.pause(action, timeout, "enter")
@@ -19457,7 +19465,8 @@ class Session:
         for note in target.notes:
             say(note)
         watched.n_notes = len(target.notes)
-        if target._guardian is not None and options.follow_exec:
+        if target._guardian is not None and options.follow_exec and (
+                not options.leave):
             say("followed through exec by pid %d, which traces it"
                 % target._guardian.process.pid)
         if target._installer.traps():

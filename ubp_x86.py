@@ -8485,6 +8485,12 @@ def waiting_stub_entry(code):
     return _U64.unpack_from(code, at)[0]
 
 
+def waiting_stub_word(code):
+    """The vaddr that a waiting_stub writes its entry to when it is reached;
+    0 if what led there is no loader."""
+    return _U64.unpack_from(code, 12)[0]
+
+
 def has_begun_waiting(regs, vaddr):
     """Is a thread in the waiting_stub at vaddr, and done with its write?"""
     return _WAIT_AT <= program_counter(regs) - vaddr < 4096

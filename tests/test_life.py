@@ -2804,7 +2804,7 @@ class Children(unittest.TestCase):
         path = live.build("execs")
         for victims, strategy in (("front end", "jump"), ("both", "jump"),
                                   ("front end", "int3")):
-            for delay in (0.0, 0.01, 0.02, 0.04, 0.08):
+            for delay in (0.0, 0.0, 0.002, 0.004, 0.006, 0.01, 0.04):
                 with self.subTest(victims, strategy=strategy,
                                   delay=delay), live.Process([
                         "/bin/sh", "-c", "read x; for i in 1 2 3; do %s once "
