@@ -31,9 +31,10 @@ FUNCTION(odd_indirect, "lea odd_ret(%rip),%rax\n sub $8,%rsp\n call *%rax\n"
          "add $8,%rsp\n ret");
 FUNCTION(odd_push, "push %rdi\n pop %rax\n inc %rax\n ret");
 FUNCTION(odd_ret, "lea 1(%rdi),%rax\n ret");
-/* No jump fits at +11: a call before it, a branch's target behind it. */
+/* No jump fits at +11: a call before it, behind it a branch's target, and
+ * the branch too far away for a window that has both. */
 FUNCTION(odd_tight, "sub $8,%rsp\n xor %ecx,%ecx\n call odd_ret\n nop\n"
-         "1: dec %rcx\n jz 1b\n add $8,%rsp\n ret");
+         "1: dec %rcx\n .fill 220,1,0x90\n jz 1b\n add $8,%rsp\n ret");
 /* Its one exit takes no jump: a branch leads to it, another behind it. */
 FUNCTION(odd_exit, "lea 1(%rdi),%rax\n test %rdi,%rdi\n js 2f\n 1: ret\n"
          "2: dec %rax\n inc %rax\n jmp 1b");
