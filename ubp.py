@@ -2099,14 +2099,277 @@ def _class_name(scope):
     return name
 
 
+# Rust: RFC 2603 for names that begin with _R; before, names were those of
+# C++ whose last part is a hash, and whose parts are escaped.
+
+RUST_TYPES = {
+    "a": "i8", "b": "bool", "c": "char", "d": "f64", "e": "str", "f": "f32",
+    "h": "u8", "i": "isize", "j": "usize", "l": "i32", "m": "u32",
+    "n": "i128", "o": "u128", "p": "_", "s": "i16", "t": "u16", "u": "()",
+    "v": "...", "x": "i64", "y": "u64", "z": "!"}
+_BASE_62 = ("0123456789abcdefghijklmnopqrstuvwxyz"
+            "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+_RUST_HASH = re.compile(r"_ZN(.+)17h[0-9a-f]{16}E(?:\.llvm\.\d+)?\Z")
+_RUST_ESCAPES = {"SP": "@", "BP": "*", "RF": "&", "LT": "<", "GT": ">",
+                 "LP": "(", "RP": ")", "C": ","}
+
+
+class _RustDemangler:
+    """Recursive descent over a Rust name of version 0.
+
+    Like a C++ name it is hostile: steps and text are bounded, else _Unsure.
+    """
+
+    def __init__(self, text):
+        self.text, self.at = text, 2
+        self.n_steps, self.n_chars, self.n_bound = 0, 0, 0
+
+    eat, peek, match = _Demangler.eat, _Demangler.peek, _Demangler.match
+
+    def step(self):
+        self.n_steps += 1
+        if self.n_steps > 2000:
+            raise _Unsure()
+
+    def made(self, text):
+        """The text of a part, if all of them are not too much."""
+        self.n_chars += len(text)
+        if self.n_chars > 16 * MAX_NAME:
+            raise _Unsure()
+        return text
+
+    def number(self):
+        """A number of base 62, up to its underscore."""
+        value, digits = 0, self.match(r"([0-9a-zA-Z]{0,20})_")
+        for digit in digits:
+            value = 62 * value + _BASE_62.index(digit)
+        return value + bool(digits)
+
+    def optional(self, tag):
+        """A number behind a tag, plus one; 0 where the tag is not."""
+        return 1 + self.number() if self.eat(tag) else 0
+
+    def identifier(self):
+        """-> (name, disambiguator)"""
+        n = self.optional("s")
+        is_punycode = self.eat("u")
+        size = int(self.match(r"(0|[1-9]\d{0,5})"))
+        self.eat("_")
+        name = self.peek(size)
+        if len(name) != size:
+            raise _Unsure()
+        self.at += size
+        if is_punycode:
+            head, _, tail = name.rpartition("_")
+            try:
+                name = (head + "-" * bool(head) + tail).encode(
+                    "ascii").decode("punycode")
+            except (UnicodeError, OverflowError):
+                raise _Unsure()
+        return name, n
+
+    def back(self, function, *args):
+        """What function() reads at an earlier place."""
+        target, here = self.number() + 2, self.at
+        if target >= self.at - 2:
+            raise _Unsure()
+        self.at = target
+        text = function(*args)
+        self.at = here
+        return text
+
+    def path(self, is_value):
+        """A path; is_value: its arguments are written behind `::`."""
+        self.step()
+        kind = self.peek()
+        self.at += 1
+        if kind == "C":
+            return self.identifier()[0]
+        if kind in ("M", "X"):
+            self.optional("s")
+            self.path(False)
+        if kind in ("M", "X", "Y"):
+            text = self.type()
+            if kind != "M":
+                text += " as " + self.path(False)
+            return self.made("<%s>" % text)
+        if kind == "N":
+            space = self.match("([a-zA-Z])")
+            outer = self.path(is_value)
+            name, n = self.identifier()
+            if space.islower():
+                return self.made("%s::%s" % (outer, name) if name else outer)
+            space = {"C": "closure", "S": "shim"}.get(space, space)
+            return self.made("%s::{%s%s#%d}" % (
+                outer, space, ":" * bool(name) + name, n))
+        if kind == "I":
+            outer = self.path(is_value)
+            args = []
+            while not self.eat("E"):
+                args.append(self.argument())
+            return self.made("%s%s<%s>" % (outer, "::" * is_value,
+                                           ", ".join(args)))
+        if kind == "B":
+            return self.back(self.path, is_value)
+        raise _Unsure()
+
+    def argument(self):
+        if self.eat("L"):
+            return self.lifetime(self.number())
+        return self.constant() if self.eat("K") else self.type()
+
+    def lifetime(self, index):
+        """The name of a bound one, counted from the innermost; 0: none."""
+        if index > self.n_bound:
+            raise _Unsure()
+        return self.name_of(self.n_bound - index) if index else "'_"
+
+    def type(self):
+        self.step()
+        kind = self.peek()
+        self.at += 1
+        if kind in RUST_TYPES:
+            return RUST_TYPES[kind]
+        if kind == "A":
+            return self.made("[%s; %s]" % (self.type(), self.constant()))
+        if kind == "S":
+            return self.made("[%s]" % self.type())
+        if kind == "T":
+            types = []
+            while not self.eat("E"):
+                types.append(self.type())
+            return self.made("(%s)" % (", ".join(types)
+                                       + "," * (len(types) == 1)))
+        if kind in ("R", "Q"):
+            index = self.number() if self.eat("L") else 0
+            return self.made("&%s%s%s" % (
+                self.lifetime(index) + " " if index else "",
+                "mut " * (kind == "Q"), self.type()))
+        if kind in ("P", "O"):
+            return self.made("*%s %s" % ("const" if kind == "P" else "mut",
+                                         self.type()))
+        if kind == "F":
+            return self.bound(self.signature)
+        if kind == "D":
+            text = "dyn " + self.bound(self.traits)
+            index = self.number() if self.match("(L)") else 0
+            return self.made(text + (" + " + self.lifetime(index)
+                                     if index else ""))
+        if kind == "B":
+            return self.back(self.type)
+        self.at -= 1
+        return self.path(False)
+
+    def bound(self, function):
+        """What function() reads, with lifetimes that begin there."""
+        n = self.optional("G")
+        if n > 100:
+            raise _Unsure()
+        names = [self.name_of(self.n_bound + each) for each in range(n)]
+        self.n_bound += n
+        text = function()
+        self.n_bound -= n
+        return self.made("for<%s> " % ", ".join(names) + text
+                         if names else text)
+
+    @staticmethod
+    def name_of(depth):
+        return "'" + (chr(97 + depth) if depth < 26 else "_%d" % depth)
+
+    def signature(self):
+        text = "unsafe " * self.eat("U")
+        if self.eat("K"):
+            text += 'extern "%s" ' % (
+                "C" if self.eat("C") else
+                self.identifier()[0].replace("_", "-"))
+        types = []
+        while not self.eat("E"):
+            types.append(self.type())
+        text += "fn(%s)" % ", ".join(types)
+        result = self.type()
+        return self.made(text + (" -> " + result if result != "()" else ""))
+
+    def traits(self):
+        found = []
+        while not self.eat("E"):
+            text, own = self.path(False), []
+            while self.eat("p"):
+                name = self.identifier()[0]
+                own.append("%s = %s" % (name, self.type()))
+            if own and text.endswith(">"):
+                text = text[:-1] + ", " + ", ".join(own) + ">"
+            elif own:
+                text += "<%s>" % ", ".join(own)
+            found.append(text)
+        return self.made(" + ".join(found))
+
+    def constant(self):
+        self.step()
+        if self.eat("p"):
+            return "_"
+        if self.eat("B"):
+            return self.back(self.constant)
+        kind = self.match("([a-z])")
+        sign = "-" * self.eat("n")
+        digits = self.match("([0-9a-f]*)_")
+        value = int(digits or "0", 16)
+        if kind == "b" and value < 2:
+            return ("false", "true")[value]
+        if kind == "c" and value < 0x110000:
+            return repr(chr(value))
+        if kind not in "ahijlmnostxy":
+            raise _Unsure()
+        return "%s%d" % (sign, value)
+
+
+def _demangle_rust(name):
+    """The name of a Rust function of version 0, or None if unsure."""
+    body = re.match(r"(_R[A-Z]\w*)(?:\.llvm\.\d+)?(.*)\Z", name)
+    if not body or len(name) >= MAX_NAME:
+        return None
+    demangler = _RustDemangler(body.group(1))
+    try:
+        text = demangler.path(True)
+        if demangler.peek():
+            demangler.path(False)       # the crate that it was made for
+    except (_Unsure, RecursionError):
+        return None
+    return None if demangler.peek() else text + body.group(2)
+
+
+def _unescape_rust(parts):
+    """The name in the parts of a C++ name with a hash of Rust, or None."""
+    found, at = [], 0
+    while at < len(parts):
+        size = re.compile(r"[1-9]\d{0,3}").match(parts, at)
+        if not size or size.end() + int(size.group()) > len(parts):
+            return None
+        at = size.end() + int(size.group())
+        part = parts[size.end():at]
+        part = re.sub(r"\$(?:u([0-9a-f]{2,4})|([A-Z]{1,2}))\$", lambda match:
+                      chr(int(match.group(1), 16)) if match.group(1) else
+                      _RUST_ESCAPES.get(match.group(2), match.group(0)),
+                      part[1:] if part.startswith("_$") else part)
+        found.append(part.replace("..", "::"))
+    return "::".join(found)
+
+
 def demangle(name):
-    """(name, name with parameters) of a C++ function, or None if unsure.
+    """(name, name with parameters) of a C++ or Rust function, or None if
+    unsure.
 
     name   text such as `_ZN1a1fEi`, which gives ("a::f", "a::f(int)");
            if only the parameters are not understood: ("a::f", "a::f")
     """
+    if name.startswith("_R"):
+        found = _demangle_rust(name)
+        return found and (found, found)
     if not name.startswith("_Z") or len(name) >= MAX_NAME:
         return None
+    match = _RUST_HASH.match(name)
+    found = match and _unescape_rust(match.group(1))
+    if found:
+        return found, found
     body, dot, suffix = name.partition(".")
     demangler = _Demangler(body)
     try:
@@ -2128,13 +2391,16 @@ def short_name(name):
     return found[0] if found else name
 
 
+MANGLED = "_Z", "_R"                # what mangled names begin with
+_MANGLED = tuple(each.encode() for each in MANGLED)
 # Words of demangled text that the mangled name abbreviates, so that it need
 # not contain them.
 _ABBREVIATED = frozenset(re.findall(
     r"\w+", "operator std basic_string basic_istream basic_ostream "
     "basic_iostream allocator char_traits anonymous namespace lambda unnamed "
-    "type const volatile new delete clone " + " ".join(
-        list(BUILTIN_TYPES.values()) + list(ABBREVIATIONS.values()))))
+    "type const volatile new delete clone as dyn mut fn extern unsafe closure "
+    "shim " + " ".join(list(BUILTIN_TYPES.values()) + list(
+        ABBREVIATIONS.values()) + list(RUST_TYPES.values()))))
 
 
 def is_pattern(text):
@@ -2168,21 +2434,22 @@ def demangled_match(text, columns):
     None if no name can be. The longest word of the text that a mangled
     name spells out, with its length before it, sifts before the work.
     """
-    if text.startswith("_Z"):
+    if text.startswith(MANGLED):
         return None
     words = [word for word in re.findall(r"[A-Za-z_]\w*", text)
              if word not in _ABBREVIATED]
-    mark = b"_Z"
+    mark = b""
     if words:
         word = max(words, key=len).encode("utf-8", "surrogateescape")
-        mark = b"%d%s" % (len(word), word)
+        # Where Rust has `<` in a name, parts have no length of their own.
+        mark = word if "<" in text else b"%d%s" % (len(word), word)
     if not any(mark in table.strings for table, _, _ in columns):
         return None
     wanted = _squeeze(text)
 
     def is_match(name):
         found = None
-        if name.startswith(b"_Z") and mark in name:
+        if name.startswith(_MANGLED) and mark in name:
             found = demangle(_decode(name))
         return found is not None and wanted in (_squeeze(found[0]),
                                                 _squeeze(found[1]))
@@ -2207,7 +2474,7 @@ def name_matcher(pattern):
         text = _decode(name)
         if regex.match(text):
             return True
-        if not name.startswith(b"_Z"):
+        if not name.startswith(_MANGLED):
             return False
         return any(regex.match(form) for form in demangle(text) or ())
     return is_match
