@@ -7678,8 +7678,14 @@ class Change(NamedTuple):
         """((vaddr, what is there, what will be), …), or None.
 
         None if the text is neither the file's nor leads to one of the
-        earlier trampolines.
+        earlier trampolines. Jumps of other windows whose place it takes
+        are taken out, also where this one's does not overwrite them: their
+        bytes, and their slots, are free from now on.
         """
+        if any((record.site, record.slot) != (self.record.site,
+                                              self.record.slot)
+               for record in self.before):
+            return self._patches_over(tracer)
         own = [record for record in self.before[::-1]
                if record.site == self.record.site
                and record.slot == self.record.slot]
