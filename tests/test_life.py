@@ -2488,7 +2488,7 @@ class Exec(unittest.TestCase):
             process.quit()
 
 
-class Children(unittest.TestCase):
+class Programs(unittest.TestCase):
     """Programs that children of the target become: the sum of what each says
     that it called is what there is to be counted."""
 
