@@ -9070,6 +9070,8 @@ class Planner:
         self._through = 0           # what the next window must hold, too
         self._named = 0             # mask of registers that probes read
         self.patches = {}           # {window.site: Patch} that are armed
+        # () -> the Sites that have a debug register; vaddrs that will have
+        self.watched, self._to_watch = tuple, set()
         self._scans = {}
         self._known = {}            # module -> (starts, Functions), sorted
         self._texts, self._forbidden = {}, {}
@@ -9318,6 +9320,7 @@ class Planner:
         """Give back the bytes of every window but those of {…: Patch}."""
         self.taken, self.windows, self._kept = {}, {}, {}
         self.patches, self._undo, self._pages = patches, [], {}
+        self._to_watch = set()
         for patch in patches.values():
             self._add(patch.site.module, patch.window, {
                 insn.vaddr for insn in patch.window.insns}.union(
@@ -9356,11 +9359,13 @@ class Planner:
         taken = self.taken.setdefault(module, ubp_x86.ByteRanges())
 
         def plan(vaddr, through=0):
-            return ubp_x86.plan_window(
+            window = ubp_x86.plan_window(
                 function, vaddr, self.scan(module),
                 forbidden=self._cancellation(module), seccomp=self._seccomp,
                 catches=self._catches, taken=taken, through=through,
                 is_go=module.elf.is_go)
+            self._refuse_watched(window)
+            return window
         for vaddr in starts:
             try:
                 return plan(vaddr, self._through if vaddr == site.vaddr
@@ -9375,6 +9380,26 @@ class Planner:
             if found is not None:
                 return found
         raise refusal
+
+    def watch(self, vaddrs):
+        """These will have debug registers. RefusalError for one that is
+        displaced: its instruction runs elsewhere, and would not be seen."""
+        for vaddr in vaddrs:
+            window = self.windows.get(vaddr)
+            if (window is not None and not window.is_trap
+                    and any(insn.vaddr == vaddr for insn in window.insns[1:])):
+                raise RefusalError("overlap", "a jump of ubp at 0x%x has the "
+                                   "instruction run elsewhere" % window.site,
+                                   vaddr)
+        self._to_watch.update(vaddrs)
+
+    def _refuse_watched(self, window):
+        """Refuse to displace what a debug register of ours waits for."""
+        there = self._to_watch.union(site.vaddr for site in self.watched())
+        for insn in window.insns[1:] if there else ():
+            if insn.vaddr in there:
+                raise RefusalError("overlap", "a debug register of ubp waits "
+                                   "for 0x%x" % insn.vaddr, window.site)
 
     def _shared_window(self, plan, site, vaddr, taken):
         """(a Window from vaddr on, [those of ubp in its way]), or None.
@@ -14508,6 +14533,7 @@ class Target:
             if self._planner is None:
                 self._planner = Planner(self.pid, self._read, len(sites))
                 self._planner.patches = self._installer.patches
+                self._planner.watched = self._watched
             self._look([each for each in (spec, entry) if each], strategies,
                        timeout)
             plans = _by_address(sites, lambda n, site: self._plan(
@@ -14968,6 +14994,7 @@ class Target:
         self._name_modules(every)
         self._planner = Planner(self.pid, self._read)
         self._planner.patches = self._installer.patches
+        self._planner.watched = self._watched
         for probe in self._probes:
             self._put_in(probe, every, timeout)
             if self._parent is not None:
@@ -15084,6 +15111,7 @@ class Target:
         if self._planner is None:
             self._planner = Planner(self.pid, self._read)
             self._planner.patches = self._installer.patches
+            self._planner.watched = self._watched
             self._planner.offers = self._installer.offers
         n_before = len(probe.sites)
         self._arm_sites(probe, sites, timeout)
@@ -15131,8 +15159,7 @@ class Target:
         """Debug registers for plans: for all of them, or none."""
         if not plans:
             return
-        taken = [site for other in self._probes for part in other._parts
-                 for site in part.taken]
+        taken = self._watched()
         sites = [part.site for plan in plans for part in plan.all_parts]
         if len(taken + sites) > N_DEBUG_REGISTERS:
             raise no_register_left(probe.where, taken, sites)
@@ -15160,6 +15187,11 @@ class Target:
                         if site not in probe.sites]
         for note in part.notes:
             self._note(note)
+
+    def _watched(self):
+        """The Sites of all debug registers that our probes have."""
+        return [site for probe in self._probes for part in probe._parts
+                for site in part.taken]
 
     def _arm_watches(self, probe, part, timeout):
         """Have the guardian set the debug registers of a new part, too."""
@@ -15664,9 +15696,10 @@ def _plan_hardware(planner, site, spec, entry, name):
     if spec.action == "call":
         return refused("hw", "a function cannot be waited for at a debug "
                        "register: there is no trampoline to do it in")
-    if not spec.is_exit:
-        return plan
     try:
+        if not spec.is_exit:
+            planner.watch([site.vaddr])
+            return plan
         leaves = planner.exits(site, entry)
     except RefusalError as refusal:
         return refused(refusal.rule, refusal.why)
@@ -15681,6 +15714,10 @@ def _plan_hardware(planner, site, spec, entry, name):
             n, N_DEBUG_REGISTERS))
     vaddrs = [site.vaddr] * (entry is not None) + [
         leave.vaddr for leave in leaves]
+    try:
+        planner.watch(vaddrs)
+    except RefusalError as refusal:
+        return refused(refusal.rule, refusal.why)
     return plan._replace(parts=tuple(plan._replace(site=site._replace(
         vaddr=vaddr, offset=vaddr - site.vaddr)) for vaddr in vaddrs))
 

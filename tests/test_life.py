@@ -28,6 +28,14 @@ def setUpModule():
     ubp = live.core()
 
 
+def probed(target, where, strategy):
+    """The Probe of a Count, or None where it is refused."""
+    try:
+        return target.probe(where, ubp.Count(), strategy=strategy)
+    except ubp.ProbeError:
+        return None
+
+
 def killed_when_armed(pid, strategy, *where):
     """A process that has probes in pid is ended by SIGKILL."""
     with live.python(
@@ -447,6 +455,31 @@ class Hardware(unittest.TestCase):
                 plans = target.plan(where, strategies)
                 self.assertEqual(["jump", second],
                                  [plan.strategy for plan in plans])
+
+    def test_a_jump_and_a_debug_register_never_hide_a_hit(self):
+        """What a jump displaces runs elsewhere, where no debug register
+        waits for it: one of both is refused, whichever comes second."""
+        ways = ["exe:win_round+3"], ["exe:win_round", "exe:win_round+1"]
+        for order in (("hw", "jump"), ("jump", "hw")):
+            with self.subTest(order), live.Target("windows", "loop") \
+                    as process, ubp.attach(process.pid) as target:
+                probes = {}
+                for strategy in order:
+                    probes[strategy] = [p for p in (
+                        probed(target, where, strategy)
+                        for where in ways[strategy == "jump"]) if p]
+                self.assertTrue(probes[order[0]])
+                start = process.ask("p")["round"]
+                hits = [p.read() for p in probes["hw"]]
+                process.send("g")
+                time.sleep(0.02)
+                n = process.ask("p")["round"] - start
+                self.assertGreater(n, 0)
+                self.assertEqual([50 * n] * len(hits), [
+                    p.read() - before for p, before in zip(
+                        probes["hw"], hits)])
+                process.send("g")
+                process.quit()
 
     def test_no_thread_of_a_storm_is_missed_or_counted_twice(self):
         for _ in range(5):
