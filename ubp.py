@@ -6039,7 +6039,7 @@ def _check_access(pid, tids):
 #                        payload, log2 of entries, site's index   2 1 1 2
 
 MAGIC = b"ubp\x7fARNA"
-VERSION = 3
+VERSION = 4
 HEADER = struct.Struct("<8sIIQQQQIIQQIIQQIIIIIIQQ")
 _RECORD_HEAD = struct.Struct("<QQQHBBI")
 _PATCH = struct.Struct("<QB7x8s8s")
@@ -7037,12 +7037,13 @@ def unmap(tracer, ranges, timeout):
 #                        size index window's size   2 2 1
 #                        kind of block, flags       1 1
 #                        the bytes that were there  8: slot, site
-#                before  copies: offset size moved moved_size   4 x 1 each
+#                before  copies: offset size moved moved_size   1 1 2 2 each
 
 SLACK_MAGIC = b"ubp\x7fSLCK"
 SLACK = struct.Struct("<8sHHIQQQQQQQQI4x")
 _SLACK_RECORD = struct.Struct("<iiiHHBBB8sB")
-_SLACK_COPY = struct.Struct("<BBBB")
+_SLACK_COPY = struct.Struct("<BBHH")
+_IS_SYSCALL = 0x80              # a flag of a copy's size
 _SLACK_LITERAL = 72             # of the vaddr of the shard, in SLACK
 _SLACK_LOOKS, _SLACK_LOOK_S = 6, 0.02   # does anybody use it?
 _GONE, _VOID, _TRAP = 1, 2, 4           # flags of a record
@@ -7099,8 +7100,9 @@ def _pack_slack_record(record, base, flags):
     old = b"".join(old for _, old, _ in record.patches)
     flags |= _GONE * record.is_gone | _TRAP * (
         record.patches[-1][2] == ubp_x86.BREAKPOINT)
-    return b"".join(_SLACK_COPY.pack(*copy[:4])
-                    for copy in record.copies) + _SLACK_RECORD.pack(
+    return b"".join(_SLACK_COPY.pack(
+        copy.offset, copy.size | _IS_SYSCALL * bool(copy.back), copy.moved,
+        copy.moved_size) for copy in record.copies) + _SLACK_RECORD.pack(
         record.site - base, record.slot and record.slot - base,
         record.trampoline - base, record.size, record.index,
         record.window_size, KINDS.index(record.kind), flags, old,
@@ -7132,8 +7134,11 @@ def _unpack_slack_record(data, end, header):
     for vaddr, new in jumps:
         patches.append((vaddr, old[used:used + len(new)], new))
         used += len(new)
-    copies = tuple(ubp_x86.Copy(*_SLACK_COPY.unpack_from(
-        data, start + _SLACK_COPY.size * each), back=0) for each in range(n))
+    copies = tuple(ubp_x86.Copy(
+        offset, size & ~_IS_SYSCALL, moved, moved_size,
+        (size & ~_IS_SYSCALL) * bool(size & _IS_SYSCALL))
+        for offset, size, moved, moved_size in _SLACK_COPY.iter_unpack(
+            data[start:at]))
     return Record(site, slot, trampoline, size, index, window_size,
                   tuple(patches), copies, "", "", "", KINDS[kind],
                   bool(flags & _GONE)), flags, start
@@ -7282,15 +7287,15 @@ class SlackArena(Arena):
         for item in items:
             low, high = span_of([item])
             need, is_here = need_of([item]), self._serves(item)
-            parts = getattr(item, "all_parts", ())
-            spec = getattr(item, "spec", None)
+            parts, spec = item.all_parts, getattr(item, "spec", None)
             if spec == _PLAIN_COUNT and len(parts) == 1:
                 window = item.window
                 need = Need(1, len(ubp_x86.count_trampoline(
                     window, window.site & -PAGE, 0, self.shards._replace(
                         rseq_offset=window.site)).code), 8, need.private)
             at += need.code
-            end -= need.n_records * (_SLACK_RECORD.size + 5 * 4)
+            end -= sum(_SLACK_RECORD.size + _SLACK_COPY.size
+                       * len(part.window.insns) for part in parts)
             used = _aligned(used, need.block) + need.block
             if (not is_here or at > end or need.private or need.calls
                     or used > self.slack[1][1] - self.slack[1][0]):
@@ -7306,9 +7311,6 @@ class SlackArena(Arena):
 
     def add(self, window, old, names, block, make, size=0):
         made = make(self.next)
-        if any(copy.back or max(copy) > 255 for copy in made.copies):
-            raise RelocationError("a syscall, or much code, in slack",
-                                  window.site, "out of reach")
         record = Record(
             window.site, window.slot, self.next, len(made.code),
             block[1] // 8, window.size,

@@ -56,13 +56,14 @@ class Records(Case):
         header = ubp.SlackHeader(ubp.SLACK_MAGIC, ubp.VERSION, 0, 1,
                                  0x10000800, 0, 0, 0, 0, 0, 0, 0x20000800,
                                  256, base)
-        for n in range(1, x86.MAX_DISPLACED + 1):
+        for n in range(1, x86.MAX_LOOPED + 1):
             window = x86.Window(site, max(n, 5), ())
             record = ubp.Record(
                 site, 0, 0x10000800, 200, 3, window.size,
                 tuple((vaddr, bytes(range(len(new))), new) for vaddr, new
                       in x86.window_patches(window, 0x10000800)),
-                tuple(x86.Copy(at, 1, 40 + at, 1, 0) for at in range(n)),
+                tuple(x86.Copy(8 * at, 2, 40 + 19 * at, 2 + 10 * at,
+                               2 * (at % 3 == 0)) for at in range(n)),
                 "", "", "", "count")
             data = bytes(8) + ubp._pack_slack_record(record, base, 0)
             with self.subTest(n):
