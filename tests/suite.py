@@ -1,11 +1,11 @@
-"""All tests: those that start no program beside those that do.
+"""All tests, in two processes.
 
-    suite.py            run all, in two processes
-    suite.py WORD...    run what pytest makes of these words, in one
+    suite.py            run all
+    suite.py WORD...    run what pytest makes of these words, in one process
 
-The first keep a processor busy, the others wait for most of their time. They
-do not meet: what is built is renamed into place, and no test of the first
-looks at another process.
+BESIDE keeps a processor busy; the others wait for most of their time. They do
+not meet: what is built is renamed into place, and what changes the kernel's
+state for a file, like a uprobe, or measures the host is not in BESIDE.
 """
 import glob
 import os
@@ -14,8 +14,8 @@ import sys
 import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PURE = ("bodies decode elf expressions jumps pictures probe_spec relocate "
-        "structure window").split()
+BESIDE = ("bodies decode elf exact expressions jumps pictures probe_spec "
+          "relocate servers sites structure window").split()
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-rsfE",
           "-p", "no:cacheprovider"]
 
@@ -26,21 +26,21 @@ def main(words):
     if words or os.cpu_count() == 1:
         return subprocess.call(PYTEST + ["tests"] + words)
     paths = sorted(glob.glob("tests/test_*.py"))
-    pure = ["tests/test_%s.py" % name for name in PURE]
+    beside = ["tests/test_%s.py" % name for name in BESIDE]
     with tempfile.TemporaryFile() as log:
-        beside = subprocess.Popen(PYTEST + pure, stdin=subprocess.DEVNULL,
-                                  stdout=log, stderr=subprocess.STDOUT)
+        other = subprocess.Popen(PYTEST + beside, stdin=subprocess.DEVNULL,
+                                 stdout=log, stderr=subprocess.STDOUT)
         try:
             status = subprocess.call(PYTEST + [path for path in paths
-                                               if path not in pure])
-            beside.wait()
+                                               if path not in beside])
+            other.wait()
         finally:
-            if beside.poll() is None:
-                beside.terminate()
-                beside.wait()
+            if other.poll() is None:
+                other.terminate()
+                other.wait()
         log.seek(0)
         sys.stdout.write(log.read().decode(errors="replace"))
-    return status or beside.returncode
+    return status or other.returncode
 
 
 if __name__ == "__main__":
