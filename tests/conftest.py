@@ -7,6 +7,7 @@ What is ignored here would be in every program that a test starts: a command
 that a shell puts into the background ignores the signals of its terminal, as
 does one under nohup. A handler that does nothing is the same for us only.
 """
+import glob
 import os
 import signal
 import sys
@@ -25,12 +26,19 @@ for signum in signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM:
 def children():
     """{pid: its command} of this process's children."""
     found = {}
-    for tid in os.listdir("/proc/self/task"):
-        with open("/proc/self/task/%s/children" % tid) as file:
-            for pid in file.read().split():
-                with open("/proc/%s/comm" % pid) as comm:
-                    found[pid] = comm.read().strip()
+    for path in glob.glob("/proc/self/task/*/children"):
+        for pid in content(path).split():
+            found[pid] = content("/proc/%s/comm" % pid).strip()
     return found
+
+
+def content(path):
+    """A file of /proc, "" if what it tells of has ended."""
+    try:
+        with open(path) as file:
+            return file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 @pytest.fixture(autouse=True, scope="class")

@@ -35,9 +35,10 @@ FUNCTION(odd_ret, "lea 1(%rdi),%rax\n ret");
  * the branch too far away for a window that has both. */
 FUNCTION(odd_tight, "sub $8,%rsp\n xor %ecx,%ecx\n call odd_ret\n nop\n"
          "1: dec %rcx\n .fill 220,1,0x90\n jz 1b\n add $8,%rsp\n ret");
-/* Its one exit takes no jump: a branch leads to it, another behind it. */
+/* Its one exit takes no jump: one branch leads behind it, and another, too
+ * far away for a window that has both, to it. */
 FUNCTION(odd_exit, "lea 1(%rdi),%rax\n test %rdi,%rdi\n js 2f\n 1: ret\n"
-         "2: dec %rax\n inc %rax\n jmp 1b");
+         "2: dec %rax\n .fill 220,1,0x90\n inc %rax\n jmp 1b");
 long odd_word = 1;
 static long (*odd[])(long) = {odd_call, odd_jump, odd_loop, odd_rip,
                               odd_tight, odd_indirect, odd_push, odd_exit,
