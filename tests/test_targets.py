@@ -1800,7 +1800,8 @@ class Forged(unittest.TestCase):
             site, 0, False)
         trampoline = ready["base"] + self.CODE - 64
         patch, = ubp.ubp_x86.window_patches(window, trampoline)
-        genuine_record = ubp.unpack_record(self.data[4096:4096 + ubp._RECORD_SIZE], self.header)
+        genuine_record = ubp.unpack_record(
+            self.data[4096:4096 + ubp._RECORD_SIZE], self.header)
         return genuine_record._replace(
             site=site, slot=0, trampoline=trampoline, size=32,
             patches=((site, old, patch[1]),)).pack()
