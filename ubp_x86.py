@@ -1103,6 +1103,7 @@ _PREFIX_BITS = {0x66: O16, 0x67: A32, 0xf0: LOCK, 0xf3: REPZ, 0xf2: REPNZ,
                 0x64: SEGMENT, 0x65: SEGMENT}
 _TARGET, _RIP = 1, 2                          # Form.aim
 _INT32 = struct.Struct("<i").unpack_from
+_INT64 = struct.Struct("<q").unpack_from
 _UINT32 = struct.Struct("<I").unpack_from
 _MAX_FORMS = 1 << 16                          # or hostile code fills memory
 
@@ -2257,10 +2258,11 @@ class BranchScan:
             if operand.is_address:
                 starts.append(operand.vaddr)
                 namers.append(namer)
-        if any(resolve_jumps(self.analysis(namer), self.read,
-                             self.is_executable).unresolved
-               for namer in namers):
-            return None
+        for namer in namers:
+            jumps = resolve_jumps(self.analysis(namer), self.read,
+                                  self.is_executable)
+            if jumps.unresolved or jumps.stored:
+                return None
         return _ways_from(starts, low, end, self.read)
 
     def operand(self, place, target):
@@ -2450,7 +2452,9 @@ class Analysis:
     forms        the Form of each; Insns are made when asked for
     indirect     vaddrs of its indirect jumps
     known        {one of them: its targets}, and
-    tables       {one of them: its _Table}, both filled by resolve_jumps
+    tables       {one of them: its _Table}, and
+    stored       those through a stored pointer: filled by resolve_jumps
+    is_guessed   some of tables were found with jumps taken to lead nowhere
     strays       Insns on ways that enter one of them behind its first byte
                  (glibc jumps over a lock prefix)
     entries      where others may go to, and whose address it takes itself
@@ -2490,7 +2494,8 @@ class Analysis:
         self.last_flow = walk.forms[-1].flow if walk.forms else NEXT
         self.jumps = self.family = self.rseq = None     # when asked for
         self.known, self.tables = {}, collections.OrderedDict()
-        self.references = self._ways = None
+        self.stored, self.parts, self.is_guessed = set(), None, False
+        self.references, self._ways, self._named = {}, None, None
 
     def _marks(self, walk, data, taken):
         """Look at the instructions that have an aim or jump indirectly.
@@ -2573,9 +2578,25 @@ class Analysis:
                 found.add(_UINT32(code, vaddr - low + form.imm_offset)[0])
         return found - {None}
 
+    def can_name(self, low, end):
+        """Tell whether one of names() is in [low, end), or may be: a 64-bit
+        constant that 32 bits had held is one that the linker has put in, an
+        address or the distance to one, as in the large code model."""
+        if self._named is None:
+            code, first = self.function.code, self.function.vaddr
+            is_large = any(
+                form.imm_size == 8 and -1 << 31 <= _INT64(
+                    code, vaddr - first + form.imm_offset)[0] < 1 << 32
+                for form, vaddr in zip(self.forms, self.starts))
+            self._named = is_large, sorted(self.names())
+        is_large, names = self._named
+        at = bisect.bisect_left(names, low)
+        return is_large or at < len(names) and names[at] < end
+
     def ways_to(self, vaddr):
         """Return the vaddrs of the instructions that may lead to vaddr;
-        None among them for a way from outside."""
+        None among them for a way from outside. An unknown jump leads where
+        nothing else does, or if is_guessed nowhere."""
         if self._ways is None:
             self._ways = collections.defaultdict(list)
             for form, source in itertools.compress(
@@ -2591,7 +2612,7 @@ class Analysis:
         if (vaddr == self.function.vaddr or self.strays
                 or _has(self.entries, vaddr)):
             ways.append(None)
-        unknown = () if ways else (vaddr,)      # where nothing else leads to
+        unknown = () if ways or self.is_guessed else (vaddr,)
         return ways + [jump for jump in self.indirect
                        if vaddr in self.known.get(jump, unknown)]
 
@@ -2716,6 +2737,7 @@ class IndirectJumps(NamedTuple):
     """Where the indirect jumps of a function may lead inside it."""
     targets: tuple          # sorted entries of the tables
     unresolved: tuple       # vaddrs of jumps that no idiom explains
+    stored: tuple = ()      # of those through a pointer that was stored
 
 
 class _Table(NamedTuple):
@@ -2746,24 +2768,32 @@ def resolve_jumps(analysis, read, is_executable):
     code: more entries than it has can only refuse more windows.
 
     While some are unknown, they are taken to lead only where nothing else
-    does. If any stays unknown that does no harm: a window of several
-    instructions is then refused, but for an entry that no table and no
-    name in the function leads into. If none does, what was found before is
-    looked at again with what is known now, and must be the same. Then no
-    jump can be the first that leads elsewhere than it is known to.
+    does, and if that explains no more, nowhere: of two switches, each in a
+    loop, the cases of each would be reached by the other's jump. If any
+    stays unknown that does no harm: a window of several instructions is
+    then refused, but for an entry that no table and no name in the function
+    leads into. If none does, what was found before is looked at again with
+    what is known now, and must be the same. Then no jump can be the first
+    that leads elsewhere than it is known to.
+
+    What is left are mostly tail calls. One is proven by where its target
+    comes from (_is_stored), as a table's jump has the height of the entry's
+    stack, too, in a function that has no frame.
     """
     if analysis.jumps is None:
         bases, n_known = [], -1
-        while n_known < len(analysis.known):    # each may explain others
-            n_known = len(analysis.known)
+        while n_known < len(analysis.known) < len(analysis.indirect):
+            n_known = len(analysis.known)       # each may explain others
             for vaddr in analysis.indirect:
                 if vaddr not in analysis.known:
                     _resolve(analysis, vaddr, bases, read, is_executable)
+            if n_known == len(analysis.known) and not analysis.is_guessed:
+                analysis.is_guessed, n_known = True, -1
         _confirm(analysis)
         targets = set().union(*analysis.known.values())
         analysis.jumps = IndirectJumps(tuple(sorted(targets)), tuple(
             vaddr for vaddr in analysis.indirect
-            if vaddr not in analysis.known))
+            if vaddr not in analysis.known), tuple(sorted(analysis.stored)))
     return analysis.jumps
 
 
@@ -2772,8 +2802,13 @@ def _confirm(analysis):
     all of them known."""
     if len(analysis.known) < len(analysis.indirect):
         return
-    for vaddr, table in list(analysis.tables.items())[:-1]:
+    tables = list(analysis.tables.items())
+    for vaddr, table in tables if analysis.is_guessed else tables[:-1]:
         if _table_of(analysis, analysis.at(vaddr)) != table:
+            del analysis.known[vaddr]
+    for vaddr in list(analysis.stored):
+        if not _is_stored(analysis, analysis.at(vaddr)):
+            analysis.stored.remove(vaddr)
             del analysis.known[vaddr]
 
 
@@ -2788,6 +2823,9 @@ def _resolve(analysis, vaddr, bases, read, is_executable):
     if table is None:
         if insn.rip_relative is not None:   # a PLT's, or a tail call through
             analysis.known[vaddr] = ()      # a pointer that has a name
+        elif _is_stored(analysis, insn):
+            analysis.known[vaddr] = ()
+            analysis.stored.add(vaddr)
         return
     place = bisect.bisect_right(bases, table.vaddr)
     limit = bases[place] if place < len(bases) else table.vaddr + (1 << 32)
@@ -2795,7 +2833,19 @@ def _resolve(analysis, vaddr, bases, read, is_executable):
     if found is not None:
         analysis.known[vaddr] = found
         analysis.tables[vaddr] = table
-        bisect.insort(bases, table.vaddr)
+        if table.vaddr not in bases:
+            bisect.insort(bases, table.vaddr)
+            _cut_before(analysis, table)
+
+
+def _cut_before(analysis, table):
+    """End the tables at table whose bound is not seen and which were read
+    before it was found."""
+    for vaddr, other in analysis.tables.items():
+        n_entries = (table.vaddr - other.vaddr) // other.entry_size
+        if 0 < n_entries < len(analysis.known[vaddr]) and not _bound(
+                analysis, other):
+            analysis.known[vaddr] = analysis.known[vaddr][:n_entries]
 
 
 def _writer(analysis, vaddr, reg):
@@ -2897,6 +2947,157 @@ def _lea_of(analysis, vaddr, reg):
     return found.pop() if len(found) == 1 else None
 
 
+# -- Stored pointers: what is not computed where it is jumped to.
+
+_PASSED_ON = {              # opcode -> registers that a result is one of
+    0x8b: lambda operands: (operands.rm,),              # mov r, r/m
+    0x89: lambda operands: (operands.reg,)}             # mov r/m, r
+_PASSED_ON.update(                                      # cmov r, r/m
+    (opcode, lambda operands: (operands.reg, operands.rm))
+    for opcode in range(0x140, 0x150))
+_NO_RESULT = frozenset((                # cmp, test, push
+    *range(0x38, 0x3e), 0x84, 0x85, 0xa8, 0xa9, *range(0x50, 0x58)))
+_COMPARES = frozenset((                 # (opcode, modrm.reg): cmp, test, push
+    (0x80, 7), (0x81, 7), (0x83, 7), (0xf6, 0), (0xf6, 1), (0xf7, 0),
+    (0xf7, 1), (0xff, 6)))
+_TO_E = frozenset((                     # modrm.rm alone is written
+    *range(0x00, 0x40, 8), *range(0x01, 0x40, 8), 0x80, 0x81, 0x83, 0x88,
+    0x89, 0x8f, 0xc0, 0xc1, 0xc6, 0xc7, *range(0xd0, 0xd4), 0xf6, 0xf7, 0xfe,
+    0xff, *range(0x190, 0x1a0)))
+_TO_G = frozenset((                     # modrm.reg alone
+    *range(0x02, 0x40, 8), *range(0x03, 0x40, 8), 0x63, 0x69, 0x6b, 0x8a,
+    0x8b, 0x8d, *range(0x140, 0x150), 0x1af, 0x1b6, 0x1b7, 0x1b8, 0x1bc,
+    0x1bd, 0x1be, 0x1bf))
+_VECTORS = frozenset((                  # modrm names no general register,
+    *range(0x110, 0x118), 0x128, 0x129, 0x12b, 0x12e, 0x12f,    # or reads it
+    *range(0x151, 0x178), 0x17c, 0x17d, 0x17f, 0x1c2, 0x1c6,
+    *range(0x1d0, 0x1d7), *range(0x1d8, 0x1ff)))
+
+
+def _may_change(insn, reg):
+    """Tell whether insn may write a part of reg: unless it is known to have
+    no result, or names it neither in its modrm or opcode nor implicitly."""
+    form, opcode, modrm = insn.form, insn.opcode, insn.modrm
+    row = _effects_row(form)
+    if row is None or (opcode, modrm) == (0xdf, 0xe0):      # fnstsw ax
+        return True
+    if opcode in _NO_RESULT or (opcode, modrm >> 3 & 7) in _COMPARES:
+        return reg == _SP
+    if any(_IMPLICIT.get(letter, -1) == reg for letter in row[0] + row[1]):
+        return True
+    if modrm < 0:
+        named = [opcode & 7 | form.rex << 3 & 8]
+        if opcode in (0x9f, 0xa0):                          # lahf, mov al
+            named = [0]
+        elif (0x70 <= opcode < 0x90 or 0x98 <= opcode < 0xb0
+              or 0xc0 <= opcode < 0x100 or opcode == 0x90 and named == [0]):
+            named = []
+    elif opcode in _VECTORS:
+        named = []
+    else:
+        operands = _operands(insn)
+        named = ([operands.rm] if opcode in _TO_E else [operands.reg]
+                 if opcode in _TO_G else [operands.rm, operands.reg])
+    is_byte = (opcode >= 0x100 or modrm >= 0 and opcode & 1 == 0
+               or 0xb0 <= opcode < 0xb8)
+    return reg in named or (                                # ah ch dh bh
+        is_byte and reg < 4 and reg + 4 in named and not form.rex & 8)
+
+
+def _is_stored(analysis, jump):
+    """Tell whether an indirect jump goes to a pointer that was stored whole.
+
+    It is if, on every way within the function, its target is loaded as one
+    word from outside of the frame and without an index, was in a register
+    when the function was entered, is what a call returned, or a constant.
+    Then somebody had the address of the place before. If that is within a
+    function, it is an entry of it by a symbol, a relocation, a word of data
+    (where there are no relocations) or a lea or constant in code, which are
+    all known; or it was added up from a table of differences, which takes
+    the table's address, or that of a label within: see _may_lead_on.
+    """
+    operands = _operands(jump)
+    if operands.rm < 0:
+        return _is_outside(analysis, jump, operands)
+    return _all_ways(analysis, jump.vaddr, operands.rm, _as_target)
+
+
+def _is_outside(analysis, insn, operands):
+    """Tell whether a memory operand has no index and is surely no word that
+    the function has put into its frame by rsp or rbp."""
+    return operands.index < 0 and (operands.base < 0 or _all_ways(
+        analysis, insn.vaddr, operands.base, _as_base))
+
+
+def _as_target(analysis, insn, operands):
+    """Return the registers of which one's value insn sets a target to; None
+    unless it is one of theirs, a constant, or loaded from _is_outside."""
+    opcode = insn.opcode
+    if 0xb8 <= opcode < 0xc0 and insn.form.imm_size == 4:
+        return ()
+    if opcode in (0x8b, 0x89) or 0x140 <= opcode < 0x150:
+        if not insn.rex & 8:
+            return None
+        kept = (operands.reg,) if opcode >= 0x140 else ()       # cmov
+        if operands.rm >= 0:
+            return kept + ((operands.reg,) if opcode == 0x89
+                           else (operands.rm,))
+        return kept if _is_outside(analysis, insn, operands) else None
+    return () if opcode == 0x8d and insn.rip_relative is not None and (
+        insn.rex & 8) else None
+
+
+def _as_base(analysis, insn, operands):
+    """Return the registers that insn makes an address of; None unless it
+    moves them only by a constant, or loads it."""
+    opcode = insn.opcode
+    if opcode == 0x8b and insn.rex & 8 and operands.rm < 0:
+        return ()
+    if opcode == 0x8d and insn.rex & 8 and operands.index < 0:  # lea
+        return () if operands.base < 0 else (operands.base,)
+    if opcode in (0x81, 0x83) and insn.rex & 8 and operands.rm >= 0 and (
+            insn.modrm >> 3 & 7 in (0, 4, 5)):              # add, and, sub
+        return (operands.rm,)
+    return _as_target(analysis, insn, operands)
+
+
+def _all_ways(analysis, vaddr, reg, sources_of):
+    """Tell whether all that sets reg, on each way to vaddr, is understood:
+    the function's entry, a call's result, or an instruction of which
+    sources_of(analysis, insn, operands) returns the registers it copies."""
+    seen, pending = set(), [(vaddr, reg)]
+    while pending:
+        here, reg = pending.pop()
+        if reg == _SP or len(seen) > _N_SEARCHED:
+            return False
+        for before in analysis.ways_to(here):
+            insn = None if before is None else analysis.at(before)
+            regs = _sources(analysis, here, insn, reg, sources_of)
+            if regs is None:
+                return False
+            for each in regs:
+                if (before, each) not in seen:
+                    seen.add((before, each))
+                    pending.append((before, each))
+    return True
+
+
+def _sources(analysis, here, insn, reg, sources_of):
+    """Return the registers in front of insn that reg behind it, at here, has
+    its value of; None if that is not known. Without insn here is entered."""
+    if insn is None:
+        return () if (here == analysis.function.vaddr
+                      and not analysis.strays) else None
+    flow = insn.flow
+    if flow in (CALL, CALL_IND):
+        return () if reg == 0 else (reg,) if _CALLEE_SAVED >> reg & 1 else None
+    if flow == LOOP and reg == 1 or flow != NEXT and flow not in _KNOWN_WAYS:
+        return None
+    if flow == NEXT and _effects_of(insn)[1] >> reg & 1:
+        return sources_of(analysis, insn, _operands(insn))
+    return None if flow == NEXT and _may_change(insn, reg) else (reg,)
+
+
 def _bound(analysis, table):
     """Return how many entries a check in front of the load allows, or 0.
 
@@ -2960,20 +3161,24 @@ def _run_of_code(vaddr, entry_size, count, read, is_executable):
     return found
 
 
-def _refers_into(analysis, low, high, read, is_executable):
+def _refers_into(analysis, low, high, read, is_executable,
+                 but_known=False):
     """Return whether the function names [low, high), or a table that leads
-    there.
+    there, perhaps but_known tables of its jumps.
 
     A table is a run of words that are vaddrs of code, or 4-byte ones that
     are relative to its start.
     """
-    if analysis.references is None:
+    references = analysis.references.get(but_known)
+    if references is None:
         names = analysis.names()
-        analysis.references = names.union(
+        if but_known:
+            names -= {table.vaddr for table in analysis.tables.values()}
+        references = analysis.references[but_known] = names.union(
             target for name in names for size in (8, 4)
             for target in _run_of_code(name, size, _N_ENTRIES, read,
                                        is_executable))
-    return any(vaddr in analysis.references for vaddr in range(low, high))
+    return any(vaddr in references for vaddr in range(low, high))
 
 
 # -- Exits: where a frame of a function ends.
@@ -3078,7 +3283,7 @@ def _comes_back(part, family, branches):
 def _indirect_exit(analysis, vaddr, family, branches):
     """[Exit] if an indirect jump can lead nowhere inside, [] if always."""
     jumps = resolve_jumps(analysis, branches.read, branches.is_executable)
-    if vaddr not in jumps.unresolved:
+    if vaddr not in jumps.unresolved + jumps.stored:
         targets = analysis.known[vaddr]
         if all(any(f.vaddr <= target < f.vaddr + f.size for f in family)
                for target in targets):
@@ -3686,8 +3891,10 @@ def _may_arrive(analysis, first, last, limits):
         return True
     for owner in _family(analysis, limits.branches):
         jumps = resolve_jumps(owner, limits.read, limits.is_executable)
-        if jumps.unresolved or any(first <= target < last
-                                   for target in jumps.targets):
+        if (jumps.unresolved
+                or any(first <= target < last for target in jumps.targets)
+                or jumps.stored
+                and _may_lead_on(analysis, owner, first, last, limits)):
             return True
     return False
 
@@ -3868,7 +4075,8 @@ def _refuse_arrivals(analysis, site, end, n_insns, limits, inner=()):
                 raise RefusalError("jump table entry in window",
                                    "a jump table leads to 0x%x in the window"
                                    % target, site)
-        if jumps.unresolved and n_insns > 1:
+        if n_insns > 1 and (jumps.unresolved or jumps.stored and _may_lead_on(
+                analysis, owner, site + 1, end, limits)):
             _refuse_unresolved(analysis, owner, site, end, limits)
     used = limits.branches.use(site + 1, end, analysis.function, site)
     if used:
@@ -3888,18 +4096,37 @@ def _family(analysis, branches):
     Parts are told by a branch behind the function's first byte, or by a
     conditional one to it, that is not refuted. Calls of it are neither.
     """
-    if analysis.family is not None:
-        return analysis.family
+    if analysis.family is None:
+        analysis.family = _kin(analysis, branches, branches.far(
+            analysis.function.vaddr, analysis.padding_end), _INDIRECT.search)
+    return analysis.family
+
+
+def _parts(analysis, branches):
+    """Return _family(), with those that have no indirect jumps or whose
+    branches are short ones."""
+    if analysis.parts is None:
+        low, end = analysis.function.vaddr, analysis.padding_end
+        analysis.parts = _kin(
+            analysis, branches, branches.into(low, min(low + 128, end))
+            + branches.into(max(low, end - 128), end)
+            + branches.far(low, end), bool)
+    return analysis.parts
+
+
+def _kin(analysis, branches, candidates, is_wanted):
+    """Return [analysis] and the Analyses of those parts of it that branch
+    into it by one of candidates and whose code is_wanted."""
     family, seen = [analysis], {analysis.function.vaddr}
     low = analysis.function.vaddr
     own = analysis.own
-    for source, target in branches.far(low, analysis.padding_end):
+    for source, target in candidates:
         if (source in own or target == low
                 and not branches.is_conditional(source)):
             continue
         other = branches.function_at(source)
         if (other is None or other.vaddr in seen
-                or not _INDIRECT.search(other.code)
+                or not is_wanted(other.code)
                 or branches.is_refuted(source)):
             continue
         seen.add(other.vaddr)
@@ -3907,15 +4134,33 @@ def _family(analysis, branches):
             family.append(branches.analysis(other))
         except RefusalError:
             continue                    # then its branch was not refuted
-    analysis.family = family
     return family
+
+
+def _may_lead_on(analysis, owner, first, last, limits):
+    """Tell whether stored pointers that owner jumps through may lead to
+    [first, last) of the function of analysis, and it is no known entry.
+
+    Nobody has such an address without a label in the function to add to, or
+    a table whose entries lead there. Only code of the function itself, and
+    what it was split from or into, can have these. The tables of known jumps
+    lead to known targets only.
+    """
+    low, end = analysis.function.vaddr, analysis.padding_end
+    for part in _parts(owner, limits.branches):
+        if (part.can_name(low, end)
+                or _refers_into(part, first, last, limits.read,
+                                limits.is_executable, part is owner)):
+            return True
+    return False
 
 
 def _refuse_unresolved(analysis, owner, site, end, limits):
     """Refuse a window of several instructions unless it is at the entry
     and no table that the jump's function names leads into it."""
     jumps = resolve_jumps(owner, limits.read, limits.is_executable)
-    vaddr, low = jumps.unresolved[0], analysis.function.vaddr
+    vaddr = (jumps.unresolved or jumps.stored)[0]
+    low = analysis.function.vaddr
     site = limits.first or site         # all from there on is entered there
     if site not in (low, low + len(ENDBR64)) or site != low and \
             analysis.at(low).code != ENDBR64:

@@ -206,8 +206,90 @@ an entry comes        | < c3 ! @ b801000000 c3 >             | 1+5 1
 a neighbour comes     | < c3 @ b801000000 c3 > < ebf8 >      | 1+5 1
 
 unknown jmp, entry    | <@ 55 4889e5 53 ffe0 >               | 0+5 3
-unknown jmp, later    | < 55 @ 4889e5 4157 ffe0 > \
+unknown jmp, later    | < 55 @ 4889e5 4157 4801f8 ffe0 > \
                       | unresolved jump table
+tail call, argument   | < 55 @ 4889e5 4157 ffe0 >            | 1+5 2
+ ... of a vtable      | < 55 @ 4889e5 4157 488b07 ff6010 > | 1+5 2
+ ... and a register   | < 55 @ 4889e5 4157 488b07 488b4010 ffe0 > | 1+5 2
+ ... of the GOT       | < 55 @ 4889e5 4157 488b0500100000 ffe0 > | 1+5 2
+ ... of a TLS word    | < 55 @ 4889e5 4157 64488b042510000000 ffe0 > | 1+5 2
+ ... call's result    | < 55 @ 4889e5 4157 ff5708 ffe0 > | 1+5 2
+ ... kept by a call   | < 55 @ 4889e5 4157 488b1f ff5708 ffe3 > | 1+5 2
+ ... of two           | < 55 @ 4889e5 4157 488b07 480f444608 ffe0 > | 1+5 2
+ ... behind a branch  | < 55 @ 4889e5 4157 488b07 7404 488b4608 ffe0 > | 1+5 2
+ ... in a loop        | < 55 @ 4889e5 4157 488b07 4c8b0f ffce 75f6 ffe0 > \
+                      | 1+5 2
+ ... padding before   | < 55 @ 4889e5 4157 488b07 eb02 6690 ffe0 > | 1+5 2
+ ... behind epilogue  | < 55 @ 4889e5 4157 488b4708 4883c408 415f 5d ffe0 > \
+                      | 1+5 2
+ ... tagged pointer   | < 55 @ 4889e5 4157 4883e7fe 488b07 ffe0 > | 1+5 2
+ ... lost by a call   | < 55 @ 4889e5 4157 488b0f ff5708 ffe1 > \
+                      | unresolved jump table
+ ... one way added    | < 55 @ 4889e5 4157 488b07 7403 4801f0 ffe0 > \
+                      | unresolved jump table
+ ... added in a loop  | < 55 @ 4889e5 4157 488b07 4801f8 75fb ffe0 > \
+                      | unresolved jump table
+ ... spilled          | < 55 @ 4889e5 4157 488b442408 ffe0 > \
+                      | unresolved jump table
+ ... spilled, rbp     | < 55 @ 4889e5 4157 488b45f8 ffe0 > \
+                      | unresolved jump table
+ ... spilled, lea     | < 55 @ 4889e5 4157 488d542408 488b02 ffe0 > \
+                      | unresolved jump table
+ ... popped           | < 55 @ 4889e5 4157 58 ffe0 > \
+                      | unresolved jump table
+ ... jump of spilled  | < 55 @ 4889e5 4157 ff642408 > \
+                      | unresolved jump table
+ ... of 32 bits       | < 55 @ 4889e5 4157 8b07 ffe0 > \
+                      | unresolved jump table
+ ... of 16 bits       | < 55 @ 4889e5 4157 668b07 ffe0 > \
+                      | unresolved jump table
+ ... al, a constant   | < 55 @ 4889e5 4157 488b07 b001 ffe0 > \
+                      | unresolved jump table
+ ... ah               | < 55 @ 4889e5 4157 488b07 b401 ffe0 > \
+                      | unresolved jump table
+ ... al, setcc        | < 55 @ 4889e5 4157 488b07 0f94c0 ffe0 > \
+                      | unresolved jump table
+ ... ah, add          | < 55 @ 4889e5 4157 488b07 00cc ffe0 > \
+                      | unresolved jump table
+ ... lahf             | < 55 @ 4889e5 4157 488b07 9f ffe0 > \
+                      | unresolved jump table
+ ... fnstsw           | < 55 @ 4889e5 4157 488b07 dfe0 ffe0 > \
+                      | unresolved jump table
+ ... movd             | < 55 @ 4889e5 4157 488b07 660f7ec0 ffe0 > \
+                      | unresolved jump table
+ ... pextrd           | < 55 @ 4889e5 4157 488b07 660f3a16c000 ffe0 > \
+                      | unresolved jump table
+ ... cmpxchg          | < 55 @ 4889e5 4157 488b07 480fb10e ffe0 > \
+                      | unresolved jump table
+ ... syscall          | < 55 @ 4889e5 4157 488b07 0f05 ffe0 > \
+                      | unresolved jump table
+ ... loop             | < 55 @ 4889e5 4157 488b0f e2fe ffe1 > \
+                      | unresolved jump table
+ ... inc              | < 55 @ 4889e5 4157 488b07 48ffc0 ffe0 > \
+                      | unresolved jump table
+ ... with an index    | < 55 @ 4889e5 4157 488b04d7 ffe0 > \
+                      | unresolved jump table
+ ... jump with index  | < 55 @ 4889e5 4157 ff24d7 > \
+                      | unresolved jump table
+ ... an entry later   | < 55 @ 4889e5 4157 488b07 ! ffe0 > \
+                      | unresolved jump table
+ ... movabs           | < 55 @ 4889e5 4157 48b80700010000000000 488907 ff27 > \
+                      | unresolved jump table
+ ... a label, kept    | < 55 @ 4889e5 4157 488d0500000000 488907 ff27 > \
+                      | unresolved jump table
+ ... its own address  | < 55 @ 4889e5 4157 488d05f3ffffff 488907 ff27 > \
+                      | unresolved jump table
+differences, kept     | < 55 @ 4889e5 4157 488d1533000000 4863048a 4801d0 \
+                        488907 ff27 > =40 c4ffffff =50             | 1+3 1 3b
+ ... not into it      | < 55 @ 4889e5 4157 488d1533000000 4863048a 4801d0 \
+                        488907 ff27 > =40 c6ffffff =50             | 1+5 2
+a part goes on        | < 55 @ 4889e5 4157 6690 488b07 ffe0 > \
+                        < 4801f8 74f4 c3 >                   | 1+5 2
+ ... with a label     | < 55 @ 4889e5 4157 6690 488b07 ffe0 > \
+                        < 488d05f4ffffff 74f0 c3 > \
+                      | unresolved jump table
+ ... with a table     | < 55 @ 4889e5 4157 6690 488b07 ffe0 > \
+                        < 488d052c000000 74f0 c3 > =40 c4ffffff =50 | 1+3 1 3b
 one instruction       | < 55 @ b801000000 ffe0 >             | 1+5 1
 slot to the GOT       | < 55 @ 4889e5 4157 ff2500000000 >    | 1+5 2
 
@@ -559,10 +641,33 @@ long two(unsigned char *p, long n)
     }
     return sum;
 }
+long both(unsigned char *p, long n, long m)
+{
+    long sum = n;
+    for (; n; n--, p++)
+        switch (*p & 7) {
+        case 0: sum += g(p[1]); break;
+        case 1: sum -= g(p[3]); break;
+        case 2: sum ^= g(p[5]); break;
+        case 3: sum *= g(p[7]); break;
+        case 4: sum |= g(p[9]); break;
+        }
+    do
+        switch (g(m) & 7) {
+        case 0: sum += g(p[2]); break;
+        case 1: sum -= g(p[4]); break;
+        case 2: sum ^= g(p[6]); break;
+        case 3: sum *= g(p[8]); break;
+        case 5: sum |= g(p[9]); break;
+        }
+    while (--m);
+    return sum;
+}
 int g(int x) { return x * 3; }
 int main(int argc, char **argv)
 {
-    return dense(argc, 2) + two((unsigned char *)argv[0], argc);
+    return dense(argc, 2) + two((unsigned char *)argv[0], argc)
+        + both((unsigned char *)argv[0], argc, 2);
 }
 """
 SWITCH_FLAGS = (
@@ -617,7 +722,7 @@ class JumpTableTest(unittest.TestCase):
         elf = Elf(program)
         scan = elf.scan()
         found, unresolved, within = set(), [], set()
-        for name in ("dense", "two"):
+        for name in ("dense", "two", "both"):
             function = elf.function_at(names[name])
             analysis = x86.analyse(function)
             jumps = x86.resolve_jumps(analysis, elf.read, scan.is_executable)
