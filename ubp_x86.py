@@ -2461,6 +2461,7 @@ class Analysis:
     data         what it reads of its own bytes
     own          vaddrs that no other function can hold
     targets      vaddrs inside that its own direct branches lead to
+    inside       the same, those of its calls too, but not of strays
     sources      sorted vaddrs of the opcodes of all its direct branches,
                  strays included
     padding_end  end of the function and of the padding behind it
@@ -2529,6 +2530,7 @@ class Analysis:
                 self.indirect.append(low + pos)
             if 0 <= to < n_padded:
                 (taken if opcode == 0x8d else data).add(low + to)
+        self.inside = frozenset(inside)
         if inside:
             known = set(walk.starts)
             inside = [to for to in inside if to not in known]
@@ -2597,7 +2599,8 @@ class Analysis:
         """Return the vaddrs of the instructions that may lead to vaddr;
         None among them for a way from outside. An unknown jump leads where
         nothing else does, or if is_guessed nowhere."""
-        if self._ways is None:
+        is_aim = vaddr in self.inside or self.strays
+        if is_aim and self._ways is None:
             self._ways = collections.defaultdict(list)
             for form, source in itertools.compress(
                     zip(self.forms, self.starts), map(_IS_MARKED,
@@ -2605,7 +2608,7 @@ class Analysis:
                 target = self.aim(form, source)[0]
                 if target is not None:
                     self._ways[target].append(source)
-        ways = list(self._ways.get(vaddr, ()))
+        ways = list(self._ways.get(vaddr, ())) if is_aim else []
         before = self.before(vaddr)
         if before is not None and before.flow not in _ENDS:
             ways.append(before.vaddr)
@@ -2787,7 +2790,8 @@ def resolve_jumps(analysis, read, is_executable):
             for vaddr in analysis.indirect:
                 if vaddr not in analysis.known:
                     _resolve(analysis, vaddr, bases, read, is_executable)
-            if n_known == len(analysis.known) and not analysis.is_guessed:
+            if (n_known == len(analysis.known) < len(analysis.indirect) - 1
+                    and not analysis.is_guessed):
                 analysis.is_guessed, n_known = True, -1
         _confirm(analysis)
         targets = set().union(*analysis.known.values())
