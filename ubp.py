@@ -7826,6 +7826,9 @@ def _modules_or_none(tracer):
         return []                   # it has ended
 
 
+_LOOKS_AT_FOREIGN = 5       # before it is believed that another tool was there
+
+
 class _Restoring:
     """The steps of restore: what is decided outside the pause, and in it."""
 
@@ -7870,10 +7873,23 @@ class _Restoring:
         for records in unexplained:
             if self._is_beneath(records, ranges):
                 self.restored += records
-            elif not self._is_of_another_ubp(records[-1]):
+            elif not (self._is_replaced(records[-1])
+                      or self._is_of_another_ubp(records[-1])):
                 self.foreign.append(records[-1])
         self.outside = moves_out(self.restored)
         self.ways_back = WaysBack(self.tracer, self.restored)
+
+    def _is_replaced(self, record):
+        """Has other memory, as it is in its file, taken a site's place? A
+        library may go, and another come, just before we look."""
+        for vaddr, old, _ in record.patches:
+            text = _text_at(self.tracer, vaddr, len(old))
+            if text is not None and not any(
+                    module.low <= vaddr < module.high and module.has_file
+                    and old != module.read_file(vaddr, len(old)) == text
+                    for module in self.modules):
+                return False
+        return True
 
     def _is_beneath(self, records, ranges):
         """Is what differs at a site the patch of another, in ranges?"""
@@ -8035,6 +8051,11 @@ def restore(tracer, arenas, timeout, last_look=lambda: None):
 
     try:
         steps.survey()
+        for _ in range(_LOOKS_AT_FOREIGN if steps.foreign else 0):
+            if steps.foreign:       # or libraries come and go meanwhile
+                steps.close()
+                steps.modules = None
+                steps.survey()
     except (Again, OSError):
         steps.patches = None        # it is surveyed again in the pause
     tracer.may_ask = True
@@ -9306,7 +9327,7 @@ class Planner:
     def lose(self, module):
         """Let go of what is known of a module: it is gone."""
         for known in (self._scans, self._texts, self._known,
-                      self._forbidden, self._go):
+                      self._forbidden):
             known.pop(module, None)
 
     def forget(self):

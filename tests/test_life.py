@@ -1685,6 +1685,48 @@ class Hook(unittest.TestCase):
                 self.assertEqual(0, probe.dropped)
             self.left_as_it_was(process)
 
+    def test_what_is_unloaded_for_good_is_forgotten_and_met_again(self):
+        """After many libraries; here after each."""
+        most, ubp._MOST_ASLEEP_MODULES = ubp._MOST_ASLEEP_MODULES, 0
+        self.addCleanup(setattr, ubp, "_MOST_ASLEEP_MODULES", most)
+        with self.target() as process:
+            with ubp.attach(process.pid) as target:
+                probe, calls = self.probe(target), 0
+                for _ in range(3):
+                    process.ask("o")
+                    process.ask("c")
+                    process.ask("u")
+                    calls += N_CONSTRUCTED + N_CALLED
+                    self.assertTrue(live.settled(
+                        lambda: "unloaded" in target.notes[-1], 10))
+                    self.assertEqual(calls, self.counted(probe))
+            self.left_as_it_was(process)
+
+    def test_another_library_in_its_place_is_no_other_tool(self):
+        """It came when nobody looked; its text is that of its file."""
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        library = os.path.join(folder, "plug.so")
+        shutil.copy(live.build_library("plug"), library)
+        with live.Target("plugins", library, str(N_ROUNDS),
+                         flags=("-rdynamic",)) as process:
+            with ubp.attach(process.pid) as target:
+                probe = self.probe(target)
+                process.ask("o")
+                [vaddr] = [site.vaddr for site in probe.sites
+                           if site.names[0] == "plug"]
+                target._look_for_libraries = lambda *_, **__: None
+                process.ask("u")
+                os.unlink(library)
+                shutil.copy(live.build_library("plug", ("-O0",)), library)
+                process.ask("o")
+                self.assertIn(library, [
+                    m.path for m in live.maps(process.pid)
+                    if m.start <= vaddr < m.end and "x" in m.permissions])
+                target.close()
+                self.assertEqual((), target.removal.notes)
+            self.left_as_it_was(process)
+
     def test_a_tight_loop_under_musl(self):
         """There it is the constructors that run each time."""
         if not os.path.exists(MUSL):
