@@ -3287,8 +3287,8 @@ def _comes_back(part, family, branches):
 def _indirect_exit(analysis, vaddr, family, branches):
     """[Exit] if an indirect jump can lead nowhere inside, [] if always."""
     jumps = resolve_jumps(analysis, branches.read, branches.is_executable)
-    if vaddr not in jumps.unresolved + jumps.stored:
-        targets = analysis.known[vaddr]
+    targets = analysis.known.get(vaddr)
+    if targets and vaddr not in jumps.stored:
         if all(any(f.vaddr <= target < f.vaddr + f.size for f in family)
                for target in targets):
             return []

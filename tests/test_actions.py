@@ -341,6 +341,7 @@ FRAMES = """
 deep     | 550 | 550
 jumper   | 100 | 50
 tail     | 100 | 100
+far_tail | 100 | 100
 sleeper  | 5   | 5
 """
 

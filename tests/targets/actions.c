@@ -65,6 +65,13 @@ CALLED long tail(long n)
     return n + 2;
 }
 
+/* The same by way of a pointer, as -fno-plt has it. */
+long far_tail(long n), far_end(long n);
+long (*far_word)(long) = far_end;
+FUNCTION(far_end, "lea (%rdi,%rdi,4),%rax\n ret");
+FUNCTION(far_tail, "test %rdi,%rdi\n js 1f\n lea 2(%rdi),%rax\n ret\n"
+         "1: dec %rdi\n jmp *far_word(%rip)");
+
 /* Takes a known time at least. */
 CALLED long sleeper(long us)
 {
@@ -172,6 +179,9 @@ static void frames(void)
     for (long i = -50; i < 50; i++)
         if (tail(i) != (i < 0 ? (i - 1) * 5 : i + 2))
             wrong("tail(%ld)", i);
+    for (long i = -50; i < 50; i++)
+        if (far_tail(i) != (i < 0 ? (i - 1) * 5 : i + 2))
+            wrong("far_tail(%ld)", i);
     for (int i = 0; i < 5; i++)
         if (sleeper(2000 * i) != 2000 * i)
             wrong("sleeper");
