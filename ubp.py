@@ -7880,16 +7880,18 @@ class _Restoring:
         self.ways_back = WaysBack(self.tracer, self.restored)
 
     def _is_replaced(self, record):
-        """Has other memory, as it is in its file, taken a site's place? A
-        library may go, and another come, just before we look."""
-        for vaddr, old, _ in record.patches:
-            text = _text_at(self.tracer, vaddr, len(old))
-            if text is not None and not any(
-                    module.low <= vaddr < module.high and module.has_file
-                    and old != module.read_file(vaddr, len(old)) == text
-                    for module in self.modules):
-                return False
-        return True
+        """Has a library taken a site's place where it has no code, or other
+        code, as in its file? One may go, and another come, before we look.
+        """
+        def is_of_other(module, vaddr, old, text):
+            return (module.low <= vaddr < module.high and module.has_file
+                    and (not any(low <= vaddr < low + size
+                                 for low, size, _ in module.text)
+                         or old != module.read_file(vaddr, len(old)) == text))
+
+        return all(any(is_of_other(module, vaddr, old, _text_at(
+            self.tracer, vaddr, len(old))) for module in self.modules)
+            for vaddr, old, _ in record.patches)
 
     def _is_beneath(self, records, ranges):
         """Is what differs at a site the patch of another, in ranges?"""
