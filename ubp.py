@@ -10894,6 +10894,8 @@ class Installer:
         self.asleep = collections.OrderedDict()     # {Module that was
         #                             unloaded: its Patches}, should it return
         self._links = set()         # (Arena, other that its code refers to)
+        self._gone = {}     # {site >> 8: [(Arena, Record)]}, taken out; no
+        #                     window is longer than that
         self.clock = None
         self.offers = ubp_x86.Place(_DUMMY_SHARDS, 0)
         self._looked = set()        # what was asked of the target already
@@ -11163,8 +11165,7 @@ class Installer:
                            for body in bodies
                            if body.part[0].action == "call")
         before = tuple(old for _, old in patch.records)
-        change = Change(record, before, self._past(patch.window, before)
-                        if patch.window.has_inner else ())
+        change = Change(record, before, self._past(patch.window, before))
         patch.records.append((arena, record))
         patch.bodies = bodies
         for other in patch.absorbs:
@@ -11174,10 +11175,18 @@ class Installer:
 
     def _past(self, window, before):
         """The Records, but for those before, of windows that had bytes of
-        one: from their trampolines a thread might come into its middle."""
+        one: from their trampolines a thread might come into its middle.
+        Where no branch is displaced, only removal may leave one there."""
         known = {record.trampoline for record in before}
+        records = itertools.chain.from_iterable(
+            arena.records for arena in self.arenas
+        ) if window.has_inner else [
+            record for place in range((window.site >> 8) - 1,
+                                      (window.site + window.size >> 8) + 1)
+            for arena, record in self._gone.get(place, ())
+            if arena in self.arenas]
         return tuple(
-            record for arena in self.arenas for record in arena.records
+            record for record in records
             if record and record.trampoline not in known
             and record.site < window.site + window.size
             and window.site < record.site + record.window_size)
@@ -11288,6 +11297,10 @@ class Installer:
             if done or unused else Removal(0, 0, 0, 0, (), ())
         for patch in done:
             self.patches.pop(patch.window.site, None)
+        for arena, record in records:
+            if arena not in unused:
+                self._gone.setdefault(record.site >> 8, []).append(
+                    (arena, record))
         for arena in unused:
             if not _is_mapped_still(self.tracer, arena):
                 self.arenas.remove(arena)
