@@ -3,9 +3,9 @@
     suite.py            run all
     suite.py WORD...    run what pytest makes of these words, in one process
 
-BESIDE keeps a processor busy; the others wait for most of their time. They do
-not meet: what is built is renamed into place, and what changes the kernel's
-state for a file, like a uprobe, or measures the host is not in BESIDE.
+They take about as long as each other, and do not meet: what is built is
+renamed into place, no test looks at processes of others, and those that set
+uprobes, which are the kernel's for a file, or use gdb are not in BESIDE.
 """
 import glob
 import os
@@ -14,8 +14,8 @@ import sys
 import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-BESIDE = ("bodies decode elf exact expressions jumps pictures probe_spec "
-          "relocate servers sites structure window").split()
+BESIDE = ("actions bodies decode elf exact expressions jumps kill pictures "
+          "probe_spec relocate servers sites structure window").split()
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-rsfE",
           "-p", "no:cacheprovider"]
 
