@@ -153,11 +153,11 @@ PROGRAMS = """
 xz-utils | xz -k -c -T2 {}/data
 sqlite3  | sqlite3 :memory: ".read {}/t.sql"
 openssl  | openssl speed -seconds 1 -bytes 1024 sha256 aes-128-cbc
+gcc      | @cc1 -quiet -O2 -fpreprocessed {}/t.i -o -
 python3  | @python -m test -q --randseed 1 test_json test_struct test_math
 """
 # The same in the full run: UBP_TEST_ALL=1.
 LONG_PROGRAMS = """
-gcc      | @cc1 -quiet -O2 -fpreprocessed {}/t.i -o -
 openssl  | openssl dgst -sha512 -hex {}/data
 openssl  | openssl enc -aes-256-ctr -K 11 -iv 22 -in {}/data
 openssl  | openssl speed -seconds 1 -bytes 1024 sha256 aes-128-cbc rsa2048
