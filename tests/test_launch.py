@@ -22,9 +22,11 @@ import live
 
 UBP = os.path.join(os.path.dirname(live.HERE), "ubp.py")
 
-# Says what it sees of its terminal and which signals come.
+# Says what it sees of its terminal and which signals come. A signal also
+# writes to a pipe that is waited for: one that came just before a blocking
+# read would only be told after it, by env too.
 PROGRAM = r"""
-import os, signal, sys
+import os, select, signal, sys
 def told(*words):
     os.write(1, (" ".join(map(str, words)) + "\n").encode())
 def note(signo, frame):
@@ -41,8 +43,18 @@ told("nice", os.nice(0), "umask", os.umask(0), "folder", os.getcwd())
 told("environment", sorted(os.environ))
 for name in ("SIGCONT", "SIGWINCH", "SIGINT", "SIGQUIT", "SIGUSR1"):
     signal.signal(getattr(signal, name), note)
+came, comes = os.pipe()
+for fd in came, comes:
+    os.set_blocking(fd, False)
+signal.set_wakeup_fd(comes)
 told("up")
-for line in iter(sys.stdin.readline, ""):
+while True:
+    if came in select.select([0, came], [], [])[0]:
+        os.read(came, 64)
+        continue
+    line = os.read(0, 4096).decode()
+    if not line:
+        break
     told("got", line.strip())
     if line == "stop\n":
         os.kill(os.getpid(), signal.SIGTSTP)
