@@ -4499,6 +4499,8 @@ _ALL_SIGNALS = b"\xff" * 8
 STEP_ASIDE = signal.SIGWINCH    # to a guardian; who does not know ignores it
 _MOST_KNOWN = 256           # mappings whose Gadgets are known
 _FRAME_MARK = b"ubp: frame end\r\n"     # 16 bytes, above each signal frame
+# Injected syscalls that come to nothing if they are not run, of a dead ubp.
+_INJECTED = (SYS_mmap, SYS_munmap, SYS_madvise, SYS_memfd_create, SYS_close)
 
 
 class Again(Exception):
@@ -4739,6 +4741,7 @@ class Tracer:
                 _ATTEMPT_S + _ATTEMPT_PER_THREAD_S * len(self.threads))
             try:
                 self._interrupt_all(attempt)
+                self._undo_injections()
                 return action()
             finally:
                 self._release()
@@ -4894,6 +4897,29 @@ class Tracer:
                 raise Again("its threads come and go")
             if not fresh and not again and self._find_siblings():
                 raise Again("a process that shares its memory was created")
+
+    def _undo_injections(self):
+        """Put back threads that are still to run what a killed ubp injected.
+
+        A thread that got no processor since, or is stopped, would else map
+        or unmap memory, or close a descriptor, after we have cleaned up: by
+        then the place, or the number, may be somebody else's.
+        """
+        for thread in self.threads.values():
+            if thread.state != STOPPED or not ubp_x86.may_run_a_syscall(
+                    thread.regs, _INJECTED):
+                continue
+            tid = thread.tid
+            memory = _injected_frame(
+                tid, ubp_x86.program_counter(thread.regs),
+                ubp_x86.stack_pointer(thread.regs))
+            if memory:
+                thread.regs, mask = ubp_x86.regs_before_injection(
+                    thread.regs, memory)
+                self.set_regs(tid, thread.regs)
+                mask = ctypes.create_string_buffer(mask, 8)
+                ptrace(PTRACE_SETSIGMASK, tid, 8, ctypes.addressof(mask))
+                log.debug("thread %d was to run a dead ubp's syscall", tid)
 
     def _interrupt(self, thread):
         try:
@@ -5749,6 +5775,16 @@ class Injection:
             if error.errno != errno.ESRCH:
                 raise
             self.tracer.lose(self._thread.tid)
+
+
+def _injected_frame(tid, rip, rsp):
+    """The head of a signal frame on which a syscall is to be run, or b""."""
+    try:
+        memory = read_memory(tid, rsp, ubp_x86.FRAME_HEAD)
+        code = read_memory(tid, rip, len(ubp_x86.SYSCALL_RET))
+    except OSError:
+        return b""                  # it has no stack, so no frame of ours
+    return memory if ubp_x86.is_injected(code, memory) else b""
 
 
 def _get_xstate(tid):
@@ -16554,6 +16590,9 @@ def _end_left_guardian(pid, take_all, timeout):
 def _clean(tracer, take_all, timeout):
     limit = time.monotonic() + timeout
     total = Removal(0, 0, 0, 0, (), ())
+    if _is_in_injection(tracer.tgid):       # each pause undoes that first
+        tracer.pause(lambda: None, max(0.5, limit - time.monotonic()),
+                     "unmap")
     owners = collections.OrderedDict()      # whose arenas go together
     for view in find_arenas(tracer.tgid):
         header = view.header
@@ -16587,6 +16626,21 @@ def _clean(tracer, take_all, timeout):
     if n_closed:
         total += Removal(0, 0, 0, n_closed, (tracer.tgid,), ())
     return total
+
+
+def _is_in_injection(pid):
+    """Is a stopped thread still to run what a dead ubp injected?
+
+    Of threads that run, the kernel tells nothing; but they get on.
+    """
+    for tid in thread_ids(pid):
+        words = read_proc("/proc/%d/task/%d/syscall" % (pid, tid)).split()
+        if len(words) != 3:         # proc(5): else "-1", rsp, rip
+            continue
+        rsp, rip = [int(word, 16) for word in words[1:]]
+        if _injected_frame(tid, rip, rsp):
+            return True
+    return False
 
 
 def _clear_left_registers(tracer, limit):

@@ -8056,6 +8056,7 @@ _RED_ZONE = 128
 _FRAME = struct.Struct("<QQQQI4xQ18QH4xH32xQ64x8s")
 _SOFTWARE_BYTES, _MAGIC2 = struct.Struct("<IIQI28x"), struct.Struct("<I")
 _POP_RAX = struct.Struct("<QQ")         # a POP_RAX_RET, and what it pops
+FRAME_HEAD = _FRAME.size + _POP_RAX.size    # bytes that is_injected looks at
 _SOFTWARE_AT, _FXSAVE_SIZE = 464, 512   # SDM 13.4.1: bytes that XSAVE leaves
 _XSTATE_BV_AT, _XSAVE_HEADER = 512, 64  # SDM 13.4.2
 _FPSTATE_ALIGN = 64
@@ -8563,6 +8564,40 @@ def _frame_image(xstate):
         image, _SOFTWARE_AT, FP_XSTATE_MAGIC1, len(image) + _MAGIC2.size,
         features & ~_XFEATURE_TILE_DATA, len(image))
     return bytes(image) + _MAGIC2.pack(FP_XSTATE_MAGIC2)
+
+
+def may_run_a_syscall(regs, numbers):
+    """May a thread be about to run one of these syscalls for syscall_regs?
+
+    Cheap, for each thread of a pause; is_injected tells for sure.
+    """
+    return (_U64.unpack_from(regs, 8 * _ORIG_RAX)[0] == _U64_MAX
+            and _U64.unpack_from(regs, 8 * _RAX)[0] in numbers)
+
+
+def is_injected(code, memory):
+    """Is a thread in front of the syscall that syscall_regs led it to?
+
+    code   bytes at its rip;   memory   FRAME_HEAD bytes at its rsp
+    """
+    return (code.startswith(SYSCALL_RET) and len(memory) == FRAME_HEAD
+            and _frame_words(memory)[1:6] == (_UC_FLAGS, 0, 0, _SS_REJECTED,
+                                              0))
+
+
+def _frame_words(memory):
+    """The fields of a signal_frame, with or without what pops its rax."""
+    has_pop = memory[8:_POP_RAX.size] == _U64.pack(NR_RT_SIGRETURN)
+    return _FRAME.unpack_from(memory, has_pop * _POP_RAX.size)
+
+
+def regs_before_injection(regs, memory):
+    """What rt_sigreturn would put back where is_injected. -> (regset, mask)
+    """
+    words = _frame_words(memory)
+    changes = dict(zip(_SIGCONTEXT_ORDER, words[6:24]))
+    changes[_ORIG_RAX] = -1
+    return _replaced(regs, changes), words[-1]
 
 
 def frames_on_stack(memory, vaddr, restorers):

@@ -101,6 +101,25 @@ for line in sys.stdin:
         flush=True)
 """
 
+# Dies in front of the n-th syscall that it injects, and tells its number.
+LAST_CALL = """
+begin, n_calls = ubp.Injection._until_syscall_stop, [0]
+
+def end(injection, tid):
+    regs = injection.tracer.get_regs(tid)
+    if ubp.ubp_x86.program_counter(regs) == injection._gadget:
+        if n_calls[0] == int(sys.argv[2]):
+            print("number=%d" % ubp.ubp_x86.syscall_result(regs), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        n_calls[0] += 1
+    begin(injection, tid)
+
+ubp.Injection._until_syscall_stop = end
+with ubp.attach(int(sys.argv[1])) as target:
+    target.probe("exe:hot", ubp.Latency()).remove()
+print("number=-1", flush=True)
+"""
+
 HOTS = "exe:hot exe:tiny exe:keep exe:marked libc:labs"
 PHASES = (("-", 0.1), ("S", 0.0005), ("I", 0.0003), ("I", 0.0003),
           ("T", 0.0002), ("T", 0.0), ("R", 0.0005), ("r", 0.03), ("d", 0.03),
@@ -231,6 +250,30 @@ ubp.attach(int(sys.argv[1])).probe("exe:hot", ubp.Latency())
             self.ubp.clean(target.pid)
             live.Snapshot(target.pid).compare(self, before)
             target.quit()
+
+    def test_what_a_stopped_thread_was_to_run_is_not_run_after_clean(self):
+        """Killed before a syscall, it leaves it to a thread that is stopped:
+        run after all was cleaned, it would map, unmap or close anew."""
+        found = []
+        for n in range(20):
+            with self.subTest(n), live.Target("busy", 1) as target:
+                before = live.Snapshot(target.pid)
+                live.stop(target.pid)
+                tracer = live.python(LAST_CALL, target.pid, n)
+                found.append(tracer.answer()["number"])
+                tracer.wait()
+                tracer.kill()
+                self.assertTrue(live.settled(
+                    lambda: set(live.states(target.pid)) == {"T"}))
+                self.ubp.clean(target.pid)
+                os.kill(target.pid, signal.SIGCONT)
+                self.assertEqual(0, target.ask("p")["wrong"])
+                live.Snapshot(target.pid).compare(self, before)
+                target.quit()
+            if found[-1] < 0:
+                break
+        # prctl, memfd_create, 3 x mmap, madvise, close; and munmap at the end
+        self.assertEqual([157, 319, 9, 9, 9, 28, 3, 11, -1], found)
 
     def test_memory_below_small_stacks_is_never_written(self):
         """Hazard 9: coroutine stacks of 2 KiB side by side, and alternate

@@ -220,10 +220,6 @@ static void report(uint64_t since)
 static void *runner(void *argument)
 {
     long key = (long)argument;
-    sigset_t set;
-    sigemptyset(&set);
-    sigaddset(&set, SIGALRM);           /* it is for the main thread */
-    pthread_sigmask(SIG_BLOCK, &set, NULL);
     for (;;) {
         pthread_barrier_wait(&begin);
         if (quitting)
@@ -283,8 +279,13 @@ int main(int argc, char **argv)
     bounded();
     pthread_barrier_init(&begin, NULL, n_threads + 1);
     pthread_barrier_init(&end, NULL, n_threads + 1);
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGALRM);           /* it is for the main thread */
+    pthread_sigmask(SIG_BLOCK, &set, NULL);
     for (long n = 0; n < n_threads; n++)
         start(runner, (void *)n);
+    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
     if (argc > 3)
         forbid(atoi(argv[3]));
     say("ready pid=%d", getpid());
