@@ -19442,6 +19442,7 @@ class Watched:
         self.named = ()             # the expressions whose values it names
         self.pid, self.name = target.pid, describe(target.pid, target.comm)
         self.is_running, self.n_notes = True, 0
+        self.began_ns = 0           # a tree has no exit from before
 
     @property
     def probes(self):
@@ -19851,6 +19852,9 @@ class Session:
                 if group.until:
                     self._arm_group(watched, group, group.probes, Count(),
                                     group.until)
+            if options.tree and not all(map(self.view.is_exits_only,
+                                            options.groups)):
+                watched.began_ns = _realtime_ns()
             self.watched.append(watched)
         n_refused = len(watched.refused)
         say("%s: %s%s; stopped %.2f ms; %s" % (
@@ -20134,8 +20138,11 @@ class Session:
         """Print what was traced since the last look."""
         events, has_lines = [], type(self.sink) in (HitLines, HitJson)
         for watched in self.watched:
-            events += watched.target._read_events(
+            made = watched.target._read_events(
                 is_last, self.lines.of_columns if has_lines else None)
+            events += ([event for event in made
+                        if event[0] >= watched.began_ns]
+                       if watched.began_ns else made)
         if len(self.watched) > 1:
             events.sort(key=_time_of)
         if self.options.hits:

@@ -16,6 +16,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 import unittest.mock
@@ -584,6 +585,19 @@ class OneLiners(unittest.TestCase):
         self.assertRegex(out, r"(?m)  +\S+:call\(hex\(arg0\)=0x"
                          r"[0-9a-f]+\)")
         self.assertRegex(out, r"(?m) us  \} \S+:processCommand s32\(ret\)=0$")
+
+    def test_a_tree_of_a_busy_program_begins_with_an_entry(self):
+        """The exits are armed before the entries: what is left between the
+        two was entered unseen. One call may run when the second is armed."""
+        server = self.redis()
+        load = threading.Thread(target=server.load, args=(200000, 5, "get"))
+        load.start()
+        self.addCleanup(load.join)
+        out, _ = self.probe(server.pid, "trace", "--tree",
+                            "exe:processCommand", "--hits", "20")
+        unseen = [line for line in out.splitlines()
+                  if re.search(r"\A\S+ +\d+ +\} ", line)]
+        self.assertLessEqual(len(unseen), 1, out)
 
     def test_flight_recorder_keeps_what_led_to_its_end(self):
         server = self.redis()
