@@ -3061,8 +3061,8 @@ class Spec(NamedTuple):
 
 
 _NOT_BUILT = (              # (pattern, what it is)
-    (re.compile(r"usdt:"), "static probes (usdt:)"),
-    (re.compile(r".*[^:]:[0-9]+$"), "probing source lines (FILE:LINE)"))
+    (re.compile(r"usdt:"), "a static probe (usdt:)"),
+    (re.compile(r".*[^:]:[0-9]+$"), "a source line (FILE:LINE)"))
 _ADDRESS = re.compile(r"0[xX][0-9a-fA-F]{1,16}$")
 _OFFSET = re.compile(r"(.+)\+(0[xX][0-9a-fA-F]{1,16}|[0-9]{1,19})$", re.S)
 _MODULE = re.compile(r"(?<!:):(?!:)")
@@ -20631,7 +20631,11 @@ def main(argv=None):
     signals = Signals()
     reserve_standard_fds()
     try:
-        options = parse_options(argv)
+        try:
+            options = parse_options(argv)
+        except HelpWanted as wanted:
+            open_stdout(signals).write(wanted.text)
+            return 0
         verb = {"list": verb_list, "plan": verb_plan, "show": verb_show,
                 "status": verb_status, "clean": verb_clean}.get(
                     options.verb, verb_probe)
@@ -20639,9 +20643,6 @@ def main(argv=None):
             return verb(options, signals)
         with signals:
             return verb(options, signals)
-    except HelpWanted as wanted:
-        open_stdout(signals).write(wanted.text)
-        return 0
     except UbpError as error:
         report(error)
         return exit_status(error, argv)

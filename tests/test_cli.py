@@ -562,6 +562,10 @@ class Counts(Live):
                 self.assertIn("ubp: removed", err)
                 self.assertIn("cannot write to %s: ENOSPC" % name, err)
                 self.assertNotIn("Traceback", err)
+            for words in ["--help"], ["count", "--help"]:
+                self.assertEqual(run(*words, stdout=full)[::2], (
+                    1, "ubp: cannot write to stdout: ENOSPC: No space left "
+                    "on device\n"))
         self.assert_whole()
 
     def test_an_output_that_cannot_be_opened(self):

@@ -59,6 +59,15 @@ def python_files():
 
 class Structure(unittest.TestCase):
 
+    def test_readme_tells_how_long_the_files_are(self):
+        """To a twentieth: a reader decides by it whether to begin."""
+        readme = read("README.md")
+        for name in FILES:
+            told, = re.findall(r"`%s` \(([0-9 ]+) lines\)" % name, readme)
+            n_lines = len(read(name).splitlines())
+            self.assertLess(abs(int(told.replace(" ", "")) - n_lines),
+                            n_lines / 20, (name, n_lines))
+
     def test_docstring_is_the_map_of_the_banners(self):
         for name, text, tree in trees():
             with self.subTest(name):
