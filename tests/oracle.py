@@ -48,6 +48,8 @@ ALLOWED = [
      "there are six segment registers, and cs cannot be loaded"),
     ("ubp", r"(?:..)*67.*", r".*%eip.*",
      "the address is computed modulo 2**32; objdump extends its sign"),
+    ("ubp", r"(?:..)*d6", r".*\b(?:salc|udb)",
+     "salc is in no manual; udb raises #UD, as what is undefined does"),
     ("ubp", r"(?:..)*dbe5", r".*frstpm.*",
      "an 80287's; later ones raise #UD"),
     ("neither", r"(?:..)*0f1[ab].*", r"bnd\w+ .*\(bad\).*",

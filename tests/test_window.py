@@ -722,7 +722,9 @@ class JumpTableTest(unittest.TestCase):
         elf = Elf(program)
         scan = elf.scan()
         found, unresolved, within = set(), [], set()
-        for name in ("dense", "two", "both"):
+        for name in sorted(names):      # gcc may clone: both.constprop.0
+            if name.split(".")[0] not in ("dense", "two", "both"):
+                continue
             function = elf.function_at(names[name])
             analysis = x86.analyse(function)
             jumps = x86.resolve_jumps(analysis, elf.read, scan.is_executable)
@@ -730,7 +732,8 @@ class JumpTableTest(unittest.TestCase):
             unresolved += jumps.unresolved
             within.update(target for target in expected
                           if 0 <= target - function.vaddr < function.size)
-        self.assertGreater(len(expected), 12)
+        if "-O0" not in flags:
+            self.assertGreater(len(expected), 12)
         self.assertEqual(found & within, within)
         self.assertEqual(unresolved, [])
         # A table whose bound is not seen (-O0 compares memory) is read on.
