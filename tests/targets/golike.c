@@ -18,7 +18,7 @@ long enter(void *fn, long plus, long x, void *g);
 FUNCTION(enter, "push %rbx\n push %rbp\n push %r12\n push %r14\n mov %rcx,%r14\n"
          "mov %rsp,back_here(%rip)\n mov %rdx,%rax\n mov %rdx,%rbx\n"
          "lea go_exit(%rip),%rcx\n inc %rcx\n push %rcx\n"
-         "add %rsi,%rdi\n jmp *%rdi");
+         "mov %rsp,%r12\n add %rsi,%rdi\n jmp *%rdi");
 FUNCTION(go_exit, "nop\n call go_exit1\n nop");
 FUNCTION(go_exit1, "mov back_here(%rip),%rsp\n pop %r14\n pop %r12\n pop %rbp\n"
          "pop %rbx\n ret");
