@@ -7862,9 +7862,6 @@ def _modules_or_none(tracer):
         return []                   # it has ended
 
 
-_LOOKS_AT_FOREIGN = 5       # before it is believed that another tool was there
-
-
 class _Restoring:
     """The steps of restore: what is decided outside the pause, and in it."""
 
@@ -7918,16 +7915,28 @@ class _Restoring:
     def _is_replaced(self, record):
         """Has a library taken a site's place where it has no code, or other
         code, as in its file? One may go, and another come, before we look.
+        Nor is a page code that nobody has written to, of a library that is
+        being mapped, or memory that is nobody's text, as the heap.
         """
         def is_of_other(module, vaddr, old, text):
-            return (module.low <= vaddr < module.high and module.has_file
+            end = module.high + -module.high % PAGE
+            return (module.low <= vaddr < end and module.has_file
                     and (not any(low <= vaddr < low + size
                                  for low, size, _ in module.text)
                          or old != module.read_file(vaddr, len(old)) == text))
 
-        return all(any(is_of_other(module, vaddr, old, _text_at(
-            self.tracer, vaddr, len(old))) for module in self.modules)
-            for vaddr, old, _ in record.patches)
+        def is_no_text(vaddr, text):
+            mapping = self._mapping(vaddr)
+            return (text is not None and mapping is not None
+                    and (not is_own_page(self.tracer.tgid, vaddr)
+                         or not mapping.inode and "x" not in mapping.perms))
+
+        texts = [(vaddr, old, _text_at(self.tracer, vaddr, len(old)))
+                 for vaddr, old, _ in record.patches]
+        return all(is_no_text(vaddr, text)
+                   or any(is_of_other(module, vaddr, old, text)
+                          for module in self.modules)
+                   for vaddr, old, text in texts)
 
     def _is_beneath(self, records, ranges):
         """Is what differs at a site the patch of another, in ranges?"""
@@ -8089,11 +8098,9 @@ def restore(tracer, arenas, timeout, last_look=lambda: None):
 
     try:
         steps.survey()
-        for _ in range(_LOOKS_AT_FOREIGN if steps.foreign else 0):
-            if steps.foreign:       # or libraries come and go meanwhile
-                steps.close()
-                steps.modules = None
-                steps.survey()
+        if steps.foreign:           # or libraries come and go meanwhile
+            steps.close()
+            steps.modules = steps.patches = None
     except (Again, OSError):
         steps.patches = None        # it is surveyed again in the pause
     tracer.may_ask = True

@@ -4,8 +4,9 @@
  * Commands, each with an answer: c calls; a unmaps memfds named ubp;
  * n makes victim's page PROT_NONE; w makes it writable; x executable again;
  * o overwrites victim's first bytes with code of its own; g gives the
- * library's text to anonymous memory, full of int3; h tells how much of that
- * is so still; q quit. */
+ * library's text to anonymous memory, full of int3; d unloads it, and has such
+ * memory where its text was, that cannot be executed, m pages of this program;
+ * h tells how much of the int3s is there still; q quit. */
 #include "target.h"
 #include <dlfcn.h>
 
@@ -52,11 +53,34 @@ static void unmap(char *start, size_t size)
         wrong("munmap");
 }
 
-static void steal(char *start, size_t size)
+static void steal_as(char *start, size_t size, int protection)
 {
-    stolen = mmap(start, size, PROT_READ | PROT_WRITE | PROT_EXEC,
+    stolen = mmap(start, size, protection,
                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
     memset(stolen, 0xcc, size);
+}
+
+static void steal(char *start, size_t size)
+{
+    steal_as(start, size, PROT_READ | PROT_WRITE | PROT_EXEC);
+}
+
+static void *library;
+
+static void reuse(char *start, size_t size)
+{
+    if (dlclose(library))
+        wrong("dlclose");
+    steal_as(start, size, PROT_READ | PROT_WRITE);
+}
+
+static void map_file(char *start, size_t size)
+{
+    int fd = open("/proc/self/exe", O_RDONLY);
+    if (dlclose(library))
+        wrong("dlclose");
+    stolen = mmap(start, size, PROT_READ, MAP_PRIVATE | MAP_FIXED, fd, 0);
+    close(fd);
 }
 
 static long n_kept;
@@ -71,7 +95,7 @@ static void look(char *start, size_t size)
 int main(int argc, char **argv)
 {
     int c;
-    void *library = dlopen(argv[1], RTLD_NOW);
+    library = dlopen(argv[1], RTLD_NOW);
     bounded();
     shared_hot = (long (*)(long))dlsym(library, "shared_hot");
     say("ready");
@@ -90,6 +114,8 @@ int main(int argc, char **argv)
             added = 2;
             break;
         case 'g': maps(steal, (uintptr_t)shared_hot); break;
+        case 'd': maps(reuse, (uintptr_t)shared_hot); break;
+        case 'm': maps(map_file, (uintptr_t)shared_hot); break;
         case 'h': maps(look, (uintptr_t)shared_hot); break;
         }
         say("kept=%ld wrong=%ld", n_kept, atomic_load(&n_wrong));
