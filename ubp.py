@@ -586,8 +586,9 @@ def memory_tid(pid):
     return pid
 
 
-def is_own_page(pid, vaddr):
-    """Is a page of a process a copy of its own, no longer its file's?
+def is_own_page(pid, vaddr, size=1):
+    """Is a page of a process a copy of its own, no longer its file's? Or one
+    of those that hold the size bytes at vaddr.
 
     Text that was written to remains one when it is put back; that of a
     library which is loaded again is none. True if the kernel does not tell.
@@ -595,11 +596,13 @@ def is_own_page(pid, vaddr):
     """
     try:
         with open("/proc/%d/pagemap" % memory_tid(pid), "rb", 0) as file:
-            word, = struct.unpack("<Q", os.pread(
-                file.fileno(), 8, vaddr // PAGE * 8))
-    except (OSError, struct.error):
+            first, last = vaddr // PAGE, (vaddr + size - 1) // PAGE
+            words = os.pread(file.fileno(), 8 * (last - first + 1), 8 * first)
+    except OSError:
         return True
-    return word >> 62 != 0 and not word >> 61 & 1
+    return len(words) != 8 * (last - first + 1) or any(
+        word >> 62 != 0 and not word >> 61 & 1
+        for word, in struct.iter_unpack("<Q", words))
 
 
 def comm(pid):
@@ -4675,7 +4678,10 @@ class Tracer:
                 ubp_x86.SYSCALL_RET, ubp_x86.POP_RAX_RET)]
             if len(self.known_gadgets) >= _MOST_KNOWN:
                 self.known_gadgets.clear()
-            self.known_gadgets[key] = found
+            # Not what one process alone has, nor what could not be read as
+            # it ended: another would have no signal frame of its found.
+            if code and not is_own_page(self.vm_tid(), start, len(code)):
+                self.known_gadgets[key] = found
         places = [start + at if at >= 0 else 0 for _, at in found]
         return Gadgets(places[-2], places[-1], tuple(places[:-2]))
 

@@ -75,6 +75,37 @@ class InsideWindows(unittest.TestCase):
         self.many_rounds("signals", ["exe:win_slow", "exe:win_pause"], 100,
                          inside=0.004)
 
+    def test_22_frames_are_found_whatever_the_process_before_had(self):
+        """Where code is, is remembered of files, not of one process alone."""
+        def restorers(pid):
+            tracer = ubp.Tracer(pid)
+            tracer.maps = ubp.read_maps(pid)
+            return tracer.find_gadgets().restorers
+
+        def end(pid):                   # after its maps were read
+            tracer = ubp.Tracer(pid)
+            tracer.maps = ubp.read_maps(pid)
+            tracer.read = lambda *_: os.pread(-1, 1, 0)
+            self.assertEqual((), tracer.find_gadgets().restorers)
+
+        def change(pid):
+            vaddrs = restorers(pid)
+            with open("/proc/%d/mem" % pid, "r+b", 0) as memory:
+                for vaddr in vaddrs:
+                    os.pwrite(memory.fileno(), b"\xcc", vaddr)
+            ubp.Tracer.known_gadgets.clear()
+            self.assertEqual((), restorers(pid))
+
+        for act in (end, change):
+            with self.subTest(act.__name__), live.Target(
+                    "sites") as one, live.Target("sites") as two:
+                ubp.Tracer.known_gadgets.clear()
+                act(one.pid)
+                found = restorers(two.pid)
+                self.assertNotEqual((), found)
+                ubp.Tracer.known_gadgets.clear()
+                self.assertEqual(restorers(two.pid), found)
+
     def test_3_threads_behind_a_displaced_syscall_go_on(self):
         with live.Target("windows", "sleep", seconds=240) as process:
             before = live.Snapshot(process.pid)
