@@ -1727,8 +1727,14 @@ def code_words(elf):
     if elf.type != ET_EXEC or sum(s.size for s in elf.loads) >= MAX_TABLE:
         return []
     low, high, found = elf.code_loads[0][0], elf.code_loads[-1][1], set()
+    # The highest byte in which two of them differ rules most words out.
+    place = max(0, (low ^ high - 1).bit_length() - 1) // 8
+    first, last = (vaddr >> 8 * place & 255 for vaddr in (low, high - 1))
+    may_be = bytes(first <= byte <= last for byte in range(256))
     for load in elf.loads:
-        words = _column(elf.read_vaddr(load.vaddr, load.size), "Q", 0, 1)
+        data = elf.read_vaddr(load.vaddr, load.size)
+        words = itertools.compress(_column(data, "Q", 0, 1),
+                                   data[place::8].translate(may_be))
         found.update(word for word in words if low <= word < high)
     return sorted(found)
 
@@ -9247,7 +9253,7 @@ class Planner:
     def _put(self, module, window, vaddr, absorbed):
         """Keep a new window, for the site at vaddr; absorbed: those that it
         takes the place of."""
-        before = [self._drop(other.site) for other in absorbed]
+        before = tuple([self._drop(other.site) for other in absorbed])
         vaddrs = {vaddr}.union(insn.vaddr for insn in window.insns)
         self._add(module, window, vaddrs.union(
             *(vaddrs for _, _, vaddrs in before)))
@@ -9257,7 +9263,7 @@ class Planner:
         taken = self.taken.setdefault(module, ubp_x86.ByteRanges())
         for low, high in window.ranges:
             taken.add(low, high)
-        self._kept[window.site] = module, window, vaddrs
+        self._kept[window.site] = module, window, tuple(vaddrs)
         self.windows.update(dict.fromkeys(vaddrs, window))
 
     def _drop(self, vaddr):

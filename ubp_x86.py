@@ -2012,11 +2012,14 @@ class BranchScan:
         return [(source, target) for source, target in self.into(low, high)
                 if not self.is_refuted(source)]
 
-    def far(self, low, high):
-        """Return [(source, target)] of the rel32 branches only."""
+    def far(self, low, high, own=range(0)):
+        """Return [(source, target)] of the rel32 branches only; without
+        those whose source is one of own."""
         found = self._streams(low, high, 0)
-        return self._between(self._table, low, high) if found is None else [
-            branch for branch in found if low <= branch[1] < high]
+        return self._between(self._table, low, high, own) if (
+            found is None) else [
+                branch for branch in found if low <= branch[1] < high
+                and branch[0] not in own]
 
     def operands(self, low, high):
         """Return [(vaddr of a displacement, what it leads to)] of all that
@@ -2056,13 +2059,14 @@ class BranchScan:
         """Use what make_tables() of a scan of an equal text has returned."""
         self._table, self._operands = tables
 
-    def _between(self, table, low, high):
-        """Return [(source, target)] of a sorted table."""
+    def _between(self, table, low, high, own=range(0)):
+        """Return [(source, target)] of a sorted table, without own."""
         base = self._base
         first = bisect.bisect_left(table, (low - base) << 32)
-        last = bisect.bisect_left(table, (high - base) << 32)
+        last = bisect.bisect_left(table, (high - base) << 32, first)
+        own = range(own.start - base, own.stop - base)
         return [((key & 0xffffffff) + base, (key >> 32) + base)
-                for key in table[first:last]]
+                for key in table[first:last] if key & 0xffffffff not in own]
 
     def _build(self):
         """Return the sorted arrays of target << 32 | source: of branches,
@@ -2212,8 +2216,8 @@ class BranchScan:
             analysis = self.analysis(function)
             own = analysis.own
             insns = analysis.follow([
-                target for source, target in self.far(low, end)
-                if source not in own and analysis.is_middle(target)
+                target for source, target in self.far(low, end, own)
+                if analysis.is_middle(target)
                 and self._is_branch_of_another(function, source)])
         except RefusalError:
             return array.array("Q"), 0, ()
@@ -2274,7 +2278,7 @@ class BranchScan:
             if place < covered:
                 analysis = self.analysis(function)
                 at = bisect.bisect_right(analysis.starts, place) - 1
-                insns = [analysis.insn(at)] + strays
+                insns = (analysis.insn(at),) + strays
             else:
                 insns = self._behind_it(function, covered, place)
             if insns is not None:
@@ -2465,7 +2469,15 @@ class Analysis:
     sources      sorted vaddrs of the opcodes of all its direct branches,
                  strays included
     padding_end  end of the function and of the padding behind it
+
+    There are as many as functions, so what is empty is a constant: each
+    list would be one more thing for Python's collector to look at.
     """
+
+    __slots__ = (
+        "function end forms starts padding_end indirect data entries own "
+        "strays targets inside sources last_flow jumps family rseq known "
+        "tables stored parts is_guessed references _ways _named").split()
 
     def __init__(self, function, walk):
         low, end = function.vaddr, function.vaddr + function.size
@@ -2473,15 +2485,15 @@ class Analysis:
         self.starts = array.array("Q", walk.starts)
         self.padding_end = low + _PADDING.match(
             function.code, function.size).end()
-        self.indirect, data, taken = [], set(), set()
+        data, taken = set(), set()
         sources, targets, astray = self._marks(walk, data, taken)
         words = [word for word in function.words
                  if not self._is_nothing(word)]
         taken.update(function.entries)
         firm = astray + sorted(taken)
         taken.update(words)
-        self.data, self.entries = sorted(data), sorted(
-            vaddr for vaddr in taken if low < vaddr < self.padding_end)
+        self.data, self.entries = tuple(sorted(data)), tuple(sorted(
+            vaddr for vaddr in taken if low < vaddr < self.padding_end))
         # Another function that begins within it has an entry there.
         self.own = range(low, low if self.entries else end)
         self.strays = self.follow(firm, words)
@@ -2491,12 +2503,17 @@ class Analysis:
                 if insn.flow != CALL and low <= insn.target < end:
                     targets.append(insn.target)
         self.targets = frozenset(targets)
+        if self.targets == self.inside:
+            self.inside = self.targets
         self.sources = array.array("Q", sorted(sources))
         self.last_flow = walk.forms[-1].flow if walk.forms else NEXT
-        self.jumps = self.family = self.rseq = None     # when asked for
-        self.known, self.tables = {}, collections.OrderedDict()
-        self.stored, self.parts, self.is_guessed = set(), None, False
-        self.references, self._ways, self._named = {}, None, None
+        self.family = self.rseq = self.parts = None     # when asked for
+        self.jumps = self.references = self._ways = self._named = None
+        self.known = self.tables = self.stored = ()
+        self.is_guessed = False
+        if self.indirect:
+            self.known, self.tables = {}, collections.OrderedDict()
+            self.stored = set()
 
     def _marks(self, walk, data, taken):
         """Look at the instructions that have an aim or jump indirectly.
@@ -2507,7 +2524,8 @@ class Analysis:
         into data and taken.
         """
         code, low = self.function.code, self.function.vaddr
-        sources, targets, inside, n_padded = [], [], [], self.padding_end - low
+        sources, targets, inside, indirect = [], [], [], []
+        n_padded = self.padding_end - low
         target, call, n_bytes = _TARGET, CALL, self.function.size
         for pos, (size, flow, kind, offset, width, opcode, skip) in zip(
                 walk.marks, map(_MARKS_OF, walk.marked)):
@@ -2517,7 +2535,7 @@ class Analysis:
             elif width == 1:
                 to = pos + size + (code[pos + offset] ^ 128) - 128
             else:
-                self.indirect.append(low + pos)
+                indirect.append(low + pos)
                 continue
             if kind == target:
                 sources.append(low + pos + skip)
@@ -2527,10 +2545,10 @@ class Analysis:
                         targets.append(low + to)
                 continue
             if flow == JMP_IND:
-                self.indirect.append(low + pos)
+                indirect.append(low + pos)
             if 0 <= to < n_padded:
                 (taken if opcode == 0x8d else data).add(low + to)
-        self.inside = frozenset(inside)
+        self.inside, self.indirect = frozenset(inside), tuple(indirect)
         if inside:
             known = set(walk.starts)
             inside = [to for to in inside if to not in known]
@@ -2642,7 +2660,7 @@ class Analysis:
         return False
 
     def follow(self, targets, words=()):
-        """Return the Insns from targets until they fall in with the others.
+        """Return the Insns from targets till they fall in with the others.
 
         Only targets in the middle of an instruction have any. Raises
         RefusalError where bytes on the way do not decode; not on one from a
@@ -2668,7 +2686,7 @@ class Analysis:
                     if insn.flow in _ENDS:
                         break
                     vaddr += insn.size
-        return list(strays.values())
+        return tuple(strays.values())
 
 
 def analyse(function):
@@ -2743,6 +2761,9 @@ class IndirectJumps(NamedTuple):
     stored: tuple = ()      # of those through a pointer that was stored
 
 
+_NO_JUMPS = IndirectJumps((), ())
+
+
 class _Table(NamedTuple):
     vaddr: int
     entry_size: int         # 8: absolute words, 4: relative to vaddr
@@ -2783,6 +2804,8 @@ def resolve_jumps(analysis, read, is_executable):
     comes from (_is_stored), as a table's jump has the height of the entry's
     stack, too, in a function that has no frame.
     """
+    if not analysis.indirect:
+        return _NO_JUMPS
     if analysis.jumps is None:
         bases, n_known = [], -1
         while n_known < len(analysis.known) < len(analysis.indirect):
@@ -3173,10 +3196,12 @@ def _refers_into(analysis, low, high, read, is_executable,
     A table is a run of words that are vaddrs of code, or 4-byte ones that
     are relative to its start.
     """
+    if analysis.references is None:
+        analysis.references = {}
     references = analysis.references.get(but_known)
     if references is None:
         names = analysis.names()
-        if but_known:
+        if but_known and analysis.tables:
             names -= {table.vaddr for table in analysis.tables.values()}
         references = analysis.references[but_known] = names.union(
             target for name in names for size in (8, 4)
@@ -4102,7 +4127,8 @@ def _family(analysis, branches):
     """
     if analysis.family is None:
         analysis.family = _kin(analysis, branches, branches.far(
-            analysis.function.vaddr, analysis.padding_end), _INDIRECT.search)
+            analysis.function.vaddr, analysis.padding_end, analysis.own),
+            _INDIRECT.search)
     return analysis.family
 
 
@@ -4114,7 +4140,7 @@ def _parts(analysis, branches):
         analysis.parts = _kin(
             analysis, branches, branches.into(low, min(low + 128, end))
             + branches.into(max(low, end - 128), end)
-            + branches.far(low, end), bool)
+            + branches.far(low, end, analysis.own), bool)
     return analysis.parts
 
 
