@@ -4734,10 +4734,25 @@ class Tracer:
                         "stop", self.name(), str(again) or "busy",
                         "try again; or look for a thread in state D or in "
                         "vfork: ps -L -o tid,stat,wchan -p %d" % self.tgid)
+            except (FileNotFoundError, ProcessLookupError):
+                if not self._is_killed():
+                    raise
+                raise TraceeGone("trace", self.name(),
+                                 "it was killed in that instant")
             self.finish_late()
             time.sleep(wait)
             wait = min(wait * 2, 0.05)
             patience = min(patience * 2, 32) if starved else 1
+
+    def _is_killed(self):
+        """Has it no memory any more? SIGKILL ends what is stopped, too, but
+        takes a moment."""
+        limit = time.monotonic() + 1
+        while self.is_same_process() and read_maps(memory_tid(self.tgid)):
+            if time.monotonic() > limit:
+                return False
+            time.sleep(0.001)
+        return True
 
     def name(self):
         """pid 4242 (redis-server)"""
@@ -4800,9 +4815,13 @@ class Tracer:
 
     def _open_tasks(self, tgid):
         try:
-            self._tasks[tgid] = (HeldFile("/proc/%d/task" % tgid),
-                                 HeldFile("/proc/%d/stat" % tgid))
-        except OSError:
+            tasks = HeldFile("/proc/%d/task" % tgid)
+            try:
+                self._tasks[tgid] = tasks, HeldFile("/proc/%d/stat" % tgid)
+            except OSError:
+                tasks.close()
+                raise
+        except (FileNotFoundError, ProcessLookupError):
             raise TraceeGone("trace", "pid %d" % tgid,
                              "the process has ended")
 
@@ -5998,11 +6017,39 @@ def _refusal_to_attach(pid, request, error):
                        "%s: %s: %s" % (request, code, why), hint)
 
 
+# That must be free: before something is begun, and to take it out again.
+_LEAST_DESCRIPTORS, _LEAST_TO_REMOVE = 24, 4
+
+
+def n_descriptors_left():
+    """How many files this process may still open."""
+    try:
+        n_open = len(os.listdir("/proc/self/fd"))
+    except OSError:                 # EMFILE
+        return 0
+    return os.sysconf("SC_OPEN_MAX") - n_open
+
+
+def check_descriptors(what, pid, least=_LEAST_DESCRIPTORS):
+    """Raise UbpError where too few files may be opened to look and to act.
+
+    Whose files in /proc cannot be opened would be taken for gone, and
+    probes would stay in it.
+    """
+    n_left = n_descriptors_left()
+    if n_left < least:
+        raise AttachError(what, "pid %d" % pid, "only %d more files may be "
+                          "opened, %d are needed" % (
+                              max(n_left, 0), least),
+                          "close some, or ulimit -n 1024")
+
+
 def check_target(pid):
     """Refuse what cannot be traced, before anything is touched.
 
     Raises AttachError, naming the reason and what the user can do.
     """
+    check_descriptors("attach to", pid)
     whom = "pid %d (%s)" % (pid, comm(pid))
 
     def refuse(why, hint=""):
@@ -6790,6 +6837,7 @@ def make_arena(tracer, low, high, need, timeout, kind="auto"):
     n_shards = 1 << (n_possible_cpus() - 1).bit_length()
     layout = _layout(need, n_shards, tracer.name())
     base = place_arena(read_maps(tracer.vm_tid()), low, high, layout.total)
+    held = []           # our descriptors, of attempts that failed as well
 
     def action():
         nonlocal base
@@ -6801,7 +6849,7 @@ def make_arena(tracer, low, high, need, timeout, kind="auto"):
         source, offset = cpu_source(tracer)
         shards = ubp_x86.Shards(source, offset, n_shards - 1,
                                 layout.shard_shift, base + _LITERAL_AT)
-        fd = _inject_arena(tracer, base, layout, shards, kind)
+        fd = _inject_arena(tracer, base, layout, shards, kind, held)
         if fd == -errno.EEXIST:     # taken since the maps were read
             base = place_arena(read_maps(tracer.vm_tid()), low, high,
                                layout.total)
@@ -6811,7 +6859,16 @@ def make_arena(tracer, low, high, need, timeout, kind="auto"):
                              os.strerror(-fd))
         return shards, fd
 
-    shards, fd = tracer.pause(action, timeout, "map the arena")
+    try:
+        shards, fd = tracer.pause(action, timeout, "map the arena")
+        return _fill(tracer, base, layout, shards, fd, timeout)
+    finally:
+        for fd in held:
+            os.close(fd)
+
+
+def _fill(tracer, base, layout, shards, fd, timeout):
+    """Give an arena that is mapped its memory. -> Arena"""
     try:
         if fd < 0:
             arena = Arena(tracer, base, layout, shards, None, 0)
@@ -6823,18 +6880,18 @@ def make_arena(tracer, low, high, need, timeout, kind="auto"):
         unmap(tracer, [(base, base + layout.total)], timeout)
         raise ProbeError("allocate memory for", tracer.name(),
                          error.strerror)
-    finally:
-        if fd >= 0:
-            os.close(fd)
 
 
-def _inject_arena(tracer, base, layout, shards, kind):
-    """Map an arena at base. -> our descriptor, _ANONYMOUS, or -errno"""
+def _inject_arena(tracer, base, layout, shards, kind, held):
+    """Map an arena at base. -> our descriptor, _ANONYMOUS, or -errno
+
+    held   a list of descriptors to be closed whatever comes; gets ours
+    """
     fd = -1
     with Injection(tracer, b"ubp\0") as injection:
         if _may_have_memfd(injection, base, layout, kind):
             fd = _map_memfd(injection, base, layout, pack_header(
-                tracer, base, layout, shards, 0, 0, 0, False))
+                tracer, base, layout, shards, 0, 0, 0, False), held)
         if fd < 0 and fd != -errno.EEXIST and kind != "memfd":
             fd = _map_twice(injection, base, layout, MAP_PRIVATE
                             | MAP_ANONYMOUS, -1) or _ANONYMOUS
@@ -6903,7 +6960,7 @@ def _may_have_memfd(injection, base, layout, kind):
     return is_memfd
 
 
-def _map_memfd(injection, base, layout, header):
+def _map_memfd(injection, base, layout, header, held):
     """memfd_create, mmap code, mmap data, close. -> our fd, or -errno
 
     All in one stop, so no thread of the target sees the descriptor, or
@@ -6920,6 +6977,7 @@ def _map_memfd(injection, base, layout, header):
         return remote
     path = "/proc/%d/fd/%d" % (injection.tid, remote)
     fd = own = _open(path.encode(), os.O_RDWR | os.O_CLOEXEC)
+    held += [own] * (own >= 0)
     if own < 0:
         fd = -ctypes.get_errno()
     elif libc.ftruncate(own, ctypes.c_long(size)) != 0:
@@ -6931,8 +6989,6 @@ def _map_memfd(injection, base, layout, header):
     if own < 0 or _file_id(b"/proc/self/fd/%d" % own) == _file_id(
             path.encode()):
         injection.call(SYS_close, remote)
-    if fd < 0 <= own:
-        os.close(own)
     return fd
 
 
@@ -12933,11 +12989,6 @@ def _ticks():
                * os.sysconf("SC_CLK_TCK"))
 
 
-def _n_descriptors_left():
-    """How many files this process may still open."""
-    return os.sysconf("SC_OPEN_MAX") - len(os.listdir("/proc/self/fd"))
-
-
 def _children_since(tgid, ticks):
     """The children of a process that began at ticks, or later. -> [pid]"""
     return [int(word) for tid in thread_ids(tgid) for word in read_proc(
@@ -14139,7 +14190,7 @@ class Follower:
         child = self.children.get(pid)
         self.n_programs += 1
         why = _unfit_to_follow(pid) or (
-            "" if child is not None or _n_descriptors_left() >= _MOST_OPENED
+            "" if child is not None or n_descriptors_left() >= _MOST_OPENED
             else "too many are there for the limit of open files (ulimit -n)")
         if why and child is not None:
             self._take_end(None, pid)
@@ -14600,6 +14651,7 @@ class Target:
         SymbolError, TraceeGone, UbpTimeout.
         """
         self._check_open("probe")
+        check_descriptors("probe", self.pid, _LEAST_DESCRIPTORS - 4)
         strategies = strategies_of(strategy)
         with self._lock:
             if self._is_other or not self._follows and self._has_become():
@@ -15579,6 +15631,7 @@ class Target:
     def _remove(self, probes, timeout):
         """Take out probes that are still in; [] takes out what has none."""
         self._check_process("remove a probe from")
+        check_descriptors("take probes out of", self.pid, _LEAST_TO_REMOVE)
         for calls in (self._installer.calls, self._installer.hook_calls):
             if calls is not None:
                 calls.let_own_go()
@@ -16372,6 +16425,7 @@ def launch(argv, timeout=5, follow_exec=False):
     Its libraries are loaded, none of its own code has run. Target.run(),
     wait(), detach() or close() let it go. Raises AttachError.
     """
+    check_descriptors("start a program from", os.getpid())
     child = _Child(list(argv))
     target = Target(child.pid, child, follow_exec)
     target.comm = os.path.basename(child.path)
@@ -19793,6 +19847,7 @@ class Session:
             self.sink, HitJson), has_pids(options))
         self.printed, self.drawn, self.n_printed = {}, {}, 0
         self.reason, self.last_words, self.errors = "", [], []
+        self.unremoved = []         # targets whose removal failed
         self.has_started = self.has_hinted = self.is_removed = False
         self.began = time.monotonic()
         self._next_uprobes = 0.0    # when to look for them
@@ -20215,6 +20270,7 @@ class Session:
                     target.close(_REMOVAL_S)
                 except UbpError as error:
                     self.errors.append(error)
+                    self.unremoved.append(target)
         for watched in self.watched:
             self.last_words += ["%s: %s" % (watched.name, note) for note
                                 in watched.target.notes[watched.n_notes:]]
@@ -20227,6 +20283,8 @@ class Session:
     def _words(self, watched):
         """Return the last line about one process."""
         what = ("%s exited" % watched.name if not watched.is_running else
+                "%s keeps probes" % watched.name
+                if watched.target in self.unremoved else
                 "%sremoved, %s" % (
                     watched.name + ": " if len(self.watched) > 1 else "",
                     pages_equal(watched.target.removal)))

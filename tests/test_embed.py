@@ -5,6 +5,7 @@ in one of them meets nobody else. Each prints a line "ok" at its end.
 """
 import os
 import re
+import signal
 import threading
 import time
 import unittest
@@ -71,6 +72,58 @@ for turn in range(10):
 assert threading.active_count() == 1, threading.enumerate()
 print("ok", flush=True)
 """)
+
+    def test_a_host_without_descriptors_loses_no_probe(self):
+        """What cannot be opened would be taken for a process that has ended:
+        nothing is begun, and what is in is taken out once files are free."""
+        self.judged("""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+
+def without_descriptors(function):
+    held = []
+    try:
+        while True:
+            held.append(os.dup(0))
+    except OSError:
+        pass
+    try:
+        function()
+        print("done without descriptors", flush=True)
+    except ubp.AttachError as error:
+        assert "files may be opened" in str(error), error
+    finally:
+        for fd in held:
+            os.close(fd)
+
+without_descriptors(lambda: ubp.attach(pid))
+target = ubp.attach(pid)
+without_descriptors(lambda: target.probe(HOTS, ubp.Count()))
+probe = target.probe(HOTS, ubp.Count())
+without_descriptors(probe.remove)
+without_descriptors(target.close)
+n = probe.read()
+time.sleep(0.01)
+assert probe.read() > n
+target.close()
+print("ok", flush=True)
+""")
+
+    def test_a_death_while_the_arena_is_mapped_leaves_no_descriptor(self):
+        """The memfd is opened before it is mapped."""
+        map_twice = ubp._map_twice
+
+        def dying(injection, *args):
+            os.kill(process.pid, signal.SIGKILL)
+            return map_twice(injection, *args)
+
+        before = sorted(os.listdir("/proc/self/fd"))
+        with live.Target("busy", 1) as process:
+            with ubp.attach(process.pid) as target:
+                with mock.patch.object(ubp, "_map_twice", dying):
+                    with self.assertRaises(ubp.TraceeGone):
+                        target.probe("exe:hot", ubp.Count())
+        self.assertEqual(before, sorted(os.listdir("/proc/self/fd")))
 
     def test_many_threads_use_one_target_at_once(self):
         self.judged("""
