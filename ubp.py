@@ -4708,7 +4708,7 @@ class Tracer:
         try:
             return self.read(mapping.start, mapping.end - mapping.start)
         except OSError:
-            return b""              # [vsyscall], or unmapped meanwhile
+            return b""              # unmapped meanwhile, or it has ended
 
     # -- stopping -----------------------------------------------------------
 

@@ -501,6 +501,19 @@ class ComeAndGo(unittest.TestCase):
                         for _ in range(1000):
                             live.rounds(process.pid, HOTS, 1)
 
+    def test_one_that_ends_while_it_is_looked_at_spoils_no_other(self):
+        """What is known of a file is kept for all who map it: what could
+        not be read is not known to be without `syscall; ret`."""
+        ubp.Tracer.known_gadgets.clear()
+        with live.Target("busy", 1) as process:
+            tracer = ubp.Tracer(process.pid)
+            tracer.maps = ubp.read_maps(process.pid)
+        self.assertEqual(0, tracer.find_gadgets().syscall_ret)
+        with live.Target("busy", 1) as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe("exe:hot", ubp.Count())
+                self.assertEqual(1, len(probe.sites))
+
 
 if __name__ == "__main__":
     unittest.main()
