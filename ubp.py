@@ -556,6 +556,11 @@ def read_stat(pid):
     return text.rpartition(b") ")[2].decode(errors="replace").split()
 
 
+def is_zombie(tid):
+    """Has a thread ended, and is kept for who waits for it?"""
+    return read_stat(tid)[:1] == ["Z"]
+
+
 def start_time(pid):
     """When a process began, in clock ticks since boot; 0 if it is gone.
 
@@ -4782,7 +4787,8 @@ class Tracer:
                           purpose)
         finally:
             self._release()
-            if self.tgid not in self.threads and is_traced_by_us(self.tgid):
+            if (self.tgid not in self.threads and is_traced_by_us(self.tgid)
+                    and not is_zombie(self.tgid)):
                 # An exec of another thread took over the leader's tid.
                 self.threads[self.tgid] = Thread(self.tgid, self.tgid)
                 self._interrupt(self.threads[self.tgid])
@@ -5007,6 +5013,12 @@ class Tracer:
         """Look at one thread. -> True if it needs no more waiting"""
         thread.polls += 1
         status = self.status_of(thread.tid, thread.polls % 8 == 0)
+        if (status is None and thread.polls % 32 == 0
+                and is_zombie(thread.tid)):
+            # A leader that ended before the others: it never stops again,
+            # and nobody is told of its end before theirs.
+            self.lose(thread.tid)
+            return True
         return status is not None and self._take_status(thread, status)
 
     def status_of(self, tid, is_thorough):
@@ -16032,7 +16044,7 @@ def _restore_one(tracer, arenas, limit, last_look):
         done = restore(tracer, arenas, timeout, last_look)
     except TraceeGone as error:
         has_ended = (not tracer.is_same_process()
-                     or read_stat(tracer.tgid)[:1] == ["Z"])
+                     or is_zombie(tracer.tgid))
         return Removal(0, 0, 0, 0, (), () if has_ended else (str(error),))
     notes = ["%s:%s of pid %d was changed by another tool; its bytes and "
              "its trampoline are left as they are" % (

@@ -1124,6 +1124,22 @@ class Int3(unittest.TestCase):
             process.ask("g")
             process.quit()
 
+    def test_a_main_thread_that_ends_holds_no_removal_up(self):
+        """Traced, it is a zombie that never stops, until the others end."""
+        with live.Target("life") as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe("exe:step", ubp.Count(), strategy="int3")
+                process.ask("x")
+                self.assertEqual("Z", live.status(process.pid)["State"][0])
+                n = process.ask("c")["n"] + process.ask("t")["n"]
+                self.assertEqual(n, probe.read())
+                begin = time.monotonic()
+            self.assertLess(time.monotonic() - begin, 3)
+            self.assertEqual({}, live.tracers(process.pid))
+            self.assertEqual((n, 0), (process.ask("c")["n"] +
+                                      process.ask("t")["n"], probe.read() - n))
+            process.quit()
+
     def test_children_that_come_and_go_are_none_missed(self):
         for mode in ("storm", "spawn"):
             with self.subTest(mode), live.Target(

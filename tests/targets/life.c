@@ -4,7 +4,8 @@
  * Commands, each with an answer: c calls of step; w writes to counter; r
  * reads of it; z system calls that write to buffer; t calls in new threads;
  * f calls in a forked child; v in one that then becomes another program;
- * + adds 3 to total in memory; q quit. */
+ * + adds 3 to total in memory; x ends the main thread: another one answers
+ * from then on, to c, t and q; q quit. */
 #include "target.h"
 
 enum { CALLS = 1009, WRITES = 101, READS = 53, FILLS = 7, THREADS = 4,
@@ -51,8 +52,25 @@ static void in_child(int and_exec)
         wrong("a child ended with %x", status);
 }
 
+static void *outlive(void *main_thread)
+{
+    int c = 'x';
+    pthread_join(*(pthread_t *)main_thread, NULL);
+    nap_us(20000);                  /* it is joined before it has ended */
+    do {
+        if (c == 'c')
+            call(CALLS);
+        else if (c == 't')
+            in_threads();
+        say("n=%d wrong=%ld", c == 'c' ? CALLS : c == 't' ? THREADS * EACH : 0,
+            atomic_load(&n_wrong));
+    } while ((c = command()) != 'q');
+    exit(verdict());
+}
+
 int main(void)
 {
+    pthread_t self = pthread_self();
     int c, zero = open("/dev/zero", O_RDONLY);
     long sum = 0;
     bounded();
@@ -80,6 +98,9 @@ int main(void)
         } else if (c == 'f' || c == 'v') {
             in_child(c == 'v');
             n = CHILD;
+        } else if (c == 'x') {
+            start(outlive, &self);
+            pthread_exit(NULL);
         }
         say("n=%ld wrong=%ld sum=%ld", n, atomic_load(&n_wrong), sum);
     }
