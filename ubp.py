@@ -2941,9 +2941,13 @@ def modules(pid, before=()):
         text = _text_maps(maps)
         if text:
             found += known.get(text) or _modules_of(pid, maps)
-    phdr = _auxv(pid).get(AT_PHDR, 0)
+    auxv = _auxv(pid)
+    # Program headers may be in no segment (ld -N): then the entry tells.
+    tells = next((vaddr for vaddr in map(auxv.get, (AT_PHDR, AT_ENTRY))
+                  if vaddr and any(module.low <= vaddr < module.high
+                                   for module in found)), 0)
     for module in found:
-        module.is_exe = module.low <= phdr < module.high
+        module.is_exe = module.low <= tells < module.high
     return sorted(found, key=lambda m: (not m.is_exe, m.low))
 
 

@@ -121,6 +121,22 @@ def program(variant, extra=()):
     return path
 
 
+BARE = """
+    .globl _start
+    .type _start, @function
+_start: mov $1, %eax            # write(1, done, 6)
+    mov $1, %edi
+    lea done(%rip), %rsi
+    mov $6, %edx
+    syscall
+wait: mov $34, %eax             # pause()
+    syscall
+    jmp wait
+    .size _start, . - _start
+done: .ascii "done \\n"
+"""
+
+
 class Live:
     """A running program; its printed {name: address}."""
 
@@ -311,6 +327,19 @@ class Addresses(unittest.TestCase):
                       if "x" in m.perms and m.path.startswith("/")}
             self.assertEqual(len(mapped), len(
                 [n for n in names if n != "[vdso]"]))
+
+    def test_a_program_whose_headers_are_not_mapped(self):
+        """ld -N: one writable segment, behind the program headers."""
+        path = os.path.join(FOLDER, "bare.s")
+        with open(path, "w") as file:
+            file.write(BARE)
+        tool("cc", "-nostdlib", "-static", "-Wl,-N,--build-id=none", "-o",
+             path[:-2], path)
+        vaddr = next(line.split()[0] for line in tool(
+            "nm", path[:-2]).splitlines() if line.endswith(" _start"))
+        with Live(path[:-2]) as live:
+            self.assertEqual(only(live.pid, "exe:_start").vaddr,
+                             int(vaddr, 16))
 
     def test_a_process_that_is_gone_is_an_error(self):
         process = subprocess.Popen(["true"])
