@@ -1859,7 +1859,7 @@ class _Demangler:
         if has_return:
             self.type()
         types = []
-        while self.peek() not in ("", "E", "."):
+        while self.peek() not in ("", "E", ".", "Q"):
             types.append(_plain(self.type()))
         types = [] if types == ["void"] else types
         return "(%s)" % ", ".join(text for text in types if text)
@@ -2373,7 +2373,8 @@ def demangle(name):
     unsure.
 
     name   text such as `_ZN1a1fEi`, which gives ("a::f", "a::f(int)");
-           if only the parameters are not understood: ("a::f", "a::f")
+           if only the parameters are not understood: ("a::f", "a::f").
+           A clause of what it requires (Q) comes last, and is left out
     """
     if name.startswith("_R"):
         found = _demangle_rust(name)
@@ -2394,7 +2395,8 @@ def demangle(name):
         full = short + demangler.parameters(has_return) + qualifiers
     except (_Unsure, RecursionError):
         full = short
-    if full != short and demangler.at < len(body):
+    is_read = demangler.at == len(body) or demangler.peek() == "Q"
+    if full != short and not is_read:
         return None
     return short + dot + suffix, full + dot + suffix
 
