@@ -7777,6 +7777,24 @@ def _is_mapped_still(tracer, arena):
         return False
 
 
+def lent_slots(records):
+    """Which windows have their slot in bytes that another's jump leads past.
+
+    -> {(site of that one, site)}: it is armed before, and restored behind.
+    """
+    records, found = list(records), set()
+    slots = sorted({(record.slot, record.site) for record in records
+                    if record.slot})
+    for lender in records if slots else ():
+        first = lender.site + ubp_x86.JUMP_SIZE
+        last = lender.site + lender.window_size - ubp_x86.JUMP_SIZE
+        for slot, site in slots[bisect.bisect_left(slots, (first, 0)):]:
+            if slot > last:
+                break
+            found.add((lender.site, site))
+    return found
+
+
 class Change(NamedTuple):
     """One window that is to lead to the trampoline of a record."""
     record: Record
@@ -7868,6 +7886,11 @@ class _Arming:
         found = collections.OrderedDict(
             (change.record.site, change.patches(self.tracer))
             for change in self.changes if last[change.record.site] is change)
+        for lender, site in lent_slots(change.record
+                                       for change in last.values()):
+            if found[lender] is None:
+                found[site] = None      # its slot's bytes are not dead
+            found.move_to_end(site)
         self.refused = [change for change in self.changes
                         if found[change.record.site] is None]
         good = [last[site] for site, patches in found.items()
@@ -7968,33 +7991,42 @@ class _Restoring:
         took its place. Else it is foreign, unless it leads into the arena
         of another ubp, which found the file's bytes there.
         """
-        changes, self.foreign, self.n_sites = [], [], self.n_before
+        changes, self.foreign, self.n_sites = {}, [], self.n_before
         unexplained = []
-        self.restored = []
         sites = collections.OrderedDict()
         if self.modules is None:
             self.modules = _modules_or_none(self.tracer)
         self.maps = read_maps(self.tracer.vm_tid())
         for record in self.records:
             sites.setdefault(record.site, []).append(record)
-        for records in sites.values():
+        lent = lent_slots(self.records)
+        for lender, _ in lent:
+            sites.move_to_end(lender)
+        for site, records in sites.items():
             for record in reversed(records):
                 armed = self._in_force(record)
                 if armed is not None:
-                    self.n_sites += bool(armed)
-                    changes += armed
-                    self.restored += records
+                    changes[site] = armed
                     break
             else:
                 unexplained.append(records)
-        self.patches = Patches(self.tracer, changes)
-        ranges = [(vaddr, vaddr + len(text)) for vaddr, text, _ in changes]
+        ranges = [(vaddr, vaddr + len(text)) for armed in changes.values()
+                  for vaddr, text, _ in armed]
         for records in unexplained:
             if self._is_beneath(records, ranges):
-                self.restored += records
+                changes[records[-1].site] = []
             elif not (self._is_replaced(records[-1])
                       or self._is_of_another_ubp(records[-1])):
                 self.foreign.append(records[-1])
+        for lender, site in lent:       # to a slot that stays: it stays, too
+            if changes.get(lender) and any(site == record.site
+                                           for record in self.foreign):
+                del changes[lender]
+                self.foreign.append(sites[lender][-1])
+        self.n_sites += sum(map(bool, changes.values()))
+        self.restored = [record for site in changes for record in sites[site]]
+        self.patches = Patches(self.tracer, [
+            change for site in sites for change in changes.get(site, ())])
         self.outside = moves_out(self.restored)
         self.ways_back = WaysBack(self.tracer, self.restored)
 
@@ -8945,7 +8977,8 @@ class SitePlan(NamedTuple):
     dead: tuple = (0, False)        # registers and flags nobody needs there
     is_taken: bool = False  # done only where that jcc is taken
     can_stack: bool = True  # may a body use more than the red zone?
-    parts: tuple = ()       # of a return: the SitePlans of entry and exits
+    parts: tuple = ()       # of a return: the SitePlans of entry and exits;
+    #                         and those of windows that lend a slot
 
     @property
     def cost(self):
@@ -9069,6 +9102,7 @@ _TABLE_BYTES, _RING_BYTES = 1 << 20, 256 << 10      # of one processor
 _STACK_BYTES, _STACK_RING_BYTES = 8 << 10, 12 << 20     # of stacks copied
 _ALL_SHARDS_BYTES = 64 << 20    # and of all together, unless asked for
 _PLAIN_COUNT = ubp_x86.Spec("count")
+_LEND = ubp_x86.Spec("lend")    # nothing: its window is there for a slot
 _DUMMY_SHARDS = ubp_x86.Shards(ubp_x86.CPU_FROM_RSEQ, 0, 1, 6, 0)
 
 
@@ -9173,6 +9207,7 @@ def _fitted(spec, n_shards, ring):
 
 def assemble(window, vaddr, parts):
     """The trampoline of [(Spec, Place)] at a window. -> Trampoline"""
+    parts = [part for part in parts if part[0] != _LEND]
     if (len(parts) == 1 and parts[0][0] == _PLAIN_COUNT
             and not parts[0][1].at):
         (_, place), = parts
@@ -9224,6 +9259,7 @@ class Planner:
         self._through = 0           # what the next window must hold, too
         self._named = 0             # mask of registers that probes read
         self.patches = {}           # {window.site: Patch} that are armed
+        self._borrowers = []        # those whose window has a lender
         # () -> the Sites that have a debug register; vaddrs that will have
         self.watched, self._to_watch = tuple, set()
         self._scans = {}
@@ -9278,9 +9314,26 @@ class Planner:
             site, "int3" if is_trap else "jump", window, 0, "", "", (), spec,
             index, is_taken=leave is not None and leave.is_conditional,
             can_stack=not site.module.elf.is_go))    # they have little
+        lent = window.lender and self._plan_lender(plan)
         if absorbed is not None:
             self._put(site.module, window, site.vaddr, absorbed)
-        return plan
+        if not lent:
+            return plan
+        if lent.window.site not in self._kept:
+            self._put(site.module, lent.window, lent.window.site, [])
+        return plan._replace(
+            parts=(plan, lent), trampoline_size=plan.trampoline_size
+            + lent.trampoline_size)
+
+    def _plan_lender(self, plan):
+        """The SitePlan of the window that a plan's slot is in."""
+        module, lender = plan.site.module, plan.window.lender
+        function = module.function_at(lender.site)
+        site = Site(lender.site, function, lender.site - (
+            function.vaddr if function else lender.site), (), module)
+        return self._fitted(SitePlan(
+            site, "jump", self.windows.get(lender.site, lender), 0, "", "",
+            (), _LEND, plan.index))
 
     def _fitted(self, plan):
         """A SitePlan with what its window says: place, size, old bytes."""
@@ -9312,6 +9365,9 @@ class Planner:
     def _settled(self, plan):
         if plan.parts:
             parts = tuple(map(self._settled, plan.parts))
+            for part in parts:
+                if not part.strategy:
+                    return part._replace(site=plan.site)
             return plan._replace(
                 parts=parts, window=parts[0].window, old=parts[0].old,
                 trampoline_size=sum(part.trampoline_size for part in parts))
@@ -9412,7 +9468,8 @@ class Planner:
         todo = [(site, entry, None)] * (entry is not None) + [
             (site._replace(vaddr=leave.vaddr, offset=leave.vaddr
                            - site.vaddr), spec, leave) for leave in leaves]
-        parts = self._plan_parts(todo, index, strategies)
+        parts = [part for plan in self._plan_parts(todo, index, strategies)
+                 for part in plan.all_parts]
         return parts[0]._replace(
             site=site, parts=tuple(parts), spec=spec,
             trampoline_size=sum(part.trampoline_size for part in parts))
@@ -9474,6 +9531,8 @@ class Planner:
         """Give back the bytes of every window but those of {…: Patch}."""
         self.taken, self.windows, self._kept = {}, {}, {}
         self.patches, self._undo, self._pages = patches, [], {}
+        self._borrowers = [patch for patch in patches.values()
+                           if patch.window.lender]
         self._to_watch = set()
         for patch in patches.values():
             self._add(patch.site.module, patch.window, {
@@ -9493,6 +9552,9 @@ class Planner:
                                site.vaddr)
         window, absorbed = self._plan_window(function, site)
         _refuse_signal_return(function, window)
+        if window.lender:
+            _refuse_signal_return(self.function(
+                module, window.lender.site), window.lender)
         for insn in window.kept if module.has_file else ():
             if self.read(insn.vaddr, insn.size) != insn.code:
                 raise RefusalError("changed text", "the text at 0x%x differs "
@@ -9512,12 +9574,12 @@ class Planner:
         starts, refusal = [site.vaddr], None
         taken = self.taken.setdefault(module, ubp_x86.ByteRanges())
 
-        def plan(vaddr, through=0):
+        def plan(vaddr, through=0, may_borrow=False):
             window = ubp_x86.plan_window(
                 function, vaddr, self.scan(module),
                 forbidden=self._cancellation(module), seccomp=self._seccomp,
                 catches=self._catches, taken=taken, through=through,
-                is_go=module.elf.is_go)
+                is_go=module.elf.is_go, may_borrow=may_borrow)
             self._refuse_watched(window)
             return window
         for vaddr in starts:
@@ -9533,7 +9595,10 @@ class Planner:
             found = self._shared_window(plan, site.vaddr, vaddr, taken)
             if found is not None:
                 return found
-        raise refusal
+        try:
+            return plan(site.vaddr, self._through, may_borrow=True), []
+        except RefusalError:
+            raise refusal
 
     def watch(self, vaddrs):
         """These will have debug registers. RefusalError for one that is
@@ -9550,7 +9615,9 @@ class Planner:
     def _refuse_watched(self, window):
         """Refuse to displace what a debug register of ours waits for."""
         there = self._to_watch.union(site.vaddr for site in self.watched())
-        for insn in window.insns[1:] if there else ():
+        displaced = window.insns[1:] + (
+            window.lender.insns if window.lender else ())
+        for insn in displaced if there else ():
             if insn.vaddr in there:
                 raise RefusalError("overlap", "a debug register of ubp waits "
                                    "for 0x%x" % insn.vaddr, window.site)
@@ -9678,8 +9745,11 @@ class Planner:
         module = site.module
         text, old = self._text_of(module), []
         undo = [(vaddr, b"", data) for patch in patches_in(
-            self.patches, window) for vaddr, data in patch.old.items()]
-        for low, high in window.ranges:
+            self.patches, window) + self._borrowers
+            for vaddr, data in patch.old.items()]
+        for low, high in window.ranges + ((
+                (window.slot, window.slot + ubp_x86.JUMP_SIZE),)
+                if window.lender else ()):
             n_patched = 2 if window.slot and low == window.site else 5
             memory = self._memory(low, max(high - low, n_patched))
             if undo:
@@ -10171,6 +10241,11 @@ class Body:
     def part(self):
         """(Spec, Place), as trampolines are made of."""
         return self.part_plan.spec, self.place
+
+    @property
+    def lends(self):
+        """Is it there only for the slot in its window?"""
+        return self.part_plan.spec == _LEND
 
     def part_in(self, window):
         """Its part in a window that may be another than it was made for:
@@ -11246,14 +11321,16 @@ class Installer:
         steps = []
         for vaddr, bodies in new.items():
             first = bodies[0]
+            own = [body for body in bodies if not body.lends]
             patch, plan = self.patches.get(vaddr), first.part_plan
             if patch is None or patch.window != plan.window:
                 patch = Patch(plan, patches_in(self.patches, plan.window))
             try:
                 change = self._compose(
                     patch, patch.bodies + tuple(bodies), arena, journal_block(
-                        layout, first.place.block, first.plan.index
-                        if block.is_indexed else _ANY_INDEX))
+                        layout, own[0].place.block, own[0].plan.index
+                        if block.is_indexed else _ANY_INDEX)
+                    if own else _NO_BLOCK)
             except RelocationError as error:
                 raise ProbeError("probe", site_name(first.plan.site),
                                  error.why)
@@ -11346,7 +11423,7 @@ class Installer:
             patch.absorbs = ()
         for probe, plan in sorted(lost, key=lambda item: item[1].index):
             probe._refuse(plan, "changed text", "its text changed meanwhile")
-            if plan.parts:          # some of its exits are armed: no times
+            if plan.site.is_return:     # some exits are armed: no times
                 raise ProbeError("probe", site_name(plan.site),
                                  "the text of an exit changed meanwhile")
         probes = {body.probe for patch, _ in steps for body in patch.bodies}
@@ -11357,7 +11434,8 @@ class Installer:
             for body in patch.bodies:
                 key = (body.probe, body.plan.site.vaddr,
                        body.plan.site.module)
-                if body.record is change.record and key not in known:
+                if (body.record is change.record and key not in known
+                        and not body.lends):
                     known.add(key)
                     body.probe.sites.append(body.plan.site)
 

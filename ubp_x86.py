@@ -19,7 +19,7 @@ Architecture Programmer's Manual, volume 3 (24594, "APM"). Vocabulary:
     vaddr    where an instruction is, in the target
     site     where a probe wants to be
     window   the bytes that a patch overwrites
-    slot     five bytes of padding that hold a jump
+    slot     five dead bytes that hold a jump: padding, or of a window
     copy     a displaced instruction relocated, in a trampoline
 """
 import array
@@ -1823,7 +1823,9 @@ BREAKPOINT = b"\xcc"            # CC: int3
 #     site                     site + 5           site + size
 #      | e9 | rel32 to trampoline | left as it was |      five-byte window
 #      | eb | rel8 | left as it was |                     two-byte window ...
-#      | e9 | rel32 to trampoline |                       ... and its slot
+#      | e9 | rel32 to trampoline |                       ... and its slot:
+#      | e9 | rel32 to its own | slot of another |        padding, or behind
+#                                                         a lender's jump
 
 PAGE_SIZE = 4096
 MAX_DISPLACED = 12                           # instructions of a window
@@ -1865,7 +1867,7 @@ class Window(NamedTuple):
     site: int               # where the jump goes; behind an endbr64
     size: int               # bytes displaced or overwritten at site
     insns: tuple            # the displaced Insns, in order
-    slot: int = 0           # vaddr of the five-byte jump in padding, or 0
+    slot: int = 0           # vaddr of its five-byte jump elsewhere, or 0
     dead_regs: int = 0      # general registers nobody reads, bit = number
     flags_dead: bool = False
     is_loop: bool = False   # a branch of the function leads back to site:
@@ -1873,6 +1875,8 @@ class Window(NamedTuple):
     is_trap: bool = False   # an int3, not a jump, is written to site
     kept: tuple = ()        # Insns in front of site that stay in place, the
     #                         probed one first: the body runs behind them
+    lender: Optional["Window"] = None   # the slot is in bytes that this one
+    #                         displaces: neither may be armed without it
 
     @property
     def last(self):
@@ -1886,9 +1890,12 @@ class Window(NamedTuple):
 
     @property
     def ranges(self):
-        """Return the ((low, high), ...) that no other patch may touch."""
+        """Return the ((low, high), ...) that no other patch may touch.
+
+        A slot in a lender's bytes is in that one's.
+        """
         own = (self.site, self.site + self.size)
-        if not self.slot:
+        if not self.slot or self.lender:
             return (own,)
         return own, (self.slot, self.slot + JUMP_SIZE)
 
@@ -3557,11 +3564,12 @@ class _Limits(NamedTuple):
     through: int = 0        # an instruction that must be displaced too
     first: int = 0          # of those that stay in front of the window, or 0
     is_go: bool = False     # Go's runtime stops its threads at any place
+    may_borrow: bool = False    # a slot of a window that is planned for it
 
 
 def plan_window(function, site, branches, read=None, is_executable=None,
                 forbidden=(), seccomp=False, catches=0, taken=None,
-                through=0, is_go=False):
+                through=0, is_go=False, may_borrow=False):
     """Return the Window for a jump at site, an instruction of function.
 
     branches        BranchScan of the module, best with function_at
@@ -3573,6 +3581,7 @@ def plan_window(function, site, branches, read=None, is_executable=None,
     taken           ByteRanges of other patches; Window.ranges is to be added
     through         the vaddr of an instruction to be displaced with the rest
     is_go           the module is Go's
+    may_borrow      a Window with a lender will do, if there is no other
     Raises RefusalError. Whether rip-relative operands reach is not known
     here: relocate() tells at the real address.
     """
@@ -3580,9 +3589,13 @@ def plan_window(function, site, branches, read=None, is_executable=None,
                      is_executable or branches.is_executable,
                      tuple(forbidden), seccomp, catches,
                      ByteRanges() if taken is None else taken, through,
-                     is_go=is_go)
-    analysis = branches.analysis(function)
-    insn = analysis.at(site)
+                     is_go=is_go, may_borrow=may_borrow and not is_go)
+    return _plan_window(branches.analysis(function), site, limits)
+
+
+def _plan_window(analysis, site, limits):
+    """plan_window(), where limits are known."""
+    branches, insn = limits.branches, analysis.at(site)
     if insn is None:
         raise RefusalError("no instruction", "0x%x is not the start of an "
                            "instruction of its function" % site, site)
@@ -3599,7 +3612,7 @@ def plan_window(function, site, branches, read=None, is_executable=None,
     dead_regs, flags_dead = liveness(analysis, window.site)
     return Window(window.site, window.size, window.insns, window.slot,
                   dead_regs, flags_dead, site in analysis.targets,
-                  kept=window.kept)
+                  kept=window.kept, lender=window.lender)
 
 
 def _best_window(analysis, site, limits):
@@ -3810,7 +3823,7 @@ def _without_call(analysis, window, limits):
 
 
 def _ladder(analysis, site, limits, refusal):
-    """Return a Window of a two-byte jump to a slot in padding.
+    """Return a Window of a two-byte jump to a slot in dead bytes.
 
     refusal says why a five-byte jump does not fit; it is raised if this
     does not fit either.
@@ -3819,21 +3832,29 @@ def _ladder(analysis, site, limits, refusal):
         window = _window(analysis, site, SHORT_JUMP_SIZE, limits)
     except RefusalError:
         raise refusal
-    slot = _slot(analysis, site, window.size, limits)
+    slot, lender = _slot(analysis, site, window.size, limits), None
+    if not slot and limits.may_borrow:
+        slot, lender = _borrowed_slot(analysis, window, limits)
     if not slot:
         raise refusal
-    return window._replace(slot=slot)
+    return window._replace(slot=slot, lender=lender)
+
+
+def _slot_range(site):
+    """Return the [low, high) in which a slot may lie that `eb` at site
+    reaches: on its page, so that one write never tears the two jumps apart.
+    """
+    page = site & -PAGE_SIZE
+    return (max(site + SHORT_JUMP_SIZE - 128, page),
+            min(site + SHORT_JUMP_SIZE + 127 + JUMP_SIZE, page + PAGE_SIZE))
 
 
 def _slot(analysis, site, size, limits):
     """Return the vaddr of five dead bytes that `eb` at site reaches, or 0.
 
-    On the site's page, so that one write never tears the two jumps apart;
-    at the end of a padding, as a jump at the ret in front needs its begin.
+    At the end of a padding, as a jump at the ret in front needs its begin.
     """
-    page = site & -PAGE_SIZE
-    low = max(site + SHORT_JUMP_SIZE - 128, page)
-    high = min(site + SHORT_JUMP_SIZE + 127 + JUMP_SIZE, page + PAGE_SIZE)
+    low, high = _slot_range(site)
     for first, last in _dead_bytes(analysis, low, high, limits):
         # Behind a nop that control arrives at, none is dead.
         last = min([high, last] + [target for _, target in
@@ -3854,12 +3875,92 @@ def _slot(analysis, site, size, limits):
     return 0
 
 
+_MOST_LENDERS = 16              # that are tried for a slot
+_LENDER_SIZE, _LARGEST_LENDER = 2 * JUMP_SIZE, 20       # bytes
+_FROM_ENTRY = 16                # of a lender: who probes, probes there
+
+
+def _borrowed_slot(analysis, window, limits):
+    """Return (vaddr of five bytes of another window behind its jump, that
+    Window) for one with a two-byte jump; (0, None) if there is none.
+
+    What the lender displaces runs elsewhere for no probe of its own, so it
+    is straight code that costs two jumps more, and not where functions
+    begin. No instruction begins at the slot: a thread that stands there is
+    on its way to the trampoline.
+    """
+    limits = limits._replace(may_borrow=False, first=0)
+    found = sorted(_lenders(analysis, window, limits),
+                   key=lambda found: abs(found[1] - window.site))
+    for known, vaddr, last, slot in found[:_MOST_LENDERS]:
+        try:
+            lender = _plan_window(known, vaddr, limits._replace(through=last))
+        except RefusalError:
+            continue
+        if (lender.site == vaddr and not lender.slot
+                and slot + JUMP_SIZE <= vaddr + lender.size):
+            return slot, lender
+    return 0, None
+
+
+def _lenders(analysis, window, limits):
+    """Yield (Analysis, vaddr, last instruction, slot) of what could be
+    displaced for a slot; whether it may is another question."""
+    low, high = _slot_range(window.site)
+    first = max(low - JUMP_SIZE, window.site & -PAGE_SIZE)
+    for known in _neighbours(analysis, first, high, limits.branches):
+        place = bisect.bisect_left(known.starts, max(
+            first, known.function.vaddr + _FROM_ENTRY))
+        for place in range(place, len(known.starts)):
+            vaddr = known.starts[place]
+            if vaddr >= high - _LENDER_SIZE:
+                break
+            last, slot = _room_behind_jump(known, place, low, high)
+            if (slot and not window.site - _LARGEST_LENDER < vaddr
+                    < window.site + window.size
+                    and not limits.taken.overlap(vaddr, slot + JUMP_SIZE)):
+                yield known, vaddr, last, slot
+
+
+def _room_behind_jump(analysis, place, low, high):
+    """Return (the last of the instructions from the place-th on that give
+    a slot in [low, high), that slot), or (0, 0)."""
+    vaddr, starts = analysis.starts[place], set()
+    for place in range(place, len(analysis.starts)):
+        last, form = analysis.starts[place], analysis.forms[place]
+        end = last + form.size
+        if (form.flow != NEXT or last in analysis.targets
+                or end > vaddr + _LARGEST_LENDER
+                or starts and analysis.starts[place - 1]
+                + analysis.forms[place - 1].size != last):
+            break
+        starts.add(last)
+        for slot in range(max(vaddr + JUMP_SIZE, low),
+                          min(end, high) - JUMP_SIZE + 1):
+            if slot not in starts:
+                return last, slot
+    return 0, 0
+
+
 def _dead_bytes(analysis, low, high, limits):
     """Yield the (first, last) of paddings that touch [low, high) and that
     no instruction in front falls into: those behind functions, and within.
     Nearest to the site's function first.
     """
-    branches = limits.branches
+    for known in _neighbours(analysis, low, high, limits.branches):
+        last = min([vaddr for vaddr in known.entries if vaddr >= known.end]
+                   + [known.padding_end])
+        if (known.last_flow in _ENDS and last - known.end >= JUMP_SIZE
+                and not _data_in(known, known.end, last)):
+            yield known.end, last
+        for first, last in _nops_within(known, low, high):
+            if not _may_arrive(known, first, last, limits):
+                yield first, last
+
+
+def _neighbours(analysis, low, high, branches):
+    """Yield the Analyses of the functions that touch [low, high), as far as
+    they follow each other; nearest to the site's function first."""
     functions = [analysis.function]
     vaddr = analysis.function.vaddr - 1
     while vaddr >= low:
@@ -3877,17 +3978,9 @@ def _dead_bytes(analysis, low, high, limits):
         vaddr += len(function.code)
     for function in functions:
         try:
-            known = branches.analysis(function)
+            yield branches.analysis(function)
         except RefusalError:
             continue
-        last = min([vaddr for vaddr in known.entries if vaddr >= known.end]
-                   + [known.padding_end])
-        if (known.last_flow in _ENDS and last - known.end >= JUMP_SIZE
-                and not _data_in(known, known.end, last)):
-            yield known.end, last
-        for first, last in _nops_within(known, low, high):
-            if not _may_arrive(known, first, last, limits):
-                yield first, last
 
 
 def _nops_within(analysis, low, high):
