@@ -19080,7 +19080,8 @@ def plan_text(plan):
         plural(window.size, "byte"),
         " ".join(insn.code.hex() for insn in window.insns),
         "+".join("%d" % insn.size for insn in window.insns),
-        ", by way of 0x%x" % slot if slot else "",
+        ", by way of 0x%x" % slot if slot else
+        ", for the slot in it" if plan.spec == _LEND else "",
         plural(plan.trampoline_size, "byte"))
 
 

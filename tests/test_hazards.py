@@ -18,7 +18,8 @@ import live
 
 UPROBE_EVENTS = "/sys/kernel/tracing/uprobe_events"
 WINDOWS = ["exe:win_slow", "exe:win_ones", "exe:win_pause", "exe:win_call",
-           "exe:win_call1", "exe:win_back", "exe:win_data", "exe:win_round"]
+           "exe:win_call1", "exe:win_back", "exe:win_data", "exe:win_round",
+           "exe:win_tight"]
 
 
 def setUpModule():

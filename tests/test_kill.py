@@ -124,7 +124,8 @@ HOTS = "exe:hot exe:tiny exe:keep exe:marked libc:labs"
 PHASES = (("-", 0.1), ("S", 0.0005), ("I", 0.0003), ("I", 0.0003),
           ("T", 0.0002), ("T", 0.0), ("R", 0.0005), ("r", 0.03), ("d", 0.03),
           ("c", 0.02))
-WINDOWS = "exe:win_slow exe:win_ones exe:win_pause exe:win_call exe:win_data"
+WINDOWS = ("exe:win_slow exe:win_ones exe:win_pause exe:win_call "
+           "exe:win_data exe:win_tight")
 
 
 class Case:

@@ -4,9 +4,13 @@ The judges: the program, which compares what its threads compute with what
 they did before; the CPU, whose trap flag told how often each instruction
 runs in a call; and its text afterwards.
 """
+import contextlib
+import os
 import random
 import sys
+import time
 import unittest
+from unittest import mock
 
 import live
 import ubp
@@ -125,6 +129,132 @@ class AnyOrder(unittest.TestCase):
             ", ".join("%s %.0f %%" % (order, 100 * share)
                       for order, share in armed.items())))
         self.assertGreaterEqual(min(armed.values()), 0.9, armed)
+
+
+def by_call(probe):
+    return {site.function.name + "+%d" % site.offset: n
+            for site, n in probe.counts().items()}
+
+
+class Lenders(unittest.TestCase):
+    """A slot in bytes that another window has displaced for it.
+
+    windows.c's win_tight has room for two bytes, and no padding near it; its
+    slot is in what is displaced of win_patient, in which threads nearly
+    always stand on cpuid, and which compares what it computes.
+    """
+    TIGHT, LENDER = "exe:win_tight", "exe:win_patient+0x10"
+    INSIDE = "exe:win_patient+0x12"
+
+    @contextlib.contextmanager
+    def attached(self):
+        with live.Target("windows", "signals", seconds=100) as process:
+            before = live.Snapshot(process.pid)
+            with ubp.attach(process.pid) as target:
+                yield process, target
+            process.ask("p")
+            live.Snapshot(process.pid).compare(self, before, masks=False)
+            process.quit()
+
+    def test_the_slot_is_where_nothing_is_executed_any_more(self):
+        with self.attached() as (_, target):
+            plan, = target.plan(self.TIGHT)
+            window, lender = plan.window, plan.window.lender
+            self.assertEqual((window.size, lender.site % 0x400),
+                             (2, window.site % 0x400 + 24))
+            self.assertLessEqual(lender.site + 5, window.slot)
+            self.assertLessEqual(window.slot + 5, lender.site + lender.size)
+            self.assertNotIn(window.slot,
+                             [insn.vaddr for insn in lender.insns])
+            self.assertEqual([part.window for part in plan.all_parts],
+                             [window, lender])
+
+    def test_probes_share_it_and_go_in_any_order(self):
+        """Capitals arm: T win_tight, L and I instructions of the lender."""
+        where = {"t": self.TIGHT, "l": self.LENDER, "i": self.INSIDE}
+        for orders in ("TLtl", "TLlt", "TIit", "TIti", "TTtt", "TLItil",
+                       "LTlt", "LTtl", "TtTt", "TLtTlt"):
+            with self.subTest(orders), self.attached() as (process, target):
+                armed = []
+                for step in orders:
+                    if step.isupper():
+                        armed.append((step.lower(), target.probe(
+                            where[step.lower()], ubp.Count())))
+                    else:
+                        first = next(each for each in armed
+                                     if each[0] == step)
+                        armed.remove(first)
+                        first[1].remove()
+                    self.judge(process, armed)
+                target.close()
+
+    def judge(self, process, armed):
+        """Each probe counts what the program does."""
+        first = process.ask("p")
+        before = [by_call(probe) for _, probe in armed]
+        process.send("g")
+        time.sleep(0.02)
+        last = process.ask("p")
+        for (which, probe), old in zip(armed, before):
+            (name, n), = by_call(probe).items()
+            self.assertEqual(n - old[name], {
+                "t": int(last["tight"]) - int(first["tight"])}.get(
+                    which, int(last["slow"]) - int(first["slow"])), name)
+        self.assertEqual(last["wrong"], 0)
+        process.send("g")
+
+    def test_what_another_changed_there_is_kept_whole(self):
+        """While the slot's jump, or the one to it, is not ours, the lender
+        stays; when its own is not, only that is told."""
+        with self.attached() as (process, target):
+            plan, = target.plan(self.TIGHT)
+            window = plan.window
+        for vaddr, kept in ((window.slot + 4, "slot and lender"),
+                            (window.site + 1, "site and lender"),
+                            (window.lender.site + 4, "lender")):
+            with self.subTest(kept), self.attached() as (process, target):
+                process.ask("p")        # nobody runs what we break here
+                moved = int(process.ready["tight"]) - window.site
+                vaddr += moved
+                target.probe(self.TIGHT, ubp.Count())
+                with open("/proc/%d/mem" % process.pid, "r+b", 0) as memory:
+                    ours = os.pread(memory.fileno(), 1, vaddr)
+                    os.pwrite(memory.fileno(), b"\xf4", vaddr)
+                    target.close()
+                    self.assertIn("changed by another tool",
+                                  "\n".join(target.removal.notes))
+                    there = os.pread(memory.fileno(), 5,
+                                     window.lender.site + moved)
+                    self.assertEqual(there[:1], b"\xe9", kept)
+                    os.pwrite(memory.fileno(), ours, vaddr)
+                self.assertTrue(ubp.clean(process.pid))
+                process.send("g")
+
+    def test_none_is_armed_without_its_lender(self):
+        """The lender's text changes between the plan and the pause."""
+        arm, plans = ubp.arm, []
+
+        def late(tracer, *rest):
+            lender = plans[0].window.lender.site
+            with open("/proc/%d/mem" % tracer.tgid, "r+b", 0) as memory:
+                # xor ecx, ecx in its other encoding
+                self.assertEqual(os.pread(memory.fileno(), 2, lender),
+                                 b"\x31\xc9")
+                os.pwrite(memory.fileno(), b"\x33", lender)
+            try:
+                return arm(tracer, *rest)
+            finally:
+                with open("/proc/%d/mem" % tracer.tgid, "r+b", 0) as memory:
+                    os.pwrite(memory.fileno(), b"\x31", lender)
+
+        with self.attached() as (process, target):
+            plans += target.plan(self.TIGHT)
+            with mock.patch.object(ubp, "arm", late):
+                with self.assertRaisesRegex(ubp.ProbeError, "changed"):
+                    target.probe(self.TIGHT, ubp.Count())
+            process.ask("p")
+            self.assertEqual(live.changed_text(process.pid), [])
+            process.send("g")
 
 
 class Named(unittest.TestCase):

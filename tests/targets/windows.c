@@ -34,6 +34,22 @@ FUNCTION(win_round, "push %rdi\n 1: pause\n lea -1(%rdi),%rdi\n pause\n"
 FUNCTION(win_back, "dec %rdi\n jnz win_back\n mov $7,%eax\n ret");
 FUNCTION(win_data, "mov win_word(%rip),%eax\n add %edi,%eax\n ret");
 __asm__(".data\n win_word: .long 1234567\n.text");
+/* Two bytes fit before a branch of another function leads into win_tight, and
+ * near it is no padding: its slot lies in what win_patient has displaced. */
+__asm__(".p2align 10\n .fill 136, 1, 0xc3\n"
+        ".globl win_tight, win_patient, win_round_about\n"
+        ".type win_tight, @function\n .type win_patient, @function\n"
+        ".type win_round_about, @function\n"
+        "win_tight: xor %eax,%eax\n"
+        "1: lea 1(%rdi,%rax),%rax\n ret\n .size win_tight, .-win_tight\n"
+        "win_patient: push %rbx\n push %r12\n lea 5(%rdi),%r12\n"
+        "lea 7(%rdi,%r12),%r8\n lea 1(%r8),%rax\n"
+        "2: xor %ecx,%ecx\n mov %r8,%rsi\n cpuid\n mov $77,%r9d\n"
+        "lea -7(%rsi,%r9),%rax\n sub %r12,%rax\n"
+        "pop %r12\n pop %rbx\n ret\n .size win_patient, .-win_patient\n"
+        "win_round_about: mov $2,%eax\n jmp 1b\n"
+        ".size win_round_about, .-win_round_about\n"
+        ".fill 136, 1, 0xc3\n");
 /* The system call's number is in the caller's rax. */
 FUNCTION(nap_inside, "nop\n syscall\n nop\n nop\n ret");
 FUNCTION(nap_behind, "nopl (%rax)\n syscall\n nop\n ret");
@@ -41,7 +57,8 @@ FUNCTION(nap_alone, "mov $35,%eax\n syscall\n ret");
 
 long win_slow(long), win_ones(long), win_pause(long), win_call(long),
      win_call1(long), win_deep(long), win_back(long), win_data(long),
-     win_round(long);
+     win_round(long), win_tight(long), win_patient(long),
+     win_round_about(long);
 extern char win_call_return[];
 
 static long call_nap(void *function, long number, long a, long b, long c,
@@ -59,7 +76,7 @@ extern char nap_inside[], nap_behind[], nap_alone[];
 
 static atomic_int parked, n_parked, n_threads;
 static atomic_long n_slow, n_ones, n_pause, n_call, n_call1, n_back, n_data,
-                   n_round,
+                   n_round, n_tight,
                    n_nap, n_handled, n_vfork, max_late_us;
 static long far_call, far_call1;
 static int mode;
@@ -111,7 +128,13 @@ static void *work(void *argument)
         case 0:
             if (win_slow(i % 3) != i % 3 + 1)
                 wrong("win_slow");
+            for (int n = 0; n < 20; n++)
+                if (win_tight(n) != n + 1 || win_round_about(n) != n + 3)
+                    wrong("win_tight");
+            if (win_patient(i) != i + 77)
+                wrong("win_patient");
             n_slow++;
+            n_tight += 20;
             break;
         case 1:
             for (int n = 0; n < 200; n++)
@@ -278,10 +301,10 @@ static void *work_vfork(void *argument)
 static void report(void)
 {
     say("slow=%ld ones=%ld pause=%ld call=%ld call1=%ld back=%ld data=%ld "
-        "round=%ld nap=%ld handled=%ld sibling=%ld vfork=%ld late_us=%ld "
+        "round=%ld tight=%ld nap=%ld handled=%ld sibling=%ld vfork=%ld late_us=%ld "
         "wrong=%ld",
         n_slow, n_ones, n_pause, n_call, n_call1, n_back, n_data,
-        n_round, n_nap, n_handled, sibling_calls, n_vfork, max_late_us,
+        n_round, n_tight, n_nap, n_handled, sibling_calls, n_vfork, max_late_us,
         n_wrong + sibling_wrong);
 }
 
@@ -318,7 +341,7 @@ int main(int argc, char **argv)
             wrong("clone: %s", strerror(errno));
     }
     nap_us(50000);
-    say("ready sibling=%d", pid);
+    say("ready sibling=%d tight=%ld", pid, (long)win_tight);
     while ((c = command()) != 'q') {
         if (c == 'p') {
             parked = 1;
