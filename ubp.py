@@ -6152,7 +6152,7 @@ def _check_access(pid, tids):
 #                        payload, log2 of entries, site's index   2 1 1 2
 
 MAGIC = b"ubp\x7fARNA"
-VERSION = 4
+VERSION = 5
 HEADER = struct.Struct("<8sIIQQQQIIQQIIQQIIIIIIQQ")
 _RECORD_HEAD = struct.Struct("<QQQHBBI")
 _PATCH = struct.Struct("<QB7x8s8s")
@@ -6175,8 +6175,10 @@ _STACK_ROOM = 256 << 20     # kept free below [stack]
 _MEMFD_PATH = "/memfd:ubp (deleted)"
 _ANONYMOUS = -1 << 16       # stands for a descriptor; no errno
 # What a record's block is; "count" is a word, the others begin with a head.
+# Where none is left but for older trampolines it is "none"; "lent", where the
+# window is only there for the slot of another.
 KINDS = ("count", "filtered", "sum", "hist", "signed hist", "table", "ring",
-         "none")
+         "none", "lent")
 
 
 class Header(NamedTuple):
@@ -8023,7 +8025,10 @@ class _Restoring:
                                            for record in self.foreign):
                 del changes[lender]
                 self.foreign.append(sites[lender][-1])
-        self.n_sites += sum(map(bool, changes.values()))
+        self.n_sites += sum(
+            bool(armed) and any(record.kind != "lent"
+                                for record in sites[site])
+            for site, armed in changes.items())
         self.restored = [record for site in changes for record in sites[site]]
         self.patches = Patches(self.tracer, [
             change for site in sites for change in changes.get(site, ())])
@@ -9873,16 +9878,17 @@ def _is_under_uprobe(module, low, high, found):
                for vaddr, size, start in module.text)
 
 
-def sites_under_uprobes(sites):
+def sites_under_uprobes(probe):
     """The sites on whose jump the kernel has put a uprobe. -> [Site]
 
     A hit there runs the file's first instruction, and goes on in the middle
     of the jump: the probe is to be taken out at once.
     """
     found = uprobes()
-    return [site for site in sites if found and site.module
-            and _is_under_uprobe(site.module, site.vaddr, site.vaddr + 5,
-                                 found)]
+    sites = [(site, ubp_x86.JUMP_SIZE) for site in probe.sites]
+    return [site for site, size in sites + probe._lent
+            if found and site.module and _is_under_uprobe(
+                site.module, site.vaddr, site.vaddr + size, found)]
 
 
 # DWARF numbers of ubp_x86.STACK_REGISTERS: System V ABI, figure 3.36.
@@ -10311,6 +10317,7 @@ class Probe:
     def __init__(self, target, where, action, spec):
         self._target, self.where, self.action = target, where, action
         self.sites, self.refused = [], []
+        self._lent = []             # [(Site, bytes)]: they hold slots of it
         self._remedy = ""           # for what was refused, if there is one
         self._spec, self._blocks, self._rings = spec, [], []
         self._armed_tsc = 0         # no record of a Trace is older
@@ -11330,7 +11337,7 @@ class Installer:
                     patch, patch.bodies + tuple(bodies), arena, journal_block(
                         layout, own[0].place.block, own[0].plan.index
                         if block.is_indexed else _ANY_INDEX)
-                    if own else _NO_BLOCK)
+                    if own else _LENT)
             except RelocationError as error:
                 raise ProbeError("probe", site_name(first.plan.site),
                                  error.why)
@@ -11434,8 +11441,10 @@ class Installer:
             for body in patch.bodies:
                 key = (body.probe, body.plan.site.vaddr,
                        body.plan.site.module)
-                if (body.record is change.record and key not in known
-                        and not body.lends):
+                if body.record is change.record and body.lends:
+                    body.probe._lent.append((body.part_plan.site,
+                                             patch.window.size))
+                elif body.record is change.record and key not in known:
                     known.add(key)
                     body.probe.sites.append(body.plan.site)
 
@@ -11588,6 +11597,7 @@ class Installer:
 
 
 _NO_BLOCK = "none", 0, (0, 0, 0, 0)
+_LENT = ("lent",) + _NO_BLOCK[1:]
 _ANY_INDEX = 0xffff             # a table of one site has no index in its keys
 
 
@@ -16559,6 +16569,8 @@ class ArenaStatus(NamedTuple):
     sites: list
     n_bad: int              # journal records that failed validation
     guardian: int = 0       # the pid of who answers for its int3s
+    lenders: tuple = ()     # "module:function" of text that is changed, too,
+    #                         as the slot of a site's jump is in it
 
 
 def status(pid=None):
@@ -16593,7 +16605,10 @@ def status(pid=None):
             header.time_ns, tuple(p for p in pids if p != view.pid),
             _site_status(view, [other for other in views
                                 if other.pid == view.pid]), view.n_bad,
-            guardian_of(view.pid) if _traps_in(view) else 0))
+            guardian_of(view.pid) if _traps_in(view) else 0,
+            tuple("%s:%s" % (record.module, record.function)
+                  for record in view.records if record.kind == "lent"
+                  and _state(view.pid, record, [record]) == "armed")))
     return found
 
 
@@ -16618,7 +16633,7 @@ def _site_status(view, siblings):
                force at a site, with what this one's record is about
     """
     records = [record for record in view.records
-               if not record.is_gone and record.kind != "none"]
+               if not record.is_gone and record.kind not in ("none", "lent")]
     others = {}
     for sibling in siblings:
         for record in sibling.records:
@@ -19220,6 +19235,9 @@ def status_text(arena):
         lines.append("  its int3s are kept by pid %d: if that is killed by "
                      "kill -9, the next hit kills pid %d"
                      % (arena.guardian, arena.pid))
+    if arena.lenders:
+        lines.append("  two-byte jumps lead through the text of %s" % escape(
+            ", ".join(arena.lenders)))
     if arena.n_bad:
         lines.append("  %s of its journal cannot be read"
                      % plural(arena.n_bad, "record"))
@@ -20164,9 +20182,8 @@ class Session:
         if now < self._next_uprobes:
             return False
         self._next_uprobes = now + 0.25
-        sites = sites_under_uprobes(
-            site for watched in self.watched for probe in watched.probes
-            for site in probe.sites)
+        sites = [site for watched in self.watched for probe in watched.probes
+                 for site in sites_under_uprobes(probe)]
         for site in sites[:1]:
             self.errors.append(ProbeError(
                 "keep the probe at", site_label(site), "a kernel uprobe was "

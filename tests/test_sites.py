@@ -168,6 +168,14 @@ class Lenders(unittest.TestCase):
                              [insn.vaddr for insn in lender.insns])
             self.assertEqual([part.window for part in plan.all_parts],
                              [window, lender])
+            target.probe(self.TIGHT, ubp.Count())
+            found, = ubp.status(target.pid)
+            self.assertEqual([site.name for site in found.sites],
+                             ["win_tight"])
+            self.assertEqual([text.split(":")[1] for text in found.lenders],
+                             ["win_patient+0x10"])
+            target.close()
+            self.assertEqual((1, 1), target.removal[:2])
 
     def test_probes_share_it_and_go_in_any_order(self):
         """Capitals arm: T win_tight, L and I instructions of the lender."""
