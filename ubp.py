@@ -10289,6 +10289,11 @@ class Patch:
                                  for body in other.bodies)
             self.records += other.records
 
+    @property
+    def lends(self):
+        """Is it there only for slots in its window?"""
+        return all(body.lends for body in self.bodies)
+
 
 def _place_in_file(site):
     """What names a Site in whatever process its file is mapped."""
@@ -11464,7 +11469,7 @@ class Installer:
         lost = [changes[change] for change in refused]
         self.patches.update((patch.window.site, patch) for patch in patches
                             if patch not in lost)
-        return len(patches) - len(lost)
+        return sum(not patch.lends for patch in patches if patch not in lost)
 
     def traps(self):
         """What a guardian has to do: Guard.do_arm's argument."""
@@ -15139,8 +15144,9 @@ class Target:
         patches = self._installer.patches
         gone = [vaddr for vaddr, patch in patches.items()
                 if patch.site.module is module]
-        self._installer.asleep[module] = [
+        asleep = self._installer.asleep[module] = [
             patches.pop(vaddr) for vaddr in gone]
+        gone = [patch for patch in asleep if not patch.lends]
         for probe in self._probes:
             for part in probe._parts:
                 lost = [site for site in part.sites if site.module is module]
