@@ -14698,13 +14698,18 @@ class Target:
 
     def plan(self, pattern, strategy="jump", action=None, when=None,
              progress=None):
-        """What would be done at each site. -> [SitePlan]. Stops nothing.
+        """What would be done at each site, with the probes that are in.
 
+        -> [SitePlan]. Stops nothing.
         action, when   as in probe(); None: a count
         progress       called with the number of sites done, and of all
         """
         strategies, sites = strategies_of(strategy), self._sites(pattern)
         planner = Planner(self.pid, self._read, len(sites))
+        with self._lock:
+            planner.keep_only(dict(self._installer.patches))
+            watched = self._watched()
+        planner.watched = lambda: watched
         action = self._chosen(Count() if action is None else action,
                               strategies)
         specs = {is_return: make_specs(action, when, is_return)

@@ -328,6 +328,22 @@ class Planning(unittest.TestCase):
             child.quit()
 
 
+    def test_a_plan_knows_the_probes_that_are_in(self):
+        with live.Target("busy", 1) as process, \
+                ubp.attach(process.pid) as target:
+            alone, = target.plan("exe:hot")
+            where = ["exe:hot", "exe:hot+%d" % (
+                alone.window.insns[1].vaddr - alone.window.site)]
+            target.probe(where[0], ubp.Count())
+            for plan in target.plan(where):
+                self.assertEqual(plan.window, alone.window)
+                self.assertGreater(plan.trampoline_size,
+                                   alone.trampoline_size)
+            with ubp.attach(process.pid) as other:
+                self.assertEqual(["changed text"] * 2,
+                                 [plan.rule for plan in other.plan(where)])
+
+
 class Faults(unittest.TestCase):
 
     def test_20_a_load_that_may_fault_stays_where_a_handler_looks(self):
