@@ -2967,6 +2967,36 @@ def _modules_of(pid, maps):
     return [module for module in found if module.text]
 
 
+_C_LIBRARY = ("libc.", "ld-", "libpthread", "libc-", "[")
+
+
+def has_c_library(all_modules):
+    """Is it no static program?"""
+    return any(name.startswith(("libc.so", "libc.musl", "ld-musl"))
+               for name in (module.soname or module.name
+                            for module in all_modules))
+
+
+def imports(all_modules, *names):
+    """Do modules other than the C library's call functions of these names?
+    A static program has what it calls in itself, if that was not stripped.
+    """
+    wanted = re.compile(b"\0(?:%s)\0" % b"|".join(
+        name.encode() for name in names))
+    tables = [module.elf.dynsym for module in all_modules
+              if not (module.soname or module.name).startswith(_C_LIBRARY)]
+    if not has_c_library(all_modules):
+        tables += [table for module in all_modules if module.is_exe
+                   for table in module.elf.symtabs]
+    return any(wanted.search(bytes(table.strings)) for table in tables)
+
+
+def swaps_contexts(all_modules):
+    """May a program leave a handler for another stack, by ucontext's
+    functions? man 3 makecontext"""
+    return imports(all_modules, "swapcontext", "setcontext")
+
+
 def _auxv(pid):
     """{type: value} of the auxiliary vector. Source: getauxval(3)."""
     data = read_proc("/proc/%d/auxv" % pid)
@@ -4514,6 +4544,8 @@ _TRANSFER_WAIT_S = 0.1      # to wait for a transfer to end by itself
 _INJECTION_S = 2.0          # to wait for an injected syscall to return
 _STACK_LIMIT = 16 << 20     # bytes of one stack searched for signal frames
 _SMALL_STACK_LIMIT = 256 << 10      # of one whose bounds are unknown
+_MOST_PARKED = 64 << 20     # bytes searched for those of swapped contexts
+_MOST_RESERVED = 4 << 30    # of the vmas that these are looked for in
 _CLD_KILLED = 2             # <asm-generic/siginfo.h>; os has it since 3.9
 _ALL_SIGNALS = b"\xff" * 8
 STEP_ASIDE = signal.SIGWINCH    # to a guardian; who does not know ignores it
@@ -4603,6 +4635,7 @@ class Tracer:
         self._text = None           # Gadgets, found in _text_maps
         self._text_maps = []
         self.starts_raw_threads = False     # by clone itself, not pthreads
+        self.swaps_contexts = False         # maybe within a handler
 
     # -- looking ------------------------------------------------------------
 
@@ -5395,6 +5428,37 @@ class Tracer:
                 pending.append(rsp)
         return found
 
+    def parked_frames(self, tid):
+        """Those of handlers that were left for another context, by
+        swapcontext(3): as user threads are that a signal preempts.
+
+        tid   of any stopped thread;   -> as signal_frames
+        No thread tells of their stacks, so all that the program can write
+        to is searched, the smallest vma first, up to a limit. What is no
+        stack any more may still look like one.
+        """
+        words = [struct.pack("<Q", vaddr) for vaddr in self._text.restorers]
+        found, n_left, n_reserved = [], _MOST_PARKED, _MOST_RESERVED
+        for mapping in sorted(
+                read_maps(tid), key=lambda each: each.end - each.start):
+            n_reserved -= mapping.end - mapping.start
+            if n_reserved < 0 or n_left <= 0:
+                log.debug("not all of pid %d was searched for contexts",
+                          self.tgid)
+                break
+            if (not mapping.perms.startswith("rw")
+                    or mapping.path.startswith(("/memfd:ubp", "/dev/"))):
+                continue
+            for low, high in _touched_ranges(tid, mapping):
+                n_left -= high - low
+                try:
+                    memory = read_memory(tid, low, high - low)
+                except OSError:
+                    continue
+                found += [(vaddr, rip) for vaddr, rip, _ in
+                          ubp_x86.frames_on_stack(memory, low, words)]
+        return found
+
     def _stack_from(self, thread, low):
         """The stack that low is on, from there up. -> (its end, bytes)
 
@@ -5867,12 +5931,20 @@ def _in_rseq_section(thread):
     return read_memory(thread.tid, pointer + 8, 8) != bytes(8)
 
 
-def _touched_pages(tid, mapping):
+def _touched_ranges(tid, mapping):
+    """[(low, high)] of a vma's memory that was ever touched."""
+    pages = _touched_pages(tid, mapping, (mapping.end - mapping.start) // PAGE)
+    return [(mapping.start + each.start() * PAGE,
+             mapping.start + each.end() * PAGE)
+            for each in re.finditer(b"[^\0]+", pages)]
+
+
+def _touched_pages(tid, mapping, most=512):
     """Which of the first pages of a vma were ever touched? -> a byte each
 
     Source: Documentation/admin-guide/mm/pagemap.rst, bits 63 and 62.
     """
-    n_pages = min(512, (mapping.end - mapping.start) // PAGE)
+    n_pages = min(most, (mapping.end - mapping.start) // PAGE)
     held = HeldFile("/proc/%d/pagemap" % tid)
     try:
         _check(_lseek(held.fd, mapping.start // PAGE * 8, os.SEEK_SET))
@@ -7715,11 +7787,35 @@ def move_threads(tracer, inside, behind, undo=lambda rip: None):
                 frames.append(_undone_frame(thread, vaddr, back))
                 goal = back.vaddr
             left.append(rip if goal is None else goal)
+    if tracer.swaps_contexts and left:
+        left += _move_parked(tracer, thread, inside, undo, frames)
     for thread, regs in moves:
         thread.regs = regs
         tracer.set_regs(thread.tid, thread.regs)
     for tid, vaddr, data in frames:
         write_memory(tid, vaddr, data)
+    return left
+
+
+def _move_parked(tracer, thread, inside, undo, frames):
+    """Move what no thread is in, too. -> [every such program counter]
+
+    thread   any that is stopped;   frames   what is to be written, added to
+    """
+    left, known = [], {vaddr for _, vaddr, _ in frames}
+    for vaddr, rip in tracer.parked_frames(thread.tid):
+        if vaddr in known or vaddr - ubp_x86.SIGNAL_CONTEXT_RIP in known:
+            continue
+        goal, back = inside.get(rip), undo(rip)
+        if goal is not None:
+            frames.append((thread.tid, vaddr, struct.pack("<Q", goal)))
+        elif back is not None:
+            try:
+                frames.append(_undone_frame(thread, vaddr, back))
+            except Again:
+                continue                # its stack is gone: it was left
+            goal = back.vaddr
+        left.append(rip if goal is None else goal)
     return left
 
 
@@ -7998,6 +8094,7 @@ class _Restoring:
         sites = collections.OrderedDict()
         if self.modules is None:
             self.modules = _modules_or_none(self.tracer)
+            self.tracer.swaps_contexts = swaps_contexts(self.modules)
         self.maps = read_maps(self.tracer.vm_tid())
         for record in self.records:
             sites.setdefault(record.site, []).append(record)
@@ -15635,6 +15732,7 @@ class Target:
         """In the worker: all of it, or, if that fails, nothing."""
         self._tracer.starts_raw_threads = _starts_raw_threads(
             self._get_modules())
+        self._tracer.swaps_contexts = swaps_contexts(self._get_modules())
         self._installer.install(probe, plans, time.monotonic() + timeout,
                                 hook)
         self._warn_of_seccomp()
@@ -16093,14 +16191,7 @@ def _starts_raw_threads(all_modules):
 
     A static or Go program, or a module that imports clone.
     """
-    names = [module.soname or module.name for module in all_modules]
-    if not any(name.startswith(("libc.so", "libc.musl", "ld-musl"))
-               for name in names):
-        return True
-    return any(b"\0clone\0" in bytes(module.elf.dynsym.strings)
-               for module in all_modules
-               if not (module.soname or module.name).startswith(
-                   ("libc.", "ld-", "libpthread", "libc-", "[")))
+    return not has_c_library(all_modules) or imports(all_modules, "clone")
 
 
 def _restore_everywhere(tracer, arenas, limit, last_look=lambda: None):

@@ -1,0 +1,67 @@
+/* preempted: user threads, each on a stack from malloc. A timer's handler
+ * leaves for the next one by swapcontext, so those that wait have a signal
+ * frame on a stack that no thread runs on. They call tiny and loop, and check
+ * what these return. A second thread takes the commands: q quit. */
+#include "target.h"
+#include <sys/time.h>
+#include <ucontext.h>
+
+enum { N = 8, SIZE = 64 << 10, ROUNDS = 50 };
+static ucontext_t contexts[N];
+static int current;
+
+FUNCTION(tiny, "mov %rdi,%rax\n inc %rax\n rol $3,%rax\n not %rax\n not %rax\n"
+         "ror $3,%rax\n dec %rax\n ret");
+FUNCTION(loop, "mov %rdi,%rax\n1: inc %rax\n dec %rsi\n jnz 1b\n ret");
+long tiny(long), loop(long, long);
+
+static void preempt(int signo)
+{
+    int me = current;
+    current = (me + 1) % N;
+    swapcontext(&contexts[me], &contexts[current]);
+}
+
+static void run(int me)
+{
+    for (long i = me; !quitting; i++) {
+        if (tiny(i) != i)
+            wrong("tiny(%ld)", i);
+        if (loop(i, ROUNDS) != i + ROUNDS)
+            wrong("loop(%ld)", i);
+    }
+    exit(verdict());
+}
+
+static void *serve(void *argument)
+{
+    while (command() != 'q')
+        say("wrong=%ld", atomic_load(&n_wrong));
+    quitting = 1;
+    for (;;)
+        pause();
+}
+
+int main(void)
+{
+    struct sigaction action = {.sa_handler = preempt, .sa_flags = SA_RESTART};
+    struct itimerval each = {{0, 200}, {0, 200}};
+    sigset_t alarms, before;
+    bounded();
+    for (int i = 0; i < N; i++) {
+        getcontext(&contexts[i]);
+        contexts[i].uc_stack.ss_sp = malloc(SIZE);
+        contexts[i].uc_stack.ss_size = SIZE;
+        makecontext(&contexts[i], (void (*)(void))run, 1, i);
+    }
+    sigemptyset(&alarms);
+    sigaddset(&alarms, SIGVTALRM);
+    pthread_sigmask(SIG_BLOCK, &alarms, &before);
+    start(serve, NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    sigaction(SIGVTALRM, &action, NULL);
+    setitimer(ITIMER_VIRTUAL, &each, NULL);
+    say("ready");
+    setcontext(&contexts[0]);
+    return 1;
+}
