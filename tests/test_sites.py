@@ -86,7 +86,7 @@ def name(site):
 class AnyOrder(unittest.TestCase):
 
     def run_model(self, us, seed, play):
-        with live.Target("sites", us, seconds=60) as child, \
+        with live.Target("sites", us, seconds=240) as child, \
                 ubp.attach(child.pid) as target:
             model = Model(self, target, child, seed)
             with self.subTest(seed=seed):
@@ -148,7 +148,7 @@ class Lenders(unittest.TestCase):
 
     @contextlib.contextmanager
     def attached(self):
-        with live.Target("windows", "signals", seconds=100) as process:
+        with live.Target("windows", "signals", seconds=240) as process:
             before = live.Snapshot(process.pid)
             with ubp.attach(process.pid) as target:
                 yield process, target
