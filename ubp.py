@@ -6107,8 +6107,9 @@ def _refusal_to_attach(pid, request, error):
                        "%s: %s: %s" % (request, code, why), hint)
 
 
-# That must be free: before something is begun, and to take it out again.
-_LEAST_DESCRIPTORS, _LEAST_TO_REMOVE = 24, 4
+# That must be free: before something is begun; once the files of all modules
+# are open; and to take it out again.
+_LEAST_DESCRIPTORS, _LEAST_TO_ARM, _LEAST_TO_REMOVE = 16, 8, 4
 
 
 def n_descriptors_left():
@@ -14954,6 +14955,7 @@ class Target:
                                        if plan.strategy == name], timeout)
         good = [plan for plan in plans if plan.strategy in ("jump", "int3")]
         if good:
+            check_descriptors("probe", self.pid, _LEAST_TO_ARM)
             hook = self._plan_hook(probe, good)
             self._with_ptrace(lambda: self._arm(probe, good, timeout, hook),
                               timeout, new + tuple(hook[:1]))

@@ -1176,6 +1176,27 @@ class Needs(Case):
                     self.counted(process, "libc:strlen", "strlen")
                     process.quit()
 
+    def test_a_limit_that_is_reached_while_modules_are_opened(self):
+        """A program with many: each takes a descriptor before it is armed."""
+        prlimit = need("prlimit", "util-linux")
+        program = ("import bz2, ctypes, decimal, json, lzma, select, socket, "
+                   "ssl, time, zlib; print('on', flush=True); "
+                   "[time.sleep(0.01) for _ in range(12000)]")
+        with live.Process([sys.executable, "-c", program]) as process:
+            process.line()
+            before, seen = live.Snapshot(process.pid), set()
+            for limit in range(18, 60, 4):
+                status, out, err = run(
+                    "count", "-p", process.pid, "libc:getppid", "--duration",
+                    "0.1", command=(prlimit, "--nofile=%d" % limit,
+                                    sys.executable, UBP))
+                seen.add(status)
+                self.assertNotIn("Traceback", err)
+                if status:
+                    self.assertIn("more files may be opened", err)
+                live.Snapshot(process.pid).compare(self, before)
+            self.assertEqual({0, 1}, seen)
+
     def test_limits_of_ubp_itself(self):
         prlimit = need("prlimit", "util-linux")
         with live.Target("kinds", "threads", "200") as process:
