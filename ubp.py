@@ -9098,6 +9098,12 @@ class SitePlan(NamedTuple):
         """The SitePlans that are armed for it, together."""
         return self.parts or (self,)
 
+    def lacks_ret(self, part):
+        """Is a part an exit that does not know yet what will be returned?"""
+        return bool(part.spec and part.spec.is_exit and self.spec
+                    and ubp_x86.uses_ret(self.spec)
+                    and not ubp_x86.uses_ret(part.spec))
+
 
 class Action:
     """What a probe computes at each hit. A value: it can be used again."""
@@ -9570,7 +9576,8 @@ class Planner:
         leaves = self.exits(site, entry)
         todo = [(site, entry, None)] * (entry is not None) + [
             (site._replace(vaddr=leave.vaddr, offset=leave.vaddr
-                           - site.vaddr), spec, leave) for leave in leaves]
+                           - site.vaddr), spec if leave.is_ret
+             else ubp_x86.without_ret(spec), leave) for leave in leaves]
         parts = [part for plan in self._plan_parts(todo, index, strategies)
                  for part in plan.all_parts]
         return parts[0]._replace(
@@ -14961,6 +14968,18 @@ class Target:
                               timeout, new + tuple(hook[:1]))
             if hook and hook[0].sites:
                 self._hook = hook[0]
+            self._warn_of_jumps(good)
+
+    def _warn_of_jumps(self, plans):
+        """Note whose exits do not know `ret`, though it is asked for."""
+        names = [site_name(plan.site) for plan in plans
+                 if any(map(plan.lacks_ret, plan.all_parts))]
+        if names:
+            self._note("%s%s may end in a jump to another function, which "
+                       "has not returned yet: there ret is a fault, and what "
+                       "needs it is dropped" % (
+                           names[0], " and %d more" % (len(names) - 1)
+                           if len(names) > 1 else ""))
 
     # -- the loader's debug hook ---------------------------------------------
 
@@ -16070,6 +16089,10 @@ def _plan_hardware(planner, site, spec, entry, name):
         if leave.is_conditional:
             return refused("hw", "a debug register does not tell whether the "
                            "tail jump at 0x%x is taken" % leave.vaddr)
+        if ubp_x86.uses_ret(spec) and not leave.is_ret:
+            return refused("hw", "its exit at 0x%x is a jump to another "
+                           "function: what that returns is not known there"
+                           % leave.vaddr)
     n = len(leaves) + (entry is not None)
     if n > N_DEBUG_REGISTERS:
         return refused("hw", "%s%s would take %d debug registers of %d" % (

@@ -3225,6 +3225,7 @@ class Exit(NamedTuple):
     function: Function      # itself, or the part that the exit is in
     is_conditional: bool    # a tail jump that is not always taken
     is_shared: bool = False     # other functions may leave by it, too
+    is_ret: bool = False        # else what is returned is not known yet
 
 
 def find_exits(function, branches, is_part=lambda vaddr: False):
@@ -3266,7 +3267,7 @@ def _exits_at(analysis, insn, family, branches, is_part):
     """[Exit] of one instruction that may leave; parts found join family."""
     flow, vaddr, target = insn.flow, insn.vaddr, insn.target
     if flow == RET:
-        return [Exit(vaddr, analysis.function, False)]
+        return [Exit(vaddr, analysis.function, False, is_ret=True)]
     if flow == FAR:
         raise RefusalError("exit", "0x%x leaves it by a far transfer" % vaddr,
                            vaddr)
@@ -5435,6 +5436,33 @@ def can_fault(expression):
         if op in ("<<", ">>") and (right[0] != "const" or right[2] < 0):
             return True
     return False
+
+
+def uses_ret(spec):
+    """Does a hit look at what the function returns?"""
+    return any(each and "ret" in each.names
+               for each in (spec.when,) + spec.keys + spec.values)
+
+
+_ALWAYS_FAULTS = "//", False, ("const", False, 1), ("const", False, 0)
+
+
+def without_ret(spec):
+    """A Spec for an exit that is a jump to another function: that has not
+    run yet, so what would be returned is a fault wherever it is asked for.
+    """
+    def replaced(tree):
+        if tree == ("name", False, "ret"):
+            return _ALWAYS_FAULTS
+        return tuple(replaced(part) if isinstance(part, tuple) else part
+                     for part in tree)
+
+    def changed(each):
+        return each and each._replace(tree=replaced(each.tree),
+                                      names=each.names - {"ret"})
+    return spec._replace(when=changed(spec.when),
+                         keys=tuple(map(changed, spec.keys)),
+                         values=tuple(map(changed, spec.values)))
 
 
 def entry_spec(spec):

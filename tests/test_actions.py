@@ -400,6 +400,37 @@ class Frames(unittest.TestCase):
             live.Snapshot(process.pid).compare(self, before)
             process.quit()
 
+    def test_an_exit_by_a_jump_elsewhere_tells_no_result(self):
+        """`jmp other` is the end of tail(n < 0): rax is anything there."""
+        for strategy in "jump", "int3":
+            with self.subTest(strategy), attached("1", "7") as (
+                    process, target):
+                known = [target.probe("exe:tail%return", action, when,
+                                      strategy=strategy)
+                         for action, when in (
+                    (ubp.Hist("ret"), None), (ubp.Count(sum="ret"), None),
+                    (ubp.Count(by="ret & 1"), None),
+                    (ubp.Count(), "ret >= 0"),
+                    (ubp.Count(), "arg0 >= 0 and ret >= 0"),
+                    (ubp.Trace("arg0", "ret"), None))]
+                self.assertEqual(1, sum(note.startswith(
+                    "tail may end in a jump to another function")
+                    for note in target.notes), target.notes)
+                process.ask("r")
+                hist, total, keys, some, both, trace = known
+                self.assertEqual((50, sum(range(2, 52))), (
+                    hist.read().count, hist.read().sum))
+                self.assertEqual(sum(range(2, 52)), total.read())
+                self.assertEqual({0: 25, 1: 25}, keys.read())
+                self.assertEqual((50, 50), (some.read(), some.dropped))
+                self.assertEqual((50, 0), (both.read(), both.dropped))
+                for probe in hist, total, keys:
+                    self.assertEqual((100, 50), (probe.hits, probe.dropped))
+                trace.remove(PATIENCE)
+                self.assertEqual(
+                    [(n, None if n < 0 else n + 2) for n in range(-50, 50)],
+                    [event.values for event in target.read_events(True)])
+
     def test_exits_tell_results_and_the_arguments_of_the_entry(self):
         with attached("2", "5003", "signals") as (process, target):
             results = target.probe("exe:work%return", ubp.Count(sum="ret"))

@@ -509,6 +509,8 @@ class OneLiners(unittest.TestCase):
         freed = [line["values"]["hex(arg0)"] for line in lines
                  if line["function"].endswith("free")]
         self.assertGreaterEqual(len(given), 20)
+        if all(vaddr is None for vaddr in given):
+            self.skipTest("this malloc ends in a jump: it tells no result")
         for vaddr in set(given):
             self.assertIn(vaddr, freed)
 
@@ -538,7 +540,7 @@ class OneLiners(unittest.TestCase):
         self.assertEqual(process.returncode, 0, err)
         lines = out.decode().splitlines()
         self.assertIn("libc.so.6:abort", lines[0])
-        self.assertTrue(any("os_abort" in line or "vectorcall" in line
+        self.assertTrue(any("os_abort" in line or "PyEval_EvalCode" in line
                             for line in lines[1:]), lines)
 
     # -- redis --------------------------------------------------------------
@@ -649,8 +651,9 @@ class OneLiners(unittest.TestCase):
         work = lambda: server.load(3000, 5, "set")     # noqa: E731
         out, err = self.probe(server.pid, "stack", "exe:setCommand",
                               work=work)
-        for name in "main", "aeMain", "processCommand", "call":
-            self.assertRegex(out, r"(?m)%%.*:%s$" % name)
+        for name in ("main", "aeMain|aeProcessEvents", "processCommand",
+                     "call"):
+            self.assertRegex(out, r"(?m)%%.*:(%s)$" % name)
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder)
         path = os.path.join(folder, "set.folded")
