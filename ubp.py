@@ -5107,8 +5107,8 @@ class Tracer:
             # is one that is ignored, no EINTR must come of it.
             if not event:
                 self._repaired(thread)
-            self._resume(thread.tid, PTRACE_CONT, signo if not event else 0)
             self._resume(thread.tid, PTRACE_INTERRUPT)
+            self._resume(thread.tid, PTRACE_CONT, signo if not event else 0)
             return False
         thread.group_stop = signo != signal.SIGTRAP
         try:
@@ -5890,6 +5890,18 @@ class Injection:
             self.tracer.lose(self._thread.tid)
 
 
+_SCRATCH = 8192                 # bytes: a signal frame of any size
+
+
+class Mending(Injection):
+    """One in memory that ubp has put there for it: a handler may be on a
+    stack whose bounds nobody knows. One at a time in a process."""
+
+    def _place(self, thread, size):
+        return (self.tracer.ward.scratch if size <= _SCRATCH else 0
+                ) or super()._place(thread, size)
+
+
 def _injected_frame(tid, rip, rsp):
     """The head of a signal frame on which a syscall is to be run, or b""."""
     try:
@@ -6249,9 +6261,9 @@ _MEMFD_PATH = "/memfd:ubp (deleted)"
 _ANONYMOUS = -1 << 16       # stands for a descriptor; no errno
 # What a record's block is; "count" is a word, the others begin with a head.
 # Where none is left but for older trampolines it is "none"; "lent", where the
-# window is only there for the slot of another.
+# window is only there for the slot of another; "own", of a SignalCount.
 KINDS = ("count", "filtered", "sum", "hist", "signed hist", "table", "ring",
-         "none", "lent")
+         "none", "lent", "own")
 
 
 class Header(NamedTuple):
@@ -8124,7 +8136,7 @@ class _Restoring:
                 del changes[lender]
                 self.foreign.append(sites[lender][-1])
         self.n_sites += sum(
-            bool(armed) and any(record.kind != "lent"
+            bool(armed) and any(record.kind not in ("lent", "own")
                                 for record in sites[site])
             for site, armed in changes.items())
         self.restored = [record for site in changes for record in sites[site]]
@@ -9206,6 +9218,12 @@ class HookCall(Call):
     for."""
 
 
+class SignalCount(Count):
+    """At the syscalls by which a program says what is to become of SIGTRAP,
+    where there are int3s: the guardian learns of it there."""
+
+
+_OWN = HookCall, SignalCount    # actions of probes that no user has set
 _LEAST_TIMEOUT_S, _MOST_TIMEOUT_S = 0.001, 60
 _TABLE_BYTES, _RING_BYTES = 1 << 20, 256 << 10      # of one processor
 _STACK_BYTES, _STACK_RING_BYTES = 8 << 10, 12 << 20     # of stacks copied
@@ -9237,7 +9255,9 @@ def make_spec(action, when=None, is_exit=False):
     by = _expressions(getattr(action, "by", None), is_exit)
     rest = dict(when=(_one_expression(when, is_exit) or (None,))[0],
                 keys=by, is_exit=is_exit)
-    if isinstance(action, Count):
+    if isinstance(action, SignalCount):
+        spec = ubp_x86.Spec("count", is_quiet=True)
+    elif isinstance(action, Count):
         values = _one_expression(action.sum, is_exit)
         spec = ubp_x86.Spec("sum" if values else "count", values=values,
                             **rest)
@@ -11222,6 +11242,7 @@ class Installer:
         self._looked = set()        # what was asked of the target already
         self.calls = None           # Calls, when there are any
         self.hook_calls = None      # those of the loader's debug hook
+        self._scratch = None, 0     # (Arena, end of _SCRATCH bytes there)
         self._forbidden = None      # InjectionRefused, of the first arena
 
     def look(self, spec, limit):
@@ -11319,6 +11340,8 @@ class Installer:
     def _need_of(self, plans):
         """need_of(), with slots of calls if there are none yet."""
         need, spec = need_of(plans), plans[0].spec
+        if spec.is_quiet and spec.action == "count":
+            return need._replace(private=_SCRATCH)
         if spec.action != "call" or (self.hook_calls if spec.is_quiet
                                      else self.calls) is not None:
             return need
@@ -11416,6 +11439,8 @@ class Installer:
         layout, spec = ubp_x86.block_layout(plans[0].spec), plans[0].spec
         if spec.action == "call":
             self._open_calls(probe, arena)
+        if isinstance(probe.action, SignalCount) and not self.scratch():
+            self._scratch = arena, arena.allocate_private(_SCRATCH) + _SCRATCH
         is_shared = layout.kind in ("table", "ring")
         offset = arena.allocate(
             layout.size * (1 if is_shared else len(plans)))
@@ -11444,7 +11469,9 @@ class Installer:
                 patch = Patch(plan, patches_in(self.patches, plan.window))
             try:
                 change = self._compose(
-                    patch, patch.bodies + tuple(bodies), arena, journal_block(
+                    patch, patch.bodies + tuple(bodies), arena,
+                    _OWNED if isinstance(probe.action, SignalCount)
+                    else journal_block(
                         layout, own[0].place.block, own[0].plan.index
                         if block.is_indexed else _ANY_INDEX)
                     if own else _LENT)
@@ -11575,6 +11602,12 @@ class Installer:
         self.patches.update((patch.window.site, patch) for patch in patches
                             if patch not in lost)
         return sum(not patch.lends for patch in patches if patch not in lost)
+
+    def scratch(self):
+        """The end of memory for the frames of the guardian's injections, or
+        0: then they are where every Injection has them."""
+        arena, vaddr = self._scratch
+        return vaddr if arena in self.arenas else 0
 
     def traps(self):
         """What a guardian has to do: Guard.do_arm's argument."""
@@ -11707,7 +11740,7 @@ class Installer:
 
 
 _NO_BLOCK = "none", 0, (0, 0, 0, 0)
-_LENT = ("lent",) + _NO_BLOCK[1:]
+_LENT, _OWNED = [(kind,) + _NO_BLOCK[1:] for kind in ("lent", "own")]
 _ANY_INDEX = 0xffff             # a table of one site has no index in its keys
 
 
@@ -12711,12 +12744,31 @@ def _where_text(where):
 #     results (shared memory)         rip = trampoline, at each hit
 #     "rest"                 ------>  writes the text back, lets go
 #     takes the arenas out            -
+#
+# At an int3 that meets SIGTRAP blocked the kernel unblocks it and drops its
+# handler, and tells nobody what there was (force_sig_info). So the guardian
+# knows beforehand, and puts that back. What can change it, and where it is
+# seen before the next instruction of the program:
+#
+#     rt_sigprocmask, rt_sigaction    int3s of our own at these syscalls of
+#                                     the C library (SignalCount); a thread
+#                                     that may block SIGTRAP goes on from
+#                                     syscall to syscall, until it does not
+#     a handler begins                an interrupt stops it there, if that
+#                                     may block SIGTRAP, or its thread does
+#     a handler ends                  its rt_sigreturn is a syscall
+#     clone, fork                     the new one's first stop
+#
+# The handler is the process's: while one thread is without it, no other may
+# get a SIGTRAP, or ask for it. Those that could lose it are held meanwhile.
 
 _SI_KERNEL = 0x80               # si_code of an int3, <asm-generic/siginfo.h>
 _TRAP_HWBKPT = 4                # and of a debug register
 _MAX_WATCH_BYTES = 32 << 20     # of hits that wait for the front end
 _TRAP_BIT = 1 << signal.SIGTRAP - 1
-_SIGACTION_SIZE = 32            # struct kernel_sigaction, <asm/signal.h>
+_SIGACTION_SIZE = 32            # struct kernel_sigaction, <asm/signal.h>:
+#                                 handler, flags, restorer, mask, 8 each
+_SA_RESETHAND, _SI_TKILL = 0x80000000, -6   # <asm-generic/siginfo.h>
 # Who blocks all of these has blocked everything: SIGTRAP too, which the
 # kernel unblocks when it must deliver that of an int3 (force_sig_info).
 _FULL_MASK = sum(1 << signo - 1 for signo in (
@@ -12728,6 +12780,13 @@ _TERMINATE, _ASIDE = ("terminate",), ("aside",)     # what a SIGTERM and a
 _ACTION_EACH_S = 0.1            # looks at what programs do about SIGTRAP,
 _MASKS_EACH = 50                # and at whether so many threads block it
 _IGNORES_SIGTRAP = 3            # exit status of a guardian
+_MOST_ASKS = 500                # a second, for signals' masks and actions,
+#                                 where none of them is about SIGTRAP
+_HOLD_S, _STARVED_S = 0.05, 1   # for one that is interrupted to stop; for
+#                                 one that gets no processor
+_ASKS = {ubp_x86.RT_SIGPROCMASK: 8, ubp_x86.RT_SIGACTION: _SIGACTION_SIZE}
+_STOPPING = {signal.SIGKILL, signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN,
+             signal.SIGTTOU, signal.SIGCONT}
 _ASIDE_S = 0.1                  # in which who asked comes
 _LAST_RESORT_S = 3600           # for putting the text back when orphaned
 _MOST_WAITING = 4               # programs that wait for the front end at
@@ -12743,11 +12802,17 @@ _SI_ADDR = 16                   # siginfo_t.si_addr, <asm-generic/siginfo.h>
 
 class TrapSite:
     """An int3 that the guardian answers for: at a site, or in the copy of
-    what only the tracer can do, insn then."""
-    __slots__ = ("goal", "size", "insn", "n_hits", "n_before", "since")
+    what only the tracer can do, insn then.
 
-    def __init__(self, goal, size, insn=None):
+    copy     [low, high) of what runs instead of a syscall instruction
+    most     hits a second; who has more is taken out
+    """
+    __slots__ = ("goal", "size", "insn", "copy", "most", "n_hits",
+                 "n_before", "since")
+
+    def __init__(self, goal, size, insn=None, copy=(), most=float("inf")):
         self.goal, self.size, self.insn = goal, size, insn
+        self.copy, self.most = copy, most
         self.n_hits = self.n_before = 0     # in all; at the start of
         self.since = time.monotonic()       # this second, which is that
 
@@ -12768,6 +12833,17 @@ class Keeper(Tracer):
         self.ward, self.sites = ward, ward.sites
         self.is_leaving = False
         self.blocked = set()        # tids that block SIGTRAP
+        self.wary = set()           # that will, or may, from a syscall on
+        self.asked = {}             # {tid that is to ask for the action of
+        #                             SIGTRAP, or set it: (the copy of its
+        #                             syscall, action or None)}
+        self.masking = {}           # {signal: does its handler block SIGTRAP?
+        #                             what is not in it, may}
+        self.entering = {}          # {tid: signal} that is to stop where the
+        #                             handler of that begins
+        self.queued = {}            # {tid: siginfo of its pending SIGTRAP, if
+        #                             it is to be told as another}
+        self.backlog = collections.deque()  # (Thread, status), stopped
         self._n_looked = 0          # threads whose masks were looked at,
         self._in_vain = set()       # and masks of no more than one syscall
         self.equipped = set()       # tids whose debug registers are ours
@@ -12794,9 +12870,9 @@ class Keeper(Tracer):
             return None
         ptrace(PTRACE_GETSIGMASK, tid, 8, ctypes.addressof(self._mask))
         mask = int.from_bytes(self._mask.raw, "little")
-        was_reset = bool(self.action) and not self._is_caught(tid)
-        was_blocked = (tid in self.blocked or was_reset
-                       or mask & _FULL_MASK == _FULL_MASK)
+        was_reset = self._was_reset(tid)
+        was_blocked = (self._blocked_it(tid, mask)
+                       or was_reset and len(self.threads) == 1)
         if not (is_own or was_blocked or is_watch_hit) and site.size == 1:
             return None         # it is at site + 1, and a SIGTRAP was sent
         if was_blocked:
@@ -12811,7 +12887,9 @@ class Keeper(Tracer):
                    site.goal)
             site.n_hits += 1
             self.ward.n_hits += 1
-            if site.n_hits - site.n_before > self.ward.max_rate:
+            if site.copy and self._note_ask(tid, regs, site):
+                was_reset = self._was_reset(tid)
+            if site.n_hits - site.n_before > site.most:
                 self.ward.note_rate(regs, site)
         if was_reset:
             self._mend(tid, b"" if is_own else self._info.raw)
@@ -12819,6 +12897,84 @@ class Keeper(Tracer):
         # Of signals of one number that wait only the first is kept: this
         # one was blocked, and is queued again.
         return 0 if is_own else signal.SIGTRAP
+
+    def _blocked_it(self, tid, mask):
+        """Did a thread block SIGTRAP? The kernel has taken it from mask."""
+        return tid in self.blocked or mask & _FULL_MASK == _FULL_MASK
+
+    def _was_reset(self, tid):
+        """Has an int3 taken the program's handler of SIGTRAP from it?
+
+        A child of vfork has actions of its own, until it execs.
+        """
+        return (bool(self.action) and self.threads[tid].tgid == self.tgid
+                and not self._is_caught(tid))
+
+    def _note_ask(self, tid, regs, site):
+        """A thread is about to say what is to become of signals, perhaps.
+
+        It goes on from syscall to syscall until its mask is what it asks
+        for. -> is it about the action of SIGTRAP? Then no other changes
+        that meanwhile.
+        """
+        number, (first, vaddr, _) = ubp_x86.asked(regs)
+        if number not in _ASKS or not (vaddr or first == signal.SIGTRAP):
+            return False
+        try:
+            data = vaddr and read_memory(tid, vaddr, _ASKS[number])
+        except OSError:
+            return False            # so it will not succeed
+        if number == ubp_x86.RT_SIGPROCMASK:
+            mask = int.from_bytes(data or b"", "little")
+            if mask & _TRAP_BIT and mask & _FULL_MASK != _FULL_MASK:
+                site.most = float("inf")    # it is needed
+            if (mask & _TRAP_BIT and first != signal.SIG_UNBLOCK
+                    and tid not in self.blocked):
+                self.wary.add(tid)
+            return False
+        is_own = self.threads[tid].tgid == self.tgid
+        if vaddr and is_own:
+            self.masking.pop(first, None)   # learned again, from its start
+        if first != signal.SIGTRAP:
+            return False
+        site.most = float("inf")
+        if vaddr and int.from_bytes(data[:8], "little") == signal.SIG_IGN:
+            # They would end it that SIGTRAP is ignored: it runs into this
+            # one until all are out.
+            ptrace(PTRACE_POKEUSER, tid, ubp_x86.PROGRAM_COUNTER_OFFSET,
+                   ubp_x86.program_counter(regs) - 1)
+            self.ward.is_ignored = True
+        elif is_own:
+            self._hold((self.blocked | self.wary) - {tid})
+            self.asked[tid] = site.copy, data or None
+        return True
+
+    def _note_syscall(self, tid):
+        """A thread that is watched has begun, or ended, a syscall."""
+        self._look_at_mask(tid)
+        if tid in self.asked:
+            (low, high), action = self.asked[tid]
+            regs = self.get_regs(tid)
+            result = ubp_x86.syscall_result(regs)
+            if low < ubp_x86.program_counter(regs) <= high and (
+                    result != -errno.ENOSYS):
+                del self.asked[tid]
+                if not result and action:
+                    is_default = not int.from_bytes(action[:8], "little")
+                    self.action = b"" if is_default else action
+
+    def _await_asked(self, tid):
+        """A thread asks for the action of SIGTRAP, or sets it: wait until it
+        has. Those that could change it are held, and looked at after it."""
+        while tid in self.asked:
+            status = self._next_stop(tid)
+            if status is None:
+                return
+            if status >> 8 != SYSCALL_EVENT_SIGNAL:
+                self.backlog.append((self.threads[tid], status))
+                return
+            self._note_syscall(tid)
+            self._go(tid)
 
     def _note_watch(self, tid, regs):
         """Has a debug register of ours stopped a thread?"""
@@ -12890,26 +13046,106 @@ class Keeper(Tracer):
         siginfo   of a SIGTRAP that was pending, to be so again
         """
         thread = self.threads[tid]
-        thread.state, thread.regs = STOPPED, self.get_regs(tid)
+        state, thread.state = thread.state, STOPPED
+        thread.regs = self.get_regs(tid)
         others = [t for t in self.threads.values()
                   if t.state == STOPPED and t is not thread]
         for other in others:            # it is this one that injects
             other.state = INTERRUPTED
         try:
-            with Injection(self, self.action + siginfo) as injection:
+            if not self.maps:           # it was forked, and never paused
+                self.maps = read_maps(self.vm_tid())
+            with Mending(self, self.action + siginfo) as injection:
                 injection.call(SYS_rt_sigaction, signal.SIGTRAP,
                                injection.text_vaddr, 0, 8)
-                if siginfo:
-                    injection.call(SYS_rt_tgsigqueueinfo, thread.tgid, tid,
-                                   signal.SIGTRAP,
-                                   injection.text_vaddr + len(self.action))
+                if siginfo and injection.call(
+                        SYS_rt_tgsigqueueinfo, thread.tgid, tid,
+                        signal.SIGTRAP,
+                        injection.text_vaddr + len(self.action)):
+                    # One that kill or tgkill has sent, in a thread: EPERM.
+                    injection.call(SYS_tgkill, thread.tgid, tid,
+                                   signal.SIGTRAP)
+                    self.queued.setdefault(tid, siginfo)
         except (Again, UbpError) as error:
             log.warning("pid %d has lost its handler of SIGTRAP: %s",
                         self.tgid, error)
         finally:
-            thread.state = RUNNING
+            thread.state = state
             for other in others:
                 other.state = STOPPED
+
+    def _deliver(self, thread):
+        """Have a thread run the program's handler of SIGTRAP.
+
+        Until it is there, no other may run into an int3 with SIGTRAP
+        blocked: the kernel would find no handler, and end the program.
+        """
+        tid = thread.tid
+        ptrace(PTRACE_GETSIGINFO, tid, 0, ctypes.addressof(self._info))
+        info, put_off = self._info.raw, self.queued.pop(tid, None)
+        if put_off and struct.unpack_from("<i", info, 8)[0] == _SI_TKILL:
+            info = put_off
+        self._hold((self.blocked | self.wary) - {tid})
+        if self._was_reset(tid):
+            self._mend(tid, info)
+            self._resume(tid, PTRACE_CONT)
+            status = self._next_stop(tid)
+            if status is None or status >> 8 != signal.SIGTRAP:
+                self.backlog += [(thread, status)] if status is not None \
+                    else []
+                return
+            self.queued.pop(tid, None)
+        self._info.raw = info
+        ptrace(PTRACE_SETSIGINFO, tid, 0, ctypes.addressof(self._info))
+        self.masking[signal.SIGTRAP] = True     # stop it there
+        if int.from_bytes(self.action[8:16], "little") & _SA_RESETHAND:
+            self.action = b""
+        self._go(tid, signal.SIGTRAP)
+        status = self._next_stop(tid)
+        if status is not None:
+            self.backlog.append((thread, status))
+
+    def _is_handled(self, tid):
+        """Is the SIGTRAP that has stopped a thread for the program's handler?
+
+        An int3 of its own ends it while it blocks SIGTRAP: that is past.
+        """
+        if not self.action or self.threads[tid].tgid != self.tgid:
+            return False
+        ptrace(PTRACE_GETSIGINFO, tid, 0, ctypes.addressof(self._info))
+        ptrace(PTRACE_GETSIGMASK, tid, 8, ctypes.addressof(self._mask))
+        was_sent = struct.unpack_from("<i", self._info, 8)[0] <= 0
+        return was_sent or not self._blocked_it(tid, int.from_bytes(
+            self._mask.raw, "little"))
+
+    def _hold(self, tids):
+        """Stop threads, but those that are already; what has stopped them
+        is looked at later."""
+        for thread in [t for t in self.threads.values() if t.tid in tids
+                       and t.state in (RUNNING, INTERRUPTED)
+                       and not self._is_held(t)]:
+            self._resume(thread.tid, PTRACE_INTERRUPT)
+            status = self._next_stop(thread.tid)
+            if status is not None:
+                self.backlog.append((thread, status))
+
+    def _is_held(self, thread):
+        """Has it stopped, and is that still to be looked at?"""
+        return any(thread is other for other, _ in self.backlog)
+
+    def _next_stop(self, tid):
+        """The wait status of a thread that is about to stop, or None."""
+        begin, polls, took = time.monotonic(), 0, 0.0
+        self.waiter.restart()
+        while took < _HOLD_S or (took < _STARVED_S
+                                 and read_stat(tid)[:1] == ["R"]):
+            polls += 1
+            status = self.status_of(tid, polls % 8 == 0)
+            if status is not None:
+                return status
+            self.waiter.sleep()
+            took = time.monotonic() - begin
+        return self.status_of(tid, True)
 
     def learn_action(self, timeout):
         """What the program does about SIGTRAP: to be kept as it is."""
@@ -12932,11 +13168,21 @@ class Keeper(Tracer):
                                    _SIGACTION_SIZE)
         self.action = self.pause(action, timeout, "ask for a handler")
 
-    def _go(self, tid, signo=0):
-        """Let a thread run; one that blocks SIGTRAP from syscall to syscall,
-        as only there it can unblock it."""
-        self._resume(tid, PTRACE_SYSCALL if tid in self.blocked
-                     and self.sites else PTRACE_CONT, signo)
+    def _go(self, tid, signo=0, may_mask=True):
+        """Let a thread run; one that blocks SIGTRAP, or is about to, from
+        syscall to syscall: only there, and where a handler begins, that
+        can change.
+
+        may_mask   the handler of signo may have, or lack, SIGTRAP blocked
+        """
+        is_watched = self.sites and (tid in self.blocked or tid in self.wary
+                                     or tid in self.asked)
+        if (signo and self.sites and may_mask and signo not in _STOPPING
+                and (tid in self.blocked or self.masking.get(signo, True))):
+            self.entering[tid] = signo      # it stops where that begins
+            self._resume(tid, PTRACE_INTERRUPT)
+        self._resume(tid, PTRACE_SYSCALL if is_watched else PTRACE_CONT,
+                     signo)
 
     def _look_at_mask(self, tid):
         """Does a thread block SIGTRAP? Not to be asked after an int3."""
@@ -12946,8 +13192,18 @@ class Keeper(Tracer):
             return
         if int.from_bytes(self._mask.raw, "little") & _TRAP_BIT:
             self.blocked.add(tid)
+            self.wary.discard(tid)
         else:
             self.blocked.discard(tid)
+
+    def _look_at_handler(self, tid):
+        """A thread has stopped, perhaps where a signal's handler begins."""
+        was_blocked, signo = tid in self.blocked, self.entering.pop(tid, 0)
+        if was_blocked:             # when the handler ends it may be again
+            self.wary.add(tid)
+        self._look_at_mask(tid)
+        if signo and not was_blocked:
+            self.masking[signo] = tid in self.blocked
 
     def look_at_masks(self, most):
         """Has a thread begun to block SIGTRAP? It is to go on from syscall
@@ -12973,6 +13229,17 @@ class Keeper(Tracer):
 
     def step(self, thread, status):
         """A thread has stopped, or ended, outside of a pause."""
+        self.backlog.append((thread, status))
+        self._step_all()
+
+    def _step_all(self):
+        while self.backlog:         # it is in there meanwhile: _is_held()
+            try:
+                self._step(*self.backlog[0])
+            finally:
+                self.backlog.popleft()
+
+    def _step(self, thread, status):
         tid, event, signo = thread.tid, status >> 16, status >> 8 & 0xff
         if thread.state != RUNNING:
             if self._take_status(thread, status) and tid in self.threads:
@@ -12980,27 +13247,46 @@ class Keeper(Tracer):
         elif status & 0xff != 0x7f:
             self.lose(tid)
         elif event == PTRACE_EVENT_STOP:
-            thread.group_stop = signo != signal.SIGTRAP
-            self._look_at_mask(tid)
-            self._free(thread)
+            self._note_stop(thread, signo)
         elif event:
             self.note_event(thread, event)
             if tid in self.threads:
                 self._go(tid)
         elif signo == SYSCALL_EVENT_SIGNAL:
-            self._look_at_mask(tid)
+            self._note_syscall(tid)
             self._go(tid)
         else:
             try:
                 answer = self.trap(tid) if signo == signal.SIGTRAP else None
-                if answer is None:
+                may_mask = answer is None
+                if may_mask:
                     self._bring_home(tid, signo)
-                    self._repaired(thread)
+                    if ubp_x86.has_own_mask(self._repaired(thread)):
+                        self.masking.pop(signo, None)
                     answer = signo
+                    if signo == signal.SIGTRAP and self._is_handled(tid):
+                        self._deliver(thread)
+                        return
             except OSError:
                 self.lose(tid)
                 return
-            self._go(tid, answer)
+            self._go(tid, answer, may_mask)
+            self._await_asked(tid)
+
+    def _note_stop(self, thread, signo):
+        """An interrupt, or a group stop, has stopped a thread."""
+        try:
+            if self._has_trapped(thread.tid):
+                self._go(thread.tid)
+                return
+            thread.group_stop = signo != signal.SIGTRAP
+            self._look_at_handler(thread.tid)
+            if not thread.group_stop:
+                self._repaired(thread)
+        except OSError:
+            self.lose(thread.tid)
+            return
+        self._free(thread)
 
     def note_event(self, thread, event):
         """A thread or process was created, or became another program."""
@@ -13026,7 +13312,8 @@ class Keeper(Tracer):
                 thread.tid, new) is not False:
             self.threads.setdefault(new, Thread(new, tgid))
         else:
-            self.ward.adopt(new)
+            child = self.ward.adopt(new, self)
+            child.wary |= {new} if thread.tid in self.wary else set()
 
     def _note_exec(self, thread):
         """Its text is gone, and our int3s with it: let go, or follow.
@@ -13056,8 +13343,14 @@ class Keeper(Tracer):
                 answer = self.trap(tid)
                 if answer is None:
                     self._bring_home(tid, signo)
+                    if self._is_handled(tid):
+                        self._repaired(thread)
+                        self._deliver(thread)
+                        if not self._is_held(thread):
+                            self._resume(tid, PTRACE_INTERRUPT)
+                        return False
             elif not event and signo == SYSCALL_EVENT_SIGNAL:
-                self._look_at_mask(tid)
+                self._note_syscall(tid)
                 answer = 0
             elif event == PTRACE_EVENT_STOP:
                 answer = 0 if self._has_trapped(tid) else None
@@ -13074,11 +13367,19 @@ class Keeper(Tracer):
         if answer is None:
             done = super()._take_status(thread, status)
             if done and thread.state == STOPPED:
-                self._look_at_mask(tid)
+                self._look_at_handler(tid)
             return done
-        self._go(tid, answer)
         self._resume(tid, PTRACE_INTERRUPT)
+        self._go(tid, answer)
         return False
+
+    def _has_stopped(self, thread):
+        """What _hold() has taken is to be looked at, too."""
+        for held in self.backlog:
+            if held[0] is thread:
+                self.backlog.remove(held)
+                return self._take_status(*held)
+        return super()._has_stopped(thread)
 
     def _has_trapped(self, tid):
         """Has it run an int3 of ours, whose SIGTRAP is still to come?
@@ -13097,6 +13398,7 @@ class Keeper(Tracer):
         for thread in sorted([t for t in self.threads.values()
                               if t.state == STOPPED], key=_is_idle):
             self._let_go(thread)
+        self._step_all()
         self._close_memory()
 
     def _free(self, thread):
@@ -13117,6 +13419,10 @@ class Keeper(Tracer):
 
     def lose(self, tid):
         self.blocked.discard(tid)
+        self.wary.discard(tid)
+        self.asked.pop(tid, None)
+        self.queued.pop(tid, None)
+        self.entering.pop(tid, None)
         self.equipped.discard(tid)
         super().lose(tid)
 
@@ -13224,6 +13530,10 @@ class Ward:
         self.guard, self.tgid, self.is_past = guard, tgid, False
         self.birth = start_time(tgid)
         self.sites, self.arenas, self.keepers = {}, [], []
+        self.is_ignored = False     # SIGTRAP, as soon as the int3s are out
+        self.scratch = 0            # the end of _SCRATCH bytes for frames
+        self._own = frozenset()     # sites that tell of SIGTRAP
+        self._wary = set()          # Keeper.wary of those let go
         self.n_hits = self.n_pinned = 0
         self.max_rate, self.too_hot, self.cooled = float("inf"), [], []
         self._copies, self._copy_starts = [], []    # (vaddr, size, Insn)
@@ -13249,7 +13559,8 @@ class Ward:
             self.too_hot.append(vaddr)
 
     def cool(self):
-        """Take out the sites that are hit too often."""
+        """Take out the sites that are hit too often, and what is there for
+        their sake when they were the last."""
         while self.too_hot:
             vaddr = self.too_hot.pop()
             found = [arena._replace(records=(record,))
@@ -13263,6 +13574,10 @@ class Ward:
                 continue
             if self.sites.pop(vaddr, None) is not None:
                 self.cooled.append(vaddr)
+            if not any(record.site in self.sites and record.site not in
+                       self._own for arena in self.arenas
+                       for record in arena.records):
+                self.too_hot += [v for v in self._own if v in self.sites]
 
     def look_at_actions(self):
         """Has a program changed what it does about SIGTRAP, since? -> does
@@ -13271,6 +13586,8 @@ class Ward:
         A handler that is new must be known before an int3 meets SIGTRAP
         blocked. Who ignores it would find the default in its place.
         """
+        if self.is_ignored:
+            return True
         for keeper in list(self.keepers) if self.sites else ():
             status = read_status(keeper.vm_tid())
             ignores, catches = (int(status.get(name, "0"), 16) & _TRAP_BIT
@@ -13286,13 +13603,17 @@ class Ward:
                 log.debug("%s", error)
         return False
 
-    def adopt(self, tgid):
-        """A process was forked: its text is a copy, int3s included."""
+    def adopt(self, tgid, parent=None):
+        """A process was forked: its text is a copy, int3s included.
+
+        parent   the Keeper of who forked it, if that is known
+        """
         for keeper in self.keepers:
             if keeper.tgid == tgid:
                 return keeper
         keeper = Keeper(tgid, self)
-        keeper.action = self.keepers[0].action if self.keepers else b""
+        parent = parent or next(iter(self.keepers), keeper)
+        keeper.action, keeper.masking = parent.action, dict(parent.masking)
         keeper.threads[tgid] = Thread(tgid, tgid)
         self.keepers.append(keeper)
         return keeper
@@ -13330,7 +13651,8 @@ class Ward:
 
     # -- requests -----------------------------------------------------------
 
-    def do_arm(self, arenas, timeout, max_rate, follows=False, watches=()):
+    def do_arm(self, arenas, timeout, max_rate, follows=False, watches=(),
+               scratch=0, own=()):
         """Write int3 to the sites of records. -> ([refused], stopped, us)
 
         arenas     [(base, nonce, inode, [record as a tuple])]
@@ -13339,16 +13661,21 @@ class Ward:
         watches    [(vaddr, "x" or "w" or "rw", size, bytes of the stack that
                    a hit is to hold, or -1 for the number of hits alone)]:
                    debug registers of every thread
+        scratch    the end of memory for frames of injections, or 0
+        own        the sites that tell of SIGTRAP: max_rate is not for them
         """
         self.max_rate, self.follows = max_rate, follows
         self.watches, self.lacking = tuple(watches), None
-        self._armed = arenas, timeout, max_rate, follows, watches
+        self._armed = (arenas, timeout, max_rate, follows, watches, scratch,
+                       own)
+        self.scratch, self._own = scratch, frozenset(own)
         self.arenas = [Installed(base, nonce, inode, (), tuple(
             Record(*record) for record in records))
             for base, nonce, inode, records in arenas]
         changes = [Change(record, ()) for arena in self.arenas
                    for record in arena.records]
         keeper = Keeper(self.tgid, self)
+        keeper.wary |= self._wary
         self.keepers = [keeper]
         try:
             self._learn_sites(keeper)
@@ -13382,7 +13709,12 @@ class Ward:
             except (OSError, DecodeError):
                 continue            # it is gone; that is found, too
             at = record.trampoline + copy.moved
-            self.sites[record.site] = TrapSite(record.trampoline, insn.size)
+            self.sites[record.site] = TrapSite(
+                record.trampoline, insn.size, copy=(
+                    at, at + copy.moved_size)
+                if insn.flow == ubp_x86.SYSCALL else (),
+                most=_MOST_ASKS if record.site in self._own
+                else self.max_rate)
             if ubp_x86.needs_emulation(insn):
                 self.sites[at] = TrapSite(at + 1, insn.size, insn)
             copies.append((at, copy.moved_size, insn))
@@ -13415,6 +13747,8 @@ class Ward:
             keeper.leave(max(0.5, limit - time.monotonic()))
             pause_us, n = max(pause_us, keeper.pause_us), n + 1
             tgids.append(keeper.tgid)
+            self._wary = keeper.wary if keeper.tgid == self.tgid \
+                else self._wary
             self.forget(keeper)
         self.sites.clear()
         if self.follows and tgids:
@@ -13557,7 +13891,8 @@ class Guard:
     def _look_at_actions(self):
         """Let go of programs that ignore SIGTRAP by now."""
         now = time.monotonic()
-        if now < self._next_look:
+        if now < self._next_look and not any(ward.is_ignored
+                                             for ward in self.wards):
             return
         self._next_look = now + _ACTION_EACH_S
         for ward in list(self.wards):
@@ -13569,6 +13904,7 @@ class Guard:
                 self.tell("note", ward.tgid, "it ignores SIGTRAP now: its "
                           "int3s are out")
                 ward.do_rest(_STUB_WAIT_S)
+                ward.is_ignored = False
 
     def _receive(self, main_thread):
         """In a thread: requests, which interrupt the wait for stops."""
@@ -13666,7 +14002,7 @@ class Guard:
             if keeper is None:
                 keeper = self.ward(self.tgid).adopt(tgid)
             elif is_same_mm(parent, tid) is False:
-                keeper = keeper.ward.adopt(tgid)
+                keeper = keeper.ward.adopt(tgid, keeper)
         keeper.step(keeper.threads.setdefault(tid, Thread(tid, tgid)), status)
 
     def move(self, tgid, ward):
@@ -14223,6 +14559,49 @@ def hook_site(planner, all_modules, vaddr):
     return None
 
 
+# The functions by which programs say it; others of the C library block all
+# signals for a moment, or put back the mask that there was.
+_SIGNAL_FUNCTIONS = {
+    ubp_x86.RT_SIGPROCMASK: {
+        "pthread_sigmask", "__pthread_sigmask", "sigprocmask",
+        "__sigprocmask", "setcontext", "swapcontext", "__setcontext",
+        "__swapcontext", "__sigsetjmp_tail"},
+    ubp_x86.RT_SIGACTION: {"__libc_sigaction", "sigaction", "__sigaction"}}
+
+
+def signal_sites(planner, among):
+    """The Sites of the syscalls by which a C library, or a program that has
+    one in it, sets signals' masks and actions. Where no function is known
+    by its name, all of them; musl's siglongjmp goes by a nameless one."""
+    found = []
+    for module in among:
+        if not (module.is_exe and not module.elf.needed
+                or re.match(r"lib(c|pthread)[-.]|ld-musl", module.name)):
+            continue
+        is_musl = re.match(r"libc\.so$|libc\.musl|ld-musl",
+                           module.soname or module.name)
+        sites = collections.defaultdict(list)
+        for low, code in planner._text_of(module):
+            for vaddr, number in ubp_x86.signal_syscalls(code, low):
+                symbol = module.function_at(vaddr)
+                names = set(symbol.names) if symbol else set()
+                sites[number].append((names, _signal_site(
+                    module, vaddr, symbol)))
+        for number, each in sites.items():
+            named = [site for names, site in each
+                     if names & _SIGNAL_FUNCTIONS[number]
+                     or is_musl and not names]
+            found += named or [site for _, site in each]
+    return found
+
+
+def _signal_site(module, vaddr, symbol):
+    name = "%s (ubp's own: SIGTRAP)" % (
+        symbol.name if symbol else "0x%x" % vaddr)
+    return Site(vaddr, symbol and symbol._replace(name=name),
+                vaddr - symbol.vaddr if symbol else 0, (name,), module)
+
+
 def is_relocated(module, read):
     """Has the loader relocated a module by now? Before glibc 2.41 it calls
     its hook when it has not. read: (vaddr, size) -> bytes."""
@@ -14730,6 +15109,7 @@ class Target:
         self._installer = Installer(
             tracer, os.environ.get("UBP_ARENA", "auto"), self._note)
         self._modules, self._planner, self._insns = None, None, {}
+        self._signals = None        # Probe at what tells of SIGTRAP
 
     def __enter__(self):
         return self
@@ -14963,9 +15343,11 @@ class Target:
         good = [plan for plan in plans if plan.strategy in ("jump", "int3")]
         if good:
             check_descriptors("probe", self.pid, _LEAST_TO_ARM)
+            signals = self._plan_signals(good, self._get_modules())
             hook = self._plan_hook(probe, good)
-            self._with_ptrace(lambda: self._arm(probe, good, timeout, hook),
-                              timeout, new + tuple(hook[:1]))
+            self._with_ptrace(
+                lambda: self._arm(probe, good, timeout, hook, signals),
+                timeout, new + tuple(hook[:1]) + tuple(signals[:1]))
             if hook and hook[0].sites:
                 self._hook = hook[0]
             self._warn_of_jumps(good)
@@ -14980,6 +15362,66 @@ class Target:
                        "needs it is dropped" % (
                            names[0], " and %d more" % (len(names) - 1)
                            if len(names) > 1 else ""))
+
+    # -- what a program does about SIGTRAP ------------------------------------
+
+    def _plan_signals(self, plans, among):
+        """(Probe, [SitePlan]) of the syscalls in Modules by which it tells,
+        if there are to be int3s; what has a patch of ubp already is not
+        planned again."""
+        if not (self._installer.may_share() and any(
+                part.window.is_trap for plan in plans
+                for part in plan.all_parts)):
+            return ()
+        spec, _ = make_specs(SignalCount())
+        probe = self._signals
+        if probe is None:
+            probe = Probe(self, "SIGTRAP", SignalCount(), spec)
+            probe._entry, probe._strategies = None, ("int3",)
+        known, good = {
+            body.plan.site.vaddr
+            for patch in self._installer.patches.values()
+            for body in patch.bodies if body.probe is probe}, []
+        for site in signal_sites(self._planner, among):
+            if site.vaddr not in known:
+                plan = self._plan(site, spec, 0, 1, None, ("int3",))
+                if plan.strategy:
+                    good.append(plan)
+                else:
+                    self._note("what it does about SIGTRAP at %s is seen up "
+                               "to 0.1 s late: %s" % (site_name(site),
+                                                      plan.why))
+        return (probe, good) if good else ()
+
+    def _arm_signals(self, signals, limit):
+        """In the worker: put them in; without them it is seen late."""
+        try:
+            self._installer.install(*signals, limit=limit)
+            self._signals = signals[0]
+        except ProbeError as error:
+            self._note("what it does about SIGTRAP is seen up to 0.1 s late: "
+                       "%s" % error)
+
+    def _extend_signals(self, fresh, timeout):
+        """The same in libraries that are new: a C library, at its start."""
+        if not self._installer.traps() or self._planner is None:
+            return
+        plans = [body.part_plan for patch in self._installer.patches.values()
+                 for body in patch.bodies if patch.window.is_trap]
+        signals = self._plan_signals(plans, fresh)
+        if signals:
+            self._with_ptrace(lambda: self._arm_signals(
+                signals, time.monotonic() + timeout), timeout, signals[:1])
+            self._planner.keep_only(self._installer.patches)
+
+    def _idle_signals(self, probes):
+        """[their Probe] if there is no int3 but of some probes, else []."""
+        own, going = self._signals, set(probes)
+        return [] if own is None or any(
+            patch.window.is_trap and body.probe not in going
+            and not isinstance(body.probe.action, _OWN)
+            for patch in self._installer.patches.values()
+            for body in patch.bodies) else [own]
 
     # -- the loader's debug hook ---------------------------------------------
 
@@ -15059,9 +15501,9 @@ class Target:
                 body.arena.mark_gone(body.record)
 
     def _users_patches(self):
-        """The Patches in place, without one that is only the hook's."""
+        """The Patches in place, without those that are only ubp's own."""
         return [patch for patch in list(self._installer.patches.values())
-                if any(not isinstance(body.probe.action, HookCall)
+                if any(not isinstance(body.probe.action, _OWN)
                        for body in patch.bodies)]
 
     def _is_others_tracee(self):
@@ -15114,8 +15556,8 @@ class Target:
     def _take_cooled(self):
         """Learn which int3s the guardian has taken out."""
         guardian = self._guardian
-        if (guardian is not None and guardian.is_armed
-                and self._max_rate < float("inf")):
+        if guardian is not None and guardian.is_armed and (
+                self._max_rate < float("inf") or self._signals is not None):
             for vaddr in guardian.call("cooled"):
                 patch = self._installer.patches.pop(vaddr, None)
                 for body in patch.bodies if patch else ():
@@ -15123,8 +15565,11 @@ class Target:
 
     def _too_often(self, probe, plan):
         """Say that a site was taken out, and why."""
-        if probe is self._hook:
-            log.debug("the loader's debug hook was hit too often")
+        if isinstance(probe.action, _OWN):
+            if probe is self._signals and not self._idle_signals([]):
+                self._note("what it does about SIGTRAP at %s is seen up to "
+                           "0.1 s late: it is called too often for an int3"
+                           % site_name(plan.site))
             return
         why = "it was hit more than %d times a second" % self._max_rate
         probe._refuse(plan, "max-rate", why)
@@ -15166,6 +15611,8 @@ class Target:
             self._wake([m for m in fresh if m in asleep], timeout)
             for probe in self._probes if fresh else ():
                 self._extend(probe, fresh, timeout, is_again)
+            if fresh:
+                self._extend_signals(fresh, timeout)
         except (AttachError, UbpTimeout):
             self._early += [(m, time.monotonic()) for m in fresh]
             raise
@@ -15343,7 +15790,8 @@ class Target:
             arena.lose()
         # Nothing is written to where the arenas were: it finds them gone.
         # Children that had inherited them are restored.
-        gone = self._probes + [self._hook] * (self._hook is not None)
+        gone = self._probes + [own for own in (self._hook, self._signals)
+                               if own is not None]
         self._worker.call(lambda: self._installer.take_out(
             gone, time.monotonic() + timeout), timeout)
         self._hook, self._early = None, []
@@ -15706,7 +16154,9 @@ class Target:
             self._worker.call(self._hand_over, timeout)
         refused, pause_us = self._guardian.call(
             "arm", traps, timeout, self._max_rate, self._follows,
-            sorted(set(watches)), timeout=timeout)
+            sorted(set(watches)), self._installer.scratch(), sorted(
+                site.vaddr for site in self._signals.sites)
+            if self._signals else (), timeout=timeout)
         self._guardian.is_armed = True
         self._tracer.pause_us = max(self._tracer.pause_us, pause_us)
         for vaddr in refused:
@@ -15749,13 +16199,15 @@ class Target:
             spec = spec._replace(keys=(number,) + spec.keys)
         return _plan_site(self._planner, site, strategies, spec, index, entry)
 
-    def _arm(self, probe, plans, timeout, hook=()):
+    def _arm(self, probe, plans, timeout, hook=(), signals=()):
         """In the worker: all of it, or, if that fails, nothing."""
         self._tracer.starts_raw_threads = _starts_raw_threads(
             self._get_modules())
         self._tracer.swaps_contexts = swaps_contexts(self._get_modules())
         self._installer.install(probe, plans, time.monotonic() + timeout,
                                 hook)
+        if signals:
+            self._arm_signals(signals, time.monotonic() + timeout)
         self._warn_of_seccomp()
 
     # -- events -------------------------------------------------------------
@@ -15876,7 +16328,8 @@ class Target:
                 self._take_cooled()
             except GuardianGone as error:       # it is asked again, below
                 log.debug("%s", error)
-            probes = probes + self._idle_hook(probes)
+            probes = (probes + self._idle_hook(probes)
+                      + self._idle_signals(probes))
             traps, others = self._sites_only_of(probes)
             removal = self._with_ptrace(
                 lambda: self._take_out(probes, timeout), timeout)
@@ -15897,8 +16350,10 @@ class Target:
         """What has a patch for no other probe. -> ([int3s], [jumps])"""
         gone, found = set(probes), ([], [])
         for patch in self._installer.patches.values():
-            if patch.records and all(body.probe in gone
-                                     for body in patch.bodies):
+            if patch.records and all(
+                    body.probe in gone for body in patch.bodies) and any(
+                        not isinstance(body.probe.action, SignalCount)
+                        for body in patch.bodies):
                 found[not patch.window.is_trap].append(patch.window.site)
         return found
 
@@ -15914,6 +16369,8 @@ class Target:
                 self._probes.remove(probe)
             if probe is self._hook:
                 self._hook = None
+            if probe is self._signals:
+                self._signals = None
         if self._planner is not None:
             self._planner.keep_only(self._installer.patches)
         return total
@@ -16698,6 +17155,7 @@ class ArenaStatus(NamedTuple):
     guardian: int = 0       # the pid of who answers for its int3s
     lenders: tuple = ()     # "module:function" of text that is changed, too,
     #                         as the slot of a site's jump is in it
+    n_own: int = 0          # int3s that no user has set: SignalCount
 
 
 def status(pid=None):
@@ -16726,17 +17184,35 @@ def status(pid=None):
             continue                # listed with the process it was made for
         pids = (sharing[view.inode] if pid is None and view.inode
                 else processes_with(view.inode))
+        siblings = [other for other in views if other.pid == view.pid]
+        traps = {record.site for record in _traps_in(view)}
         found.append(ArenaStatus(
             view.pid, comm(view.pid), header.owner_pid,
             _owner_is_alive(header), bool(header.flags & FLAG_LEFT),
             header.time_ns, tuple(p for p in pids if p != view.pid),
-            _site_status(view, [other for other in views
-                                if other.pid == view.pid]), view.n_bad,
-            guardian_of(view.pid) if _traps_in(view) else 0,
+            _site_status(view, siblings), view.n_bad,
+            guardian_of(view.pid) if traps else 0,
             tuple("%s:%s" % (record.module, record.function)
                   for record in view.records if record.kind == "lent"
-                  and _state(view.pid, record, [record]) == "armed")))
-    return found
+                  and _state(view.pid, record, [record]) == "armed"),
+            len(traps - {record.site for other in siblings
+                         for record in _listed(other)})))
+    return _without_own(found)
+
+
+def _without_own(found):
+    """ArenaStatuses, less those of nothing but int3s that no user has set:
+    the first one of that ubp in that process tells of these."""
+    kept = collections.OrderedDict()
+    for arena in sorted(found, key=lambda arena: not arena.sites):
+        key = arena.pid, arena.owner_pid
+        if not arena.sites and arena.n_own and key in kept:
+            first = kept[key][0]
+            kept[key][0] = first._replace(n_own=first.n_own + arena.n_own)
+        else:
+            kept.setdefault(key, []).append(arena)
+    return sorted(itertools.chain.from_iterable(kept.values()),
+                  key=lambda arena: arena.pid)
 
 
 def _traps_in(view):
@@ -16753,15 +17229,20 @@ def _owner_is_alive(header):
     return start_time(header.owner_pid) == header.owner_birth
 
 
+def _listed(view):
+    """The records of an arena that are of what a user has asked for."""
+    return [record for record in view.records
+            if not record.is_gone
+            and record.kind not in ("none", "lent", "own")]
+
+
 def _site_status(view, siblings):
     """[SiteStatus] of an arena, with its counters.
 
     siblings   all views of the process: another arena's code may be in
                force at a site, with what this one's record is about
     """
-    records = [record for record in view.records
-               if not record.is_gone and record.kind not in ("none", "lent")]
-    others = {}
+    records, others = _listed(view), {}
     for sibling in siblings:
         for record in sibling.records:
             for at in range(min(record.window_size, ubp_x86.JUMP_SIZE)):
@@ -16893,7 +17374,9 @@ def _end_left_guardian(pid, take_all, timeout):
             _owner_is_alive(view.header)
             and not view.header.flags & FLAG_LEFT for view in views):
         return []
-    traps = [record for view in views for record in _traps_in(view)]
+    asked = {record.site for view in views for record in _listed(view)}
+    traps = [record for view in views for record in _traps_in(view)
+             if record.site in asked]
     end_guardian(pid, guardian, timeout)
     return traps
 
@@ -19365,6 +19848,10 @@ def status_text(arena):
     if arena.lenders:
         lines.append("  two-byte jumps lead through the text of %s" % escape(
             ", ".join(arena.lenders)))
+    if arena.n_own:
+        lines.append("  %s of ubp's own: there it learns what pid %d does "
+                     "about SIGTRAP" % (plural(arena.n_own, "int3"),
+                                        arena.pid))
     if arena.n_bad:
         lines.append("  %s of its journal cannot be read"
                      % plural(arena.n_bad, "record"))

@@ -8481,6 +8481,51 @@ def undone_context(context, undo, read):
                        *[regs[n] for n in _SIGCONTEXT_ORDER])
 
 
+# B8+rd id: mov eax, imm32, of the syscalls by which a program says what is
+# to become of its signals; <asm/unistd_64.h>.
+RT_SIGACTION, RT_SIGPROCMASK = 13, 14
+_ASKS_OF_SIGNALS = re.compile(
+    rb"\xb8[\x0d\x0e]\0\0\0(?=.{0,30}?\x0f\x05)", re.DOTALL)
+_ASK_INSNS = 6                  # at most, from there to the syscall
+
+
+def signal_syscalls(code, vaddr):
+    """The syscall instructions in code at vaddr that are surely one of
+    these: its number is set in front of them. -> [(vaddr, number)]"""
+    found = []
+    for match in _ASKS_OF_SIGNALS.finditer(code):
+        at = match.start()
+        for _ in range(_ASK_INSNS):
+            try:
+                insn = decode(code[at:at + 15], vaddr + at)
+            except DecodeError:
+                break
+            if insn.flow == SYSCALL:
+                found.append((insn.vaddr, code[match.start() + 1]))
+            if insn.flow != NEXT:
+                break
+            at += insn.size
+    return found
+
+
+def asked(regs):
+    """(number, its first three arguments) of a thread that is at a syscall
+    instruction. psABI A.2.1"""
+    values = _REGS.unpack(regs)
+    return values[_RAX], (values[_RDI], values[_RSI], values[_RDX])
+
+
+# Syscalls with a mask of their own, in which a signal's handler begins with
+# that: rt_sigsuspend, pselect6, ppoll, epoll_pwait, io_pgetevents and
+# epoll_pwait2; <asm/unistd_64.h>.
+_MASKING_CALLS = frozenset((130, 270, 271, 281, 333, 441))
+
+
+def has_own_mask(regs):
+    """Has a signal interrupted a syscall that had a mask of its own?"""
+    return _U64.unpack_from(regs, 8 * _ORIG_RAX)[0] in _MASKING_CALLS
+
+
 def is_in_syscall(regs):
     """Was the thread stopped on its way out of a syscall?"""
     return _U64.unpack_from(regs, 8 * _ORIG_RAX)[0] < 1 << 63

@@ -1097,6 +1097,94 @@ class Int3(unittest.TestCase):
                 self.assertEqual(0, process.ask(last)["wrong"])
                 process.quit()
 
+    # what masks.c is told | what is said about SIGTRAP, just before calls
+    MASKS = """
+    b | pthread_sigmask
+    p | sigprocmask, SIG_SETMASK
+    f | all signals blocked
+    m | a handler's sa_mask
+    n | a handler's sa_mask of all signals
+    j | siglongjmp
+    s | sigsuspend, with a handler
+    o | handlers that run while it is blocked
+    e | ppoll, with a handler
+    c | setcontext and swapcontext
+    w | all of that at once, and questions for the action
+    a | actions that change
+    r | SA_RESETHAND
+    k | a child that forks
+    v | posix_spawn
+    d | children that SIGTRAP ends
+    """
+
+    def test_what_is_said_of_sigtrap_holds_at_once(self):
+        """In four threads, from the first moment, with a handler and not."""
+        for flags in ((), ("-static",), ("-specs=" + MUSL,)):
+            if MUSL in "".join(flags) and not os.path.exists(MUSL):
+                continue
+            for how in ("caught", "not"):
+                self.masked(how, flags, "bpfmnjsoecwarkvd" if not flags
+                            else "bmjsw")
+
+    def masked(self, how, flags, commands):
+        with live.Target("masks", how, "7", flags=flags) as process:
+            for line in self.MASKS.strip().splitlines():
+                command, what = [w.strip() for w in line.split("|")]
+                if command not in commands:
+                    continue
+                with self.subTest(what, how=how, flags=flags), \
+                        ubp.attach(process.pid) as target:
+                    probe = target.probe("exe:step", ubp.Count(),
+                                         strategy="int3")
+                    answer = process.ask(command)
+                    self.assertEqual((answer["n"], 0), (
+                        probe.read(), answer["wrong"]), process.stderr())
+            self.unchanged(process)
+            process.quit()
+
+    def test_what_tells_of_sigtrap_stays_and_is_not_shown(self):
+        """However often it is hit; it goes with the last of the others."""
+        def changed():
+            return {vaddr for _, vaddr, _, _ in
+                    live.changed_text(process.pid)}
+
+        with live.Target("masks", "caught", "60") as process:
+            with ubp.attach(process.pid) as target:
+                first = target.probe("exe:step", ubp.Count(),
+                                     strategy="int3", max_rate=20)
+                rare = target.probe("libc:posix_spawn", ubp.Count(),
+                                    strategy="int3")
+                others = {site.vaddr for probe in (first, rare)
+                          for site in probe.sites}
+                own = changed() - others
+                self.assertGreater(len(own), 1)
+                arenas = ubp.status(process.pid)
+                self.assertEqual(others, {site.vaddr for arena in arenas
+                                          for site in arena.sites})
+                self.assertEqual(len(own), sum(a.n_own for a in arenas))
+                self.assertEqual(0, process.ask("b")["wrong"],
+                                 process.stderr())
+                self.assertTrue(live.settled(lambda: first.refused, 10))
+                self.assertEqual(own | others - {first.refused[0].site.vaddr},
+                                 changed())
+                self.assertNotIn("SIGTRAP", str(target.notes))
+                rare.remove()
+                self.assertEqual(set(), changed())
+            self.unchanged(process)
+            process.quit()
+
+    def test_masks_without_sigtrap_do_not_slow_it_for_long(self):
+        with live.Target("masks", "not", "1") as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe("exe:step", ubp.Count(), strategy="int3")
+                n = len(live.changed_text(process.pid))
+                self.assertEqual(1, process.ask("u")["n"])
+                self.assertEqual(n - 1, len(live.changed_text(process.pid)))
+                self.assertEqual(1 + process.ask("a")["n"], probe.read())
+            self.assertIn("called too often", str(target.notes))
+            self.unchanged(process)
+            process.quit()
+
     def test_sigtrap_ignored_later_ends_the_int3s(self):
         with live.Target("traps", "later") as process:
             with ubp.attach(process.pid) as target:
