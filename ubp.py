@@ -9689,8 +9689,10 @@ class Planner:
             if self.read(insn.vaddr, insn.size) != insn.code:
                 raise RefusalError("changed text", "the text at 0x%x differs "
                                    "from its file" % insn.vaddr, insn.vaddr)
-        return window._replace(dead_regs=window.dead_regs
-                               & ~self._named), absorbed
+        if window.dead_regs & self._named:
+            window = window._replace(dead_regs=window.dead_regs
+                                     & ~self._named)
+        return window, absorbed
 
     def _plan_window(self, function, site):
         """(the Window at a site, [windows that it takes the place of]).
@@ -15200,10 +15202,13 @@ class Target:
         specs = {is_return: make_specs(action, when, is_return)
                  for is_return in {site.is_return for site in sites}}
 
+        inside = {is_return: spec._replace(is_inside=True)
+                  for is_return, (spec, _) in specs.items()}
+
         def look(n, site):
             spec, entry = specs[site.is_return]
-            return _plan_site(planner, site, strategies, spec._replace(
-                is_inside=bool(site.offset)), n, entry)
+            return _plan_site(planner, site, strategies, inside[
+                site.is_return] if site.offset else spec, n, entry)
         try:
             return planner.settle(_by_address(sites, look, progress))
         finally:
@@ -16623,11 +16628,16 @@ def program_identity(pid):
 def _by_address(sites, plan, progress=None):
     """[plan(n, site)] in the order of sites, but made in that of addresses:
     a site can share the window of one before it."""
-    made = {}
-    for n in sorted(range(len(sites)), key=lambda n: sites[n].vaddr):
-        made[n] = plan(n, sites[n])
-        if progress is not None:
-            progress(len(made), len(sites))
+    made, was_enabled = {}, gc.isenabled()
+    try:
+        gc.disable()    # nearly all that is made stays: nothing to collect
+        for n in sorted(range(len(sites)), key=lambda n: sites[n].vaddr):
+            made[n] = plan(n, sites[n])
+            if progress is not None:
+                progress(len(made), len(sites))
+    finally:
+        if was_enabled:
+            gc.enable()
     return [made[n] for n in range(len(sites))]
 
 

@@ -1422,7 +1422,7 @@ class _Walk:
         while pos < end:            # each name that is local here saves time
             try:
                 at, form = pos, trie[code[pos]]
-                while form.__class__ is node:
+                while type(form) is node:
                     at += 1
                     form = form[code[at]]
             except (KeyError, IndexError):
@@ -1991,6 +1991,8 @@ class BranchScan:
         self.function_at = function_at or (lambda vaddr: None)
         self.read = read or (lambda vaddr, size: None)
         self._base = self.segments[0][0] if self.segments else 0
+        self._ranges = [(vaddr, vaddr + len(code))
+                        for vaddr, code in self.segments]
         self._table, self._operands, self._streamed = None, None, []
         self._n_streams = 0 if is_for_many else _N_STREAMS
         # By Function.vaddr:
@@ -2005,8 +2007,8 @@ class BranchScan:
 
     def is_executable(self, vaddr):
         """Tell whether vaddr is in one of the segments."""
-        for base, code in self.segments:
-            if base <= vaddr < base + len(code):
+        for low, high in self._ranges:
+            if low <= vaddr < high:
                 return True
         return False
 
@@ -2071,9 +2073,10 @@ class BranchScan:
         base = self._base
         first = bisect.bisect_left(table, (low - base) << 32)
         last = bisect.bisect_left(table, (high - base) << 32, first)
-        own = range(own.start - base, own.stop - base)
+        start, stop = own.start - base, own.stop - base
         return [((key & 0xffffffff) + base, (key >> 32) + base)
-                for key in table[first:last] if key & 0xffffffff not in own]
+                for key in table[first:last]
+                if not start <= key & 0xffffffff < stop]
 
     def _build(self):
         """Return the sorted arrays of target << 32 | source: of branches,
@@ -2556,10 +2559,8 @@ class Analysis:
             if 0 <= to < n_padded:
                 (taken if opcode == 0x8d else data).add(low + to)
         self.inside, self.indirect = frozenset(inside), tuple(indirect)
-        if inside:
-            known = set(walk.starts)
-            inside = [to for to in inside if to not in known]
-        return sources, targets, inside
+        astray = self.inside.difference(walk.starts) if inside else ()
+        return sources, targets, [to for to in inside if to in astray]
 
     def place(self, vaddr):
         """Return the place in starts of vaddr, -1 if none starts there."""
@@ -3371,7 +3372,7 @@ def _reads_and_keeps(insn):
     """Return what insn reads and what it does not overwrite, as two masks;
     whether it branches; and its Form, which keeps the id from another."""
     form = insn.form
-    reads, writes, flags_read, flags_written = _effects_of(insn)
+    reads, writes, flags_read, flags_written = effects(insn)
     known = (reads | flags_read << _FLAGS_AT,
              ~(writes | flags_written << _FLAGS_AT),
              form.is_marked and form.flow in (JCC, JMP), form)
@@ -3397,7 +3398,7 @@ def liveness(analysis, site):
     while pending:
         place, open_ = pending.pop()
         while True:
-            before = seen.get(place, 0)
+            before = seen[place] if place in seen else 0
             open_ &= ~(live | before)
             if not open_:
                 break
@@ -3406,9 +3407,11 @@ def liveness(analysis, site):
                 live |= open_
                 break
             seen[place] = before | open_
-            reads, keeps, is_branch, form = (
-                known.get(id(forms[place]))
-                or _reads_and_keeps(analysis.insn(place)))
+            try:
+                reads, keeps, is_branch, form = known[id(forms[place])]
+            except KeyError:
+                reads, keeps, is_branch, form = _reads_and_keeps(
+                    analysis.insn(place))
             live |= open_ & reads
             open_ &= keeps
             if is_branch:
