@@ -4671,7 +4671,8 @@ class Tracer:
     def vm_tid(self):
         """A tid whose memory can be reached: the leader may be a zombie."""
         self._vm_tid = next((tid for tid, thread in self.threads.items()
-                             if thread.state == STOPPED), 0)
+                             if thread.state == STOPPED
+                             and thread.tgid == self.tgid), 0)
         self._vm_tid = self._vm_tid or memory_tid(self.tgid)
         return self._vm_tid
 
@@ -4973,6 +4974,12 @@ class Tracer:
                 raise Again("its threads come and go")
             if not fresh and not again and self._find_siblings():
                 raise Again("a process that shares its memory was created")
+        own = self.vm_tid()
+        for thread in list(self.threads.values()):
+            # A vforked child may have become another program before it
+            # stopped: what we know of our memory is wrong of its own.
+            if thread.tgid != self.tgid and not _shares_mm(own, thread.tid):
+                self._let_go(thread)
 
     def _undo_injections(self):
         """Put back threads that are still to run what a killed ubp injected.
@@ -5466,7 +5473,7 @@ class Tracer:
         """
         mapping = self._mapping(low)
         if mapping is None and not self._has_fresh_maps:
-            self.maps = read_maps(thread.tid) or self.maps
+            self.maps = read_maps(self.vm_tid()) or self.maps
             self._has_fresh_maps = True
             mapping = self._mapping(low)
         if mapping is None:

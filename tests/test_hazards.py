@@ -190,6 +190,31 @@ class SameAddressSpace(unittest.TestCase):
             process.send("g")
             process.quit()
 
+    def test_4_a_sibling_that_becomes_another_program_is_let_go(self):
+        """Just before it stops: what is known of the memory is not its."""
+        with live.Target("windows", "sibling", seconds=240) as process:
+            sibling = int(process.ready["sibling"])
+
+            class Late(ubp.Tracer):
+                def _seize_new(self):
+                    if not self.threads:
+                        process.send("e")
+                        live.settled(lambda: "sleep" in ubp.comm(sibling))
+                    return super()._seize_new()
+
+            def look():
+                stopped.update(tracer.threads)
+                with ubp.Injection(tracer) as injection:
+                    self.assertEqual(process.pid, injection.call(
+                        39))       # getpid
+
+            tracer, stopped = Late(process.pid), set()
+            tracer.pause(look, 5, "look")
+            self.assertNotIn(sibling, stopped)
+            self.assertIn(process.pid, stopped)
+            self.assertEqual({}, live.tracers(sibling))
+            process.quit()
+
     def test_5_a_parent_in_vfork_is_waited_for_or_released(self):
         with live.Target("windows", "vfork", 150, seconds=240) as process:
             for _ in range(3):

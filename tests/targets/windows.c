@@ -9,7 +9,8 @@
  *   sibling  another process in the same address space calls them too
  *   vfork    a thread spends its life waiting for a vfork child that sleeps
  *
- * Commands: p park, report; g go on; r report progress; q quit. */
+ * Commands: p park, report; g go on; r report progress; e the sibling becomes
+ * another program; q quit. */
 #include "target.h"
 #include <sched.h>
 
@@ -251,13 +252,15 @@ static void *work_asleep(void *argument)
 }
 
 /* ---- another process in the same address space ------------------------- */
-static volatile long sibling_calls, sibling_wrong, sibling_quit, sibling_park;
+static volatile long sibling_calls, sibling_wrong, sibling_quit, sibling_exec;
 
 /* No libc here: this process shares the thread-local storage of main. */
 static int sibling(void *argument)
 {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     while (!sibling_quit) {
+        if (sibling_exec)
+            execl("/bin/sleep", "sleep", "240", NULL);
         if (win_slow(1) != 2)
             sibling_wrong++;
         for (int n = 0; n < 100; n++)
@@ -352,10 +355,14 @@ int main(int argc, char **argv)
             parked = 0;
         } else if (c == 'r') {
             report();
+        } else if (c == 'e') {
+            sibling_exec = 1;
         }
     }
     quitting = 1;
     sibling_quit = 1;
+    if (sibling_exec)
+        kill(pid, SIGKILL);
     for (int i = 0; i < n_threads; i++)
         pthread_join(threads[i], NULL);
     if (pid)
