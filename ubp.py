@@ -2918,6 +2918,15 @@ def _stamp_of(elf):
     return info.st_size, info.st_mtime_ns
 
 
+def _mapped_files(pid):
+    """{file: its Mappings} of a process, and the vdso's."""
+    files = collections.OrderedDict()
+    for m in read_maps(pid):
+        if m.path.startswith("/") or m.path == VDSO:
+            files.setdefault((m.device, m.inode, m.path), []).append(m)
+    return files
+
+
 def modules(pid, before=()):
     """The Modules of a process: the program first, then by address.
 
@@ -2927,10 +2936,12 @@ def modules(pid, before=()):
     arena) is left out. Raises SymbolError if there is nothing to read.
     """
     pid = memory_tid(pid)
-    files = collections.OrderedDict()
-    for m in read_maps(pid):
-        if m.path.startswith("/") or m.path == VDSO:
-            files.setdefault((m.device, m.inode, m.path), []).append(m)
+    files = _mapped_files(pid)
+    for _ in range(20):             # an exec begins with an empty stack
+        if files or not read_maps(pid):
+            break
+        time.sleep(0.005)
+        files = _mapped_files(pid)
     if not files:
         raise SymbolError("read the modules of", "pid %d" % pid,
                           "/proc/%d/maps shows none" % pid,

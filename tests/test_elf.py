@@ -347,6 +347,16 @@ class Addresses(unittest.TestCase):
         with self.assertRaises(ubp.SymbolError):
             ubp.modules(process.pid)
 
+    def test_a_process_in_the_middle_of_an_exec_is_waited_for(self):
+        """Its memory is a stack, and nothing else, for a moment."""
+        with Live(program("pie")) as live:
+            found = ubp.read_maps(live.pid)
+            stack = [m for m in found if m.path == "[stack]"]
+            with mock.patch.object(ubp, "read_maps", side_effect=(
+                    [stack] * 4 + [found] * 99)):
+                names = [m.name for m in ubp.modules(live.pid)]
+            self.assertIn("libc.so.6", names)
+
 
 class Judged(unittest.TestCase):
     """Tables of whole files against nm and readelf."""

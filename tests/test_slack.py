@@ -115,9 +115,8 @@ class Sealed(Case):
                 self.assertEqual(10007, own.read())
                 [libc, exe] = sorted(ubp.status(process.pid),
                                      key=lambda each: -len(each.sites))
-                self.assertEqual(
-                    {site.function.name for site in probe.sites},
-                    {site.name for site in libc.sites})
+                self.assertEqual({site.vaddr for site in probe.sites},
+                                 {site.vaddr for site in libc.sites})
                 self.assertEqual([("hot", "armed", 10007)], [
                     (site.name, site.state, site.calls)
                     for site in exe.sites])

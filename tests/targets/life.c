@@ -80,6 +80,7 @@ int main(void)
         if (c == 'c') {
             call(n = CALLS);
         } else if (c == 'w') {
+#pragma GCC unroll 1                    /* one instruction writes all */
             for (; n < WRITES; n++)
                 counter = n * 7;
         } else if (c == 'r') {
