@@ -425,14 +425,25 @@ def read_memory(tid, vaddr, size):
 
     A range that is only partly readable gives EFAULT, never fewer bytes.
     """
+    data = read_beginning(tid, vaddr, size)
+    if len(data) != size:
+        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+    return data
+
+
+def read_beginning(tid, vaddr, size):
+    """process_vm_readv(2): of size bytes at vaddr those before the first that
+    cannot be read. Raises OSError if there is none.
+
+    Pages that no map shows may be among them: glibc 2.42 guards the stacks
+    of its threads by MADV_GUARD_INSTALL, madvise(2), and they share a vma.
+    """
     data = ctypes.create_string_buffer(size)
     local = Iovec(ctypes.addressof(data), size)
     remote = Iovec(vaddr, size)
     n = _check(_readv(tid, ctypes.addressof(local), 1,
                       ctypes.addressof(remote), 1, 0))
-    if n != size:
-        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
-    return data.raw
+    return data.raw if n == size else data.raw[:n]
 
 
 def write_memory(tid, vaddr, data):
@@ -5469,12 +5480,9 @@ class Tracer:
                 continue
             for low, high in _touched_ranges(tid, mapping):
                 n_left -= high - low
-                try:
-                    memory = read_memory(tid, low, high - low)
-                except OSError:
-                    continue
-                found += [(vaddr, rip) for vaddr, rip, _ in
-                          ubp_x86.frames_on_stack(memory, low, words)]
+                for vaddr, memory in _readable_parts(tid, low, high):
+                    found += [(at, rip) for at, rip, _ in
+                              ubp_x86.frames_on_stack(memory, vaddr, words)]
         return found
 
     def _stack_from(self, thread, low):
@@ -5491,9 +5499,10 @@ class Tracer:
             return 0, None
         high = self._stack_end(thread, mapping, low)
         try:
-            return high, read_memory(thread.tid, low, high - low)
+            memory = read_beginning(thread.tid, low, high - low)
         except OSError:
             return 0, None
+        return low + len(memory), memory
 
     def _mapping(self, vaddr):
         starts = self.maps
@@ -5526,9 +5535,19 @@ class Tracer:
         guard = self._mapping(mapping.start - 1)
         block = ubp_x86.thread_pointer(thread.regs)
         if (guard is not None and guard.perms.startswith("---")
-                and top < block < mapping.end):
+                and top < block < mapping.end
+                and self._is_one_stack(thread.tid, top, block)):
             return top
         return 0
+
+    @staticmethod
+    def _is_one_stack(tid, low, high):
+        """Is there no guard between, which no map shows?"""
+        size = min(high - low, _STACK_LIMIT)
+        try:
+            return len(read_beginning(tid, low, size)) == high - low
+        except OSError:
+            return False
 
     def _stack_end(self, thread, mapping, low):
         """A pthread stack ends at its control block, others at the vma.
@@ -5959,6 +5978,18 @@ def _in_rseq_section(thread):
     if not pointer or ubp_x86.is_in_syscall(thread.regs):
         return False
     return read_memory(thread.tid, pointer + 8, 8) != bytes(8)
+
+
+def _readable_parts(tid, low, high):
+    """Yield (vaddr, bytes) of what can be read of a range of whole pages."""
+    while low < high:
+        try:
+            memory = read_beginning(tid, low, high - low)
+        except OSError:
+            memory = b""
+        if memory:
+            yield low, memory
+        low += len(memory) + PAGE
 
 
 def _touched_ranges(tid, mapping):

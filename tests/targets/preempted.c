@@ -1,8 +1,12 @@
 /* preempted: user threads, each on a stack from malloc. A timer's handler
  * leaves for the next one by swapcontext, so those that wait have a signal
  * frame on a stack that no thread runs on. They call tiny and loop, and check
- * what these return. A second thread takes the commands: q quit. */
+ * what these return. Argument: guards, where the stacks are parts of one vma,
+ * each with a page below it that cannot be read and that no map shows, as
+ * those of threads are since glibc 2.42: "guards=0" if Linux is older than
+ * 6.13. A second thread takes the commands: q quit. */
 #include "target.h"
+#include <sys/mman.h>
 #include <sys/time.h>
 #include <ucontext.h>
 
@@ -42,15 +46,32 @@ static void *serve(void *argument)
         pause();
 }
 
-int main(void)
+#define GUARD_INSTALL 102               /* MADV_GUARD_INSTALL */
+static char *stacks;
+static int n_guards;
+
+static void *stack(int i)
+{
+    char *low = stacks + i * SIZE;
+    if (!stacks)
+        return malloc(SIZE);
+    n_guards += madvise(low, 4096, GUARD_INSTALL) == 0;
+    memset(low + 4096, 0, SIZE - 4096); /* the next guard follows at once */
+    return low;
+}
+
+int main(int argc, char **argv)
 {
     struct sigaction action = {.sa_handler = preempt, .sa_flags = SA_RESTART};
     struct itimerval each = {{0, 200}, {0, 200}};
     sigset_t alarms, before;
     bounded();
+    if (argc > 1 && !strcmp(argv[1], "guards"))
+        stacks = mmap(NULL, N * SIZE, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     for (int i = 0; i < N; i++) {
         getcontext(&contexts[i]);
-        contexts[i].uc_stack.ss_sp = malloc(SIZE);
+        contexts[i].uc_stack.ss_sp = stack(i);
         contexts[i].uc_stack.ss_size = SIZE;
         makecontext(&contexts[i], (void (*)(void))run, 1, i);
     }
@@ -61,7 +82,7 @@ int main(void)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     sigaction(SIGVTALRM, &action, NULL);
     setitimer(ITIMER_VIRTUAL, &each, NULL);
-    say("ready");
+    say("ready guards=%d", n_guards);
     setcontext(&contexts[0]);
     return 1;
 }
