@@ -771,12 +771,12 @@ class MemoryImage:
         return b""
 
 
-def _peek(pid, vaddr, size):
+def _peek(pid, vaddr, size, read=read_memory):
     """Memory of a process, or b"" where it cannot be read."""
     if size <= 0 or vaddr < 0 or vaddr + size > VADDR_END:
         return b""
     try:
-        return read_memory(pid, vaddr, size)
+        return read(pid, vaddr, size)
     except OSError:
         return b""
 
@@ -13690,7 +13690,8 @@ class Ward:
         if stack_size < 0 or self._watch_bytes > _MAX_WATCH_BYTES:
             return
         now = int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e9)
-        stack = _peek(tid, ubp_x86.stack_pointer(regs), stack_size)
+        stack = _peek(tid, ubp_x86.stack_pointer(regs), stack_size,
+                      read_beginning)           # it may end before
         data = _peek(tid, vaddr, size) if kind != "x" else b""
         fields = read_stat(tid)
         self.watched.append((watch, data, (

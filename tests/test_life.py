@@ -554,6 +554,19 @@ class Traced(unittest.TestCase):
     mem:exe:counter/8:rw   | wr
     """
 
+    def test_a_stack_that_ends_soon_is_told_to_its_end(self):
+        """A thread's has less above it than is asked for."""
+        with live.Target("busy", 2) as process, \
+                ubp.attach(process.pid) as target:
+            probe = target.probe("exe:hot", ubp.Stack(),
+                                 strategy="hw-ptrace")
+            process.send("g")
+            self.assertTrue(live.settled(lambda: probe.hits > 100, 20))
+            for stack in probe.read():
+                self.assertEqual(["hot", "work"], [
+                    frame.function for frame in stack[:2]])
+                self.assertGreater(len(stack), 2)
+
     def test_counts_what_the_target_did_and_leaves_no_trace(self):
         for line in self.COUNTS.strip().splitlines():
             where, commands = [w.strip() for w in line.split("|")]

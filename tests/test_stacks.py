@@ -145,7 +145,7 @@ def read_stack(pid, rsp, size=STACK):
     """The copy that a trampoline would make: up to the stack's end."""
     end = next((m.end for m in ubp.read_maps(pid)
                 if m.start <= rsp < m.end), rsp)
-    return ubp.read_memory(pid, rsp, min(size, end - rsp))
+    return ubp.read_beginning(pid, rsp, min(size, end - rsp))
 
 
 class Stepper:
@@ -301,13 +301,14 @@ class Steps(unittest.TestCase):
                 self.where(stepper, walk, n), stepper.named(truth)))
 
     def is_jumping(self, stepper, walk, whole):
-        """Is it in glibc's __longjmp, which a stripped one does not name?
-        CFI there tells where that goes, not who called: a frame that called
-        setjmp, and those below it."""
-        rest = walk.addresses[2:]
-        return re.match(r"\w+ (__longjmp\b|0x\w+ < \w+ longjmp$)",
-                        stepper.named(whole[:2])) and any(
-            whole[n:n + len(rest)] == rest for n in range(len(whole)))
+        """Is it in glibc's __longjmp, which a stripped one does not name? It
+        ends in jmp *%rdx. CFI there tells where that goes, not who called: a
+        frame that called setjmp, and those below it."""
+        name, rest = stepper.named(whole[:1]), walk.addresses[2:]
+        return any(whole[n:n + len(rest)] == rest
+                   for n in range(len(whole))) and (
+            name.endswith(" __longjmp") or re.search(" 0x[0-9a-f]+$", name)
+            and b"\xff\xe2" in ubp.read_memory(stepper.pid, whole[0], 64))
 
     def is_installing(self, stepper, walk, truth):
         """Is libgcc writing the catcher's registers over those that
