@@ -4871,6 +4871,8 @@ class Tracer:
         if self._loadavg is None:
             self._loadavg = HeldFile("/proc/loadavg")
         self._find_siblings()
+        # Those of siblings anew: there may be thousands, and pids return.
+        self._close_tasks([tgid for tgid in self._tasks if tgid != self.tgid])
         for tgid in (self.tgid,) + self.siblings:
             if tgid not in self._tasks:
                 self._open_tasks(tgid)
@@ -4890,8 +4892,15 @@ class Tracer:
                 tasks.close()
                 raise
         except (FileNotFoundError, ProcessLookupError):
+            if tgid != self.tgid:       # a vforked child: not the target
+                raise Again("a process that shares its memory has ended")
             raise TraceeGone("trace", "pid %d" % tgid,
                              "the process has ended")
+
+    def _close_tasks(self, tgids):
+        for tgid in tgids:
+            for file in self._tasks.pop(tgid):
+                file.close()
 
     def _seize_new(self):
         """Seize every thread that is not seized yet. -> the new ones.
@@ -5396,10 +5405,7 @@ class Tracer:
     def close(self):
         """Close the files that are kept open between pauses."""
         self._close_memory()
-        for folder, stat_file in self._tasks.values():
-            folder.close()
-            stat_file.close()
-        self._tasks.clear()
+        self._close_tasks(list(self._tasks))
         if self._loadavg is not None:
             self._loadavg.close()
             self._loadavg = None

@@ -219,6 +219,27 @@ class SameAddressSpace(unittest.TestCase):
             self.assertEqual({}, live.tracers(sibling))
             process.quit()
 
+    def test_4_a_sibling_that_ends_is_not_the_target(self):
+        """As vforked children do, between two looks at a process."""
+        gone = subprocess.Popen(["true"])
+        gone.wait()
+
+        class Late(ubp.Tracer):
+            n_looks = 0
+
+            def _find_siblings(self):
+                found = super()._find_siblings()
+                self.n_looks += 1
+                if self.n_looks == 1:
+                    self.siblings += (gone.pid,)
+                return found
+
+        with live.Target("sites") as process:
+            tracer = Late(process.pid)
+            self.assertEqual("seen", tracer.pause(lambda: "seen", 5, "look"))
+            tracer.close()
+            process.quit()
+
     def test_5_a_parent_in_vfork_is_waited_for_or_released(self):
         with live.Target("windows", "vfork", 150, seconds=240) as process:
             for _ in range(3):
