@@ -2226,7 +2226,7 @@ class BranchScan:
             analysis = self.analysis(function)
             own = analysis.own
             insns = analysis.follow([
-                target for source, target in self.far(low, end, own)
+                target for source, target in self.far(low + 1, end, own)
                 if analysis.is_middle(target)
                 and self._is_branch_of_another(function, source)])
         except RefusalError:
@@ -2454,9 +2454,7 @@ def _has_rseq(code):
 
 _ENDS = frozenset((RET, JMP, JMP_IND))       # control does not go on
 _IS_MARKED = operator.itemgetter(Form._fields.index("is_marked"))
-_MARKS_OF = operator.itemgetter(*map(Form._fields.index, (
-    "size", "flow", "aim", "aim_offset", "aim_size", "opcode",
-    "opcode_offset")))
+_MARKS_OF = operator.itemgetter(slice(7))        # size to opcode_offset
 
 
 class Analysis:
