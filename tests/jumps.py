@@ -1,13 +1,16 @@
 """How many functions, and how many instructions, take a jump.
 
-    jumps.py [--reasons] [NAME...]     a table over all functions of PROGRAMS
+    jumps.py [--reasons] [--every N] [NAME...]     tables over PROGRAMS
 
 --reasons lists each refused function: its bytes, and the rule with its why.
 Only planned, in live processes: what they map, and which signals they catch,
 decides. Of the functions of five bytes or more those count whose entry takes
-a jump. Every instruction is a site in some of the functions, all at once.
+a jump. Every instruction is a site in each N-th function of all, in the order
+of addresses, all at once; without --every about INSTRUCTIONS are.
 """
+import argparse
 import collections
+import math
 import os
 import re
 import subprocess
@@ -35,6 +38,7 @@ LIBRARIES = {"libc": "None", "libstdc++": "'libstdc++.so.6'",
              "libcrypto": "'libcrypto.so.3'", "python3": "None"}
 
 MOST_REASONS = 40
+INSTRUCTIONS, MEAN_SIZE = 20000, 4.2    # of a table's row; bytes of one
 Share = collections.namedtuple("Share",
                                "name n percent rules seconds refused")
 
@@ -107,11 +111,14 @@ def share(name, plans, began):
                  list(map(reason, refused[:MOST_REASONS])))
 
 
-def look(name, most=None, most_instructions=20000, longest=1 << 20):
+def look(name, most=None, n_instructions=INSTRUCTIONS, longest=1 << 20,
+         every=None):
     """(Share of functions, Share of instructions) of a program.
 
-    most, most_instructions   to be looked at;   longest   bytes of a
-    function of which every instruction is
+    most            functions whose entries are tried, None: all
+    n_instructions  about how many are tried, if every is None
+    longest         bytes of a function of which every instruction is
+    every           N: of each N-th such function
     """
     process, pattern = running(name)
     with process:
@@ -125,36 +132,43 @@ def look(name, most=None, most_instructions=20000, longest=1 << 20):
                 began = time.process_time()
                 plans = planner.settle(list(map(planner.plan, entries)))
                 functions = share(name, plans, began)
-                return functions, of_instructions(name, planner, [
-                    site for site in sites if site.module.bounds(
-                        site.vaddr)[1] <= longest], most_instructions)
+                return functions, of_instructions(name, planner, sample(
+                    sites, n_instructions, longest, every))
             finally:
                 planner.close()
 
 
-def of_instructions(name, planner, sites, most):
+def sample(sites, n_instructions, longest, every):
+    """Each n-th of the sites of functions, by address; see look()."""
+    sized = [(site, site.module.bounds(site.vaddr)[1])
+             for site in sorted(sites, key=lambda site: site.vaddr)]
+    sized = [(site, size) for site, size in sized if size <= longest]
+    n = every or math.ceil(sum(size for _, size in sized)
+                           / MEAN_SIZE / n_instructions) or 1
+    return [site for site, _ in sized[n // 2::n]]
+
+
+def of_instructions(name, planner, sites):
     """The Share of all instructions of some functions, none armed.
 
     Not counted: nops that no way leads to, which nobody can hit.
     """
     planner.keep_only({})
-    began, plans, step = time.process_time(), [], max(1, len(sites) // 200)
-    for first in range(step):
-        for site in sites[first::step]:
-            if len(plans) >= most:
-                return share(name, plans, began)
-            plans += [plan for plan in of_function(planner, site)
-                      if plan.rule != "unreachable"]
+    began, plans = time.process_time(), []
+    for site in sites:
+        plans += [plan for plan in of_function(planner, site)
+                  if plan.rule != "unreachable"]
     return share(name, plans, began)
 
 
 def of_function(planner, site):
-    """Plans of every instruction of a function, as one probe has them."""
-    function = planner.function(site.module, site.vaddr)
+    """Plans of every instruction of a function, as one probe has them; of
+    one that does not decode that of its entry, which is refused."""
     try:
-        starts = planner.scan(site.module).analysis(function).starts
-    except (RefusalError, AttributeError):
-        return []
+        starts = planner.scan(site.module).analysis(
+            planner.function(site.module, site.vaddr)).starts
+    except RefusalError:
+        starts = [site.vaddr]
     return planner.settle([planner.plan(site._replace(
         vaddr=vaddr, offset=vaddr - site.vaddr)) for vaddr in starts])
 
@@ -167,10 +181,33 @@ def row(what, goal):
             "%s %d" % item for item in what.rules.most_common()) or "-")
 
 
-def main(names):
+def options():
+    """What the command line says; ends the program if it says nonsense."""
+    parser = argparse.ArgumentParser(
+        usage="jumps.py [--reasons] [--every N] [NAME...]",
+        description="How many functions, and how many instructions, take a "
+        "jump. Nothing is armed.", epilog="NAME is one of %s; all of them if "
+        "there is none." % ", ".join(PROGRAMS))
+    parser.add_argument("names", nargs="*", metavar="NAME",
+                        help="a program or library")
+    parser.add_argument("--reasons", action="store_true",
+                        help="list refused functions")
+    parser.add_argument("--every", type=int, metavar="N", help="try every "
+                        "instruction of each N-th function, 1: of all; else "
+                        "about %d in all" % INSTRUCTIONS)
+    found = parser.parse_args()
+    for name in found.names:
+        if name not in PROGRAMS:
+            parser.error("no program %s; there are %s" % (
+                name, ", ".join(PROGRAMS)))
+    if found.every is not None and found.every < 1:
+        parser.error("--every %d: it is 1 or more" % found.every)
+    return found
+
+
+def main(names, are_listed, every):
     """Print the table. -> exit status"""
-    status, others, are_listed = 0, [], "--reasons" in names
-    names = [name for name in names if name != "--reasons"]
+    status, others = 0, []
     print("functions that take a jump")
     for name in names or PROGRAMS:
         reason = missing(name)
@@ -178,7 +215,7 @@ def main(names):
             print("%-10s %s" % (name, reason))
             continue
         try:
-            functions, instructions = look(name)
+            functions, instructions = look(name, every=every)
         except OSError as error:
             print("%-10s %s" % (name, error))
             continue
@@ -196,4 +233,6 @@ def main(names):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    chosen_options = options()
+    sys.exit(main(chosen_options.names, chosen_options.reasons,
+                  chosen_options.every))

@@ -4,6 +4,8 @@
 function of which every instruction is a site is longer than 1000 bytes: one
 that is would be half of the sample.
 """
+import subprocess
+import sys
 import unittest
 
 import jumps
@@ -28,6 +30,17 @@ class Coverage(unittest.TestCase):
                 self.assertGreaterEqual(functions.percent, 99, lines[-2])
                 self.assertGreaterEqual(instructions.percent, 85, lines[-1])
         print("\n" + "\n".join(lines))
+
+    def test_an_unknown_program_is_answered_with_the_known_ones(self):
+        for arguments in (["libz"], ["--every", "0", "libc"], ["--none"]):
+            ended = subprocess.Popen(
+                [sys.executable, jumps.__file__] + arguments,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                universal_newlines=True)
+            out, talk = ended.communicate(timeout=60)
+            self.assertEqual((2, ""), (ended.returncode, out), talk)
+            if arguments == ["libz"]:
+                self.assertIn(", ".join(jumps.PROGRAMS), talk)
 
 
 if __name__ == "__main__":
