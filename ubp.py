@@ -7743,10 +7743,7 @@ def moves_in(records):
 
 
 def moves_out(records):
-    """Where a thread inside a trampoline goes. -> {rip: rip}
-
-    And one on the way there, at the second jump of a window with a slot.
-    """
+    """Where a thread inside a trampoline goes. -> {rip: rip}"""
     outside = {}
     for record in records:
         for copy in record.copies:
@@ -7757,8 +7754,6 @@ def moves_out(records):
         outside[record.trampoline + last.moved + last.moved_size] = (
             record.site + record.window_size)
         outside[record.trampoline] = record.site
-        if record.slot:
-            outside[record.slot] = record.site
     return outside
 
 
@@ -7792,7 +7787,7 @@ class WaysBack:
             record.trampoline, code, record.copies), text, record.site)
 
 
-def moves_over(before, record):
+def moves_over(tracer, before, record):
     """From older trampolines into a new one that has their instructions.
 
     before   Records of the same window, or of others that it took in
@@ -7815,7 +7810,9 @@ def moves_over(before, record):
                                  else last.moved + last.moved_size))
         over[old.trampoline] = record.trampoline + (
             there[old.site].moved if old.site != record.site else 0)
-        if old.slot and old.slot != record.slot:
+        vaddr, _, jump = old.patches[0]
+        if (old.slot and old.slot != record.slot    # or another has it now
+                and _text_at(tracer, vaddr, len(jump)) == jump):
             over[old.slot] = over[old.trampoline]
     return over
 
@@ -8054,8 +8051,8 @@ class _Arming:
             for change in self.changes if last[change.record.site] is change)
         for lender, site in lent_slots(change.record
                                        for change in last.values()):
-            if found[lender] is None:
-                found[site] = None      # its slot's bytes are not dead
+            if None in (found[lender], found[site]):
+                found[lender] = found[site] = None      # both, or none
             found.move_to_end(site)
         self.refused = [change for change in self.changes
                         if found[change.record.site] is None]
@@ -8065,7 +8062,8 @@ class _Arming:
         self.lost = []
         for change in good:
             if change.before:
-                self.inside.update(moves_over(change.before, change.record))
+                self.inside.update(moves_over(self.tracer, change.before,
+                                              change.record))
             self.lost += change.lost_ranges()
         self.patches = Patches(self.tracer, [
             patch for patches in found.values() for patch in patches or ()])
@@ -8148,6 +8146,7 @@ class _Restoring:
         self.n_before = 0           # of them, put back by an earlier survey
         self.restored = []          # records of sites with their old bytes
         self.outside, self.ways_back = {}, None     # for threads inside
+        self.on_way = {}            # {slot: site}: for those in between
 
     def survey(self):
         """Compare the text with the journal, and plan the writes.
@@ -8158,7 +8157,7 @@ class _Restoring:
         of another ubp, which found the file's bytes there.
         """
         changes, self.foreign, self.n_sites = {}, [], self.n_before
-        unexplained = []
+        unexplained, self.on_way = [], {}
         sites = collections.OrderedDict()
         if self.modules is None:
             self.modules = _modules_or_none(self.tracer)
@@ -8174,6 +8173,8 @@ class _Restoring:
                 armed = self._in_force(record)
                 if armed is not None:
                     changes[site] = armed
+                    if armed and record.slot:
+                        self.on_way[record.slot] = site
                     break
             else:
                 unexplained.append(records)
@@ -8342,6 +8343,8 @@ class _Restoring:
         except (Again, OSError):
             self.patches = None
             raise Again("its text changes")
+        if self.on_way:             # before their slots' bytes change
+            move_threads(self.tracer, self.on_way, {})
         self.patches.write()
         self.is_done = True
 
@@ -9504,20 +9507,20 @@ class Planner:
         if not lent:
             return plan
         if lent.window.site not in self._kept:
-            self._put(site.module, lent.window, lent.window.site, [])
+            self._put(site.module, lent.window, None, [])
         return plan._replace(
             parts=(plan, lent), trampoline_size=plan.trampoline_size
             + lent.trampoline_size)
 
     def _plan_lender(self, plan):
-        """The SitePlan of the window that a plan's slot is in."""
+        """The SitePlan of the window that a plan's slot is in. It is that
+        one's alone: no other site may have it, or take it into its own."""
         module, lender = plan.site.module, plan.window.lender
         function = module.function_at(lender.site)
         site = Site(lender.site, function, lender.site - (
             function.vaddr if function else lender.site), (), module)
-        return self._fitted(SitePlan(
-            site, "jump", self.windows.get(lender.site, lender), 0, "", "",
-            (), _LEND, plan.index))
+        return self._fitted(SitePlan(site, "jump", lender, 0, "", "", (),
+                                     _LEND, plan.index))
 
     def _fitted(self, plan):
         """A SitePlan with what its window says: place, size, old bytes."""
@@ -9556,7 +9559,8 @@ class Planner:
                 parts=parts, window=parts[0].window, old=parts[0].old,
                 trampoline_size=sum(part.trampoline_size for part in parts))
         window = self.windows.get(plan.site.vaddr)
-        if plan.strategy != "jump" or window == plan.window:
+        if (plan.strategy != "jump" or plan.spec == _LEND
+                or window == plan.window):
             return plan
         try:
             return self._fitted(plan._replace(window=window))
@@ -9566,9 +9570,10 @@ class Planner:
 
     def _put(self, module, window, vaddr, absorbed):
         """Keep a new window, for the site at vaddr; absorbed: those that it
-        takes the place of."""
+        takes the place of. None: it is for no site, it lends a slot."""
         before = tuple([self._drop(other.site) for other in absorbed])
-        vaddrs = {vaddr}.union(insn.vaddr for insn in window.insns)
+        vaddrs = {vaddr}.union(insn.vaddr for insn in window.insns
+                               ) if vaddr is not None else set()
         self._add(module, window, vaddrs.union(
             *(vaddrs for _, _, vaddrs in before)))
         self._undo.append((window.site, before))
@@ -9720,9 +9725,9 @@ class Planner:
                            if patch.window.lender]
         self._to_watch = set()
         for patch in patches.values():
-            self._add(patch.site.module, patch.window, {
-                insn.vaddr for insn in patch.window.insns}.union(
-                    body.part_plan.site.vaddr for body in patch.bodies))
+            self._add(patch.site.module, patch.window, set() if patch.lends
+                      else {insn.vaddr for insn in patch.window.insns}.union(
+                          body.part_plan.site.vaddr for body in patch.bodies))
 
     def _window(self, site):
         """(a new Window, [those of ubp that it takes the place of])"""
@@ -9783,15 +9788,20 @@ class Planner:
             if found is not None:
                 return found
         try:
-            return plan(site.vaddr, self._through, may_borrow=True), []
+            if site.vaddr == function.vaddr:    # the price is another's
+                return plan(site.vaddr, self._through, may_borrow=True), []
         except RefusalError:
-            raise refusal
+            pass
+        raise refusal
 
     def watch(self, vaddrs):
         """These will have debug registers. RefusalError for one that is
         displaced: its instruction runs elsewhere, and would not be seen."""
+        lenders = {insn.vaddr: window.lender
+                   for _, window, _ in self._kept.values() if window.lender
+                   for insn in window.lender.insns}
         for vaddr in vaddrs:
-            window = self.windows.get(vaddr)
+            window = self.windows.get(vaddr) or lenders.get(vaddr)
             if (window is not None and not window.is_trap
                     and any(insn.vaddr == vaddr for insn in window.insns[1:])):
                 raise RefusalError("overlap", "a jump of ubp at 0x%x has the "
@@ -9821,7 +9831,8 @@ class Planner:
         try:
             for place in range(vaddr, site + _MOST_BEFORE_SITE):
                 other = self.windows.get(place)
-                if (other is None or other.site != place or other.is_trap):
+                if (other is None or other.site != place or other.is_trap
+                        or other.lender):
                     continue
                 absorbed.append(other)
                 for low, high in other.ranges:
@@ -10473,8 +10484,8 @@ class Patch:
 
     @property
     def lends(self):
-        """Is it there only for slots in its window?"""
-        return all(body.lends for body in self.bodies)
+        """Is it there only for a slot in its window?"""
+        return any(body.lends for body in self.bodies)
 
 
 def _place_in_file(site):
@@ -11736,8 +11747,8 @@ class Installer:
             rest = tuple(body for body in patch.bodies
                          if body.probe not in gone)
             arena, _ = self._room_for([patch], _need_of_code, limit)
-            steps.append((patch, self._compose(patch, rest, arena,
-                                               _NO_BLOCK)))
+            steps.append((patch, self._compose(
+                patch, rest, arena, _LENT if patch.lends else _NO_BLOCK)))
         for arena in {patch.records[-1][0] for patch, _ in steps}:
             arena.commit()
         jumps = [change for patch, change in steps

@@ -177,24 +177,53 @@ class Lenders(unittest.TestCase):
             target.close()
             self.assertEqual((1, 1), target.removal[:2])
 
-    def test_probes_share_it_and_go_in_any_order(self):
-        """Capitals arm: T win_tight, L and I instructions of the lender."""
+    def test_it_is_of_one_site_alone(self):
+        """Capitals arm: T win_tight, L and I instructions of the lender;
+        small ones remove the first of these; ! what is refused. Where
+        the lender is taken already, T finds another."""
         where = {"t": self.TIGHT, "l": self.LENDER, "i": self.INSIDE}
-        for orders in ("TLtl", "TLlt", "TIit", "TIti", "TTtt", "TLItil",
-                       "LTlt", "LTtl", "TtTt", "TLtTlt"):
+        for orders in ("TTtt", "TtTt", "TTtTtt", "TL!I!tLl", "LTlt", "LTtl",
+                       "ITLtTliTt"):
             with self.subTest(orders), self.attached() as (process, target):
                 armed = []
-                for step in orders:
-                    if step.isupper():
+                for n, step in enumerate(orders):
+                    if orders[n + 1:n + 2] == "!":
+                        with self.assertRaisesRegex(
+                                ubp.ProbeError, "patched already|leads to"):
+                            target.probe(where[step.lower()], ubp.Count())
+                    elif step.isupper():
                         armed.append((step.lower(), target.probe(
                             where[step.lower()], ubp.Count())))
-                    else:
+                    elif step != "!":
                         first = next(each for each in armed
                                      if each[0] == step)
                         armed.remove(first)
                         first[1].remove()
                     self.judge(process, armed)
+                lent = [view.lenders for view in ubp.status(target.pid)]
+                self.assertEqual([view for view in lent if view],
+                                 [lent[0]] if any(
+                                     each == "t" for each, _ in armed) else [])
                 target.close()
+
+    def test_who_is_between_the_jumps_is_moved_before_they_go(self):
+        with self.attached() as (process, target):
+            target.probe(self.TIGHT, ubp.Count())
+            patch = next(patch for patch in target._installer.patches.values()
+                         if patch.window.lender)
+            done, move, write = [], ubp.move_threads, ubp.Patches.write
+
+            def moving(tracer, inside, *rest):
+                done.append(inside.get(patch.window.slot))
+                return move(tracer, inside, *rest)
+
+            def writing(patches):
+                done.append("write")
+                return write(patches)
+            with mock.patch.object(ubp, "move_threads", moving), \
+                    mock.patch.object(ubp.Patches, "write", writing):
+                target.close()
+            self.assertEqual([patch.window.site, "write"], done[:2])
 
     def judge(self, process, armed):
         """Each probe counts what the program does."""
@@ -238,31 +267,35 @@ class Lenders(unittest.TestCase):
                 self.assertTrue(ubp.clean(process.pid))
                 process.send("g")
 
-    def test_none_is_armed_without_its_lender(self):
-        """The lender's text changes between the plan and the pause."""
-        arm, plans = ubp.arm, []
+    def test_none_is_armed_without_the_other(self):
+        """The text of one changes between the plan and the pause: xor gets
+        its other encoding."""
+        arm = ubp.arm
+        for changed in "lender", "site":
+            plans = []
 
-        def late(tracer, *rest):
-            lender = plans[0].window.lender.site
-            with open("/proc/%d/mem" % tracer.tgid, "r+b", 0) as memory:
-                # xor ecx, ecx in its other encoding
-                self.assertEqual(os.pread(memory.fileno(), 2, lender),
-                                 b"\x31\xc9")
-                os.pwrite(memory.fileno(), b"\x33", lender)
-            try:
-                return arm(tracer, *rest)
-            finally:
+            def late(tracer, *rest):
+                window = plans[0].window
+                vaddr = (window.lender if changed == "lender"
+                         else window).site
                 with open("/proc/%d/mem" % tracer.tgid, "r+b", 0) as memory:
-                    os.pwrite(memory.fileno(), b"\x31", lender)
+                    self.assertEqual(os.pread(memory.fileno(), 1, vaddr),
+                                     b"\x31")
+                    os.pwrite(memory.fileno(), b"\x33", vaddr)
+                    try:
+                        return arm(tracer, *rest)
+                    finally:
+                        os.pwrite(memory.fileno(), b"\x31", vaddr)
 
-        with self.attached() as (process, target):
-            plans += target.plan(self.TIGHT)
-            with mock.patch.object(ubp, "arm", late):
-                with self.assertRaisesRegex(ubp.ProbeError, "changed"):
-                    target.probe(self.TIGHT, ubp.Count())
-            process.ask("p")
-            self.assertEqual(live.changed_text(process.pid), [])
-            process.send("g")
+            with self.subTest(changed), self.attached() as (process, target):
+                plans += target.plan(self.TIGHT)
+                with mock.patch.object(ubp, "arm", late):
+                    with self.assertRaisesRegex(ubp.ProbeError, "changed"):
+                        target.probe(self.TIGHT, ubp.Count())
+                self.assertEqual({}, target._installer.patches)
+                process.ask("p")
+                self.assertEqual(live.changed_text(process.pid), [])
+                process.send("g")
 
 
 class Named(unittest.TestCase):
