@@ -16695,16 +16695,11 @@ def program_identity(pid):
 def _by_address(sites, plan, progress=None):
     """[plan(n, site)] in the order of sites, but made in that of addresses:
     a site can share the window of one before it."""
-    made, was_enabled = {}, gc.isenabled()
-    try:
-        gc.disable()    # nearly all that is made stays: nothing to collect
-        for n in sorted(range(len(sites)), key=lambda n: sites[n].vaddr):
-            made[n] = plan(n, sites[n])
-            if progress is not None:
-                progress(len(made), len(sites))
-    finally:
-        if was_enabled:
-            gc.enable()
+    made = {}
+    for n in sorted(range(len(sites)), key=lambda n: sites[n].vaddr):
+        made[n] = plan(n, sites[n])
+        if progress is not None:
+            progress(len(made), len(sites))
     return [made[n] for n in range(len(sites))]
 
 

@@ -22,6 +22,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import gc
 import json
 import os
 import platform
@@ -351,10 +352,12 @@ def plan_row(row, what, pid, pattern, rounds):
     A yardstick line is their share; its goal is DESIGN 9's.
     """
     times, plans = [], []
+    gc.disable()            # as the command does until it counts
     for _ in range(rounds):
         with ubp.attach(pid) as target:
             seconds, plans = timed(target.plan, pattern)
         times.append(seconds)
+    gc.enable()
     large = [plan for plan in plans if plan.site.function.size >= 5]
     fit = sum(plan.strategy == "jump" for plan in large)
     sizes = sorted(plan.trampoline_size for plan in large
