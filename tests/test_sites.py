@@ -107,6 +107,40 @@ class AnyOrder(unittest.TestCase):
             model = self.run_model(300 if seed % 2 else 0, seed, play)
             self.assertGreater(model.n_armed, 0.85 * model.n_asked)
 
+    def test_random_steps_with_lenders(self):
+        """As if there were no padding, and each site might borrow a slot
+        before anything else is tried."""
+        x86, lent = ubp.ubp_x86, []
+        best, plan = x86._best_window, x86.plan_window
+
+        def best_window(analysis, site, limits):
+            try:
+                if limits.may_borrow:
+                    return x86._ladder(analysis, site, limits, refusal)
+            except x86.RefusalError:
+                pass
+            return best(analysis, site, limits)
+
+        def plan_window(*args, **rest):
+            rest["may_borrow"] = not rest["through"] and args[1] % 2
+            window = plan(*args, **rest)
+            lent.append(window.lender)
+            return window
+
+        def play(model):
+            for n in range(28):
+                model.step()
+                if n % 4 == 3:
+                    model.check()
+
+        refusal = x86.RefusalError("", "", 0)
+        with mock.patch.multiple(x86, _slot=lambda *_: 0,
+                                 _best_window=best_window,
+                                 plan_window=plan_window):
+            for seed in range(2):
+                self.run_model(300 * seed, seed, play)
+        self.assertGreater(sum(map(bool, lent)), 4)
+
     def test_one_by_one_in_each_direction(self):
         """The number that takes a probe hardly depends on the order."""
         armed = {}
