@@ -12899,7 +12899,7 @@ class Keeper(Tracer):
     def __init__(self, tgid, ward):
         super().__init__(tgid)
         self.ward, self.sites = ward, ward.sites
-        self.is_leaving = False
+        self.is_leaving, self.is_new = False, False
         self.blocked = set()        # tids that block SIGTRAP
         self.wary = set()           # that will, or may, from a syscall on
         self.asked = {}             # {tid that is to ask for the action of
@@ -13273,6 +13273,21 @@ class Keeper(Tracer):
         if signo and not was_blocked:
             self.masking[signo] = tid in self.blocked
 
+    def _look_at_frames(self, thread):
+        """Is a thread in a handler that returns to where SIGTRAP is blocked?
+        It is to be seen there."""
+        tid = thread.tid
+        self.wary.discard(tid)      # an attempt may have failed since
+        try:
+            frames = self.signal_frames(thread)
+        except (Again, OSError, UbpError):
+            return                  # its stack cannot be read
+        for vaddr, _ in frames:
+            mask = int.from_bytes(_peek(
+                tid, vaddr + ubp_x86.SIGNAL_MASK_PAST_RIP, 8), "little")
+            if mask & _TRAP_BIT and tid not in self.blocked:
+                self.wary.add(tid)
+
     def look_at_masks(self, most):
         """Has a thread begun to block SIGTRAP? It is to go on from syscall
         to syscall then. Some threads each time. Raises UbpError.
@@ -13463,8 +13478,11 @@ class Keeper(Tracer):
         return bool(pending and int(pending.group(1), 16) & _TRAP_BIT)
 
     def _release(self):
-        for thread in sorted([t for t in self.threads.values()
-                              if t.state == STOPPED], key=_is_idle):
+        stopped = sorted([t for t in self.threads.values()
+                          if t.state == STOPPED], key=_is_idle)
+        for thread in stopped if self.is_new else ():
+            self._look_at_frames(thread)
+        for thread in stopped:
             self._let_go(thread)
         self._step_all()
         self._close_memory()
@@ -13601,7 +13619,6 @@ class Ward:
         self.is_ignored = False     # SIGTRAP, as soon as the int3s are out
         self.scratch = 0            # the end of _SCRATCH bytes for frames
         self._own = frozenset()     # sites that tell of SIGTRAP
-        self._wary = set()          # Keeper.wary of those let go
         self.n_hits = self.n_pinned = 0
         self.max_rate, self.too_hot, self.cooled = float("inf"), [], []
         self._copies, self._copy_starts = [], []    # (vaddr, size, Insn)
@@ -13744,13 +13761,14 @@ class Ward:
         changes = [Change(record, ()) for arena in self.arenas
                    for record in arena.records]
         keeper = Keeper(self.tgid, self)
-        keeper.wary |= self._wary
+        keeper.is_new = True
         self.keepers = [keeper]
         try:
             self._learn_sites(keeper)
             if arenas or watches:
                 keeper.learn_action(timeout)
             refused = arm(keeper, [], changes, timeout)
+            keeper.is_new = False
             if self.lacking:
                 raise ProbeError(
                     "set debug registers in", keeper.name(), "PTRACE_POKEUSER"
@@ -13816,8 +13834,6 @@ class Ward:
             keeper.leave(max(0.5, limit - time.monotonic()))
             pause_us, n = max(pause_us, keeper.pause_us), n + 1
             tgids.append(keeper.tgid)
-            self._wary = keeper.wary if keeper.tgid == self.tgid \
-                else self._wary
             self.forget(keeper)
         self.sites.clear()
         if self.follows and tgids:

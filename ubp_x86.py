@@ -8210,6 +8210,7 @@ _XSTATE_BV_AT, _XSAVE_HEADER = 512, 64  # SDM 13.4.2
 _FPSTATE_ALIGN = 64
 _SIGCONTEXT_RIP = 48 + 8 * 16    # from the frame's start: 0xb0
 _SIGCONTEXT_RSP = 48 + 8 * 15
+SIGNAL_MASK_PAST_RIP = 304 - _SIGCONTEXT_RIP    # from the saved rip
 FP_XSTATE_MAGIC1, FP_XSTATE_MAGIC2 = 0x46505853, 0x46505845
 _UC_FLAGS = 7                    # UC_FP_XSTATE, SIGCONTEXT_SS, STRICT_RESTORE
 _SS_REJECTED = 0x7ffffff0        # sigaltstack(2) refuses it: nothing changes

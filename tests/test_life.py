@@ -1186,6 +1186,21 @@ class Int3(unittest.TestCase):
             self.unchanged(process)
             process.quit()
 
+    def test_armed_while_it_is_in_handlers_that_return_to_blocked(self):
+        for how in ("caught", "not"):
+            with self.subTest(how), live.Target("masks", how,
+                                                "50000") as process:
+                process.send("s")
+                for _ in range(8):
+                    with ubp.attach(process.pid) as target:
+                        target.probe("exe:step", ubp.Count(),
+                                     strategy="int3")
+                        time.sleep(0.02)
+                self.assertEqual(0, process.answer(120)["wrong"],
+                                 process.stderr())
+                self.unchanged(process)
+                process.quit()
+
     def test_masks_without_sigtrap_do_not_slow_it_for_long(self):
         with live.Target("masks", "not", "1") as process:
             with ubp.attach(process.pid) as target:
