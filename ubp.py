@@ -5527,7 +5527,7 @@ class Tracer:
         """The end of size free bytes on a thread's own stack, or 0.
 
         Below its red zone, where the stack's bounds are known: the main
-        thread's [stack], or a pthread stack with its guard page and its
+        thread's [stack], or a pthread stack with its guard pages and its
         control block; and in no signal handler, which may run on a small
         stack inside of it.
         """
@@ -5540,9 +5540,11 @@ class Tracer:
             return top
         guard = self._mapping(mapping.start - 1)
         block = ubp_x86.thread_pointer(thread.regs)
-        if (guard is not None and guard.perms.startswith("---")
-                and top < block < mapping.end
-                and self._is_one_stack(thread.tid, top, block)):
+        is_guarded = guard is not None and guard.perms.startswith("---")
+        if (top < block < mapping.end
+                and self._is_one_stack(thread.tid, top, block)
+                and (is_guarded or _has_guard(thread.tid, mapping,
+                                              top - size))):
             return top
         return 0
 
@@ -5986,6 +5988,20 @@ def _in_rseq_section(thread):
     return read_memory(thread.tid, pointer + 8, 8) != bytes(8)
 
 
+def _has_guard(tid, mapping, vaddr):
+    """Is there a guard in a vma, below vaddr, that no map shows?
+
+    Source: Documentation/admin-guide/mm/pagemap.rst, bit 58 (Linux 6.15).
+    """
+    low = max(mapping.start, (vaddr - _STACK_LIMIT) & -PAGE)
+    part = mapping._replace(start=low, end=vaddr & -PAGE)
+    try:
+        entries = _page_entries(tid, part, _STACK_LIMIT // PAGE)
+    except OSError:
+        return False
+    return any(entry >> 58 & 1 for entry in entries)
+
+
 def _readable_parts(tid, low, high):
     """Yield (vaddr, bytes) of what can be read of a range of whole pages."""
     while low < high:
@@ -6011,6 +6027,11 @@ def _touched_pages(tid, mapping, most=512):
 
     Source: Documentation/admin-guide/mm/pagemap.rst, bits 63 and 62.
     """
+    return bytes(entry >> 62 for entry in _page_entries(tid, mapping, most))
+
+
+def _page_entries(tid, mapping, most):
+    """What pagemap says of the first pages of a vma. -> (int, ...)"""
     n_pages = min(most, (mapping.end - mapping.start) // PAGE)
     held = HeldFile("/proc/%d/pagemap" % tid)
     try:
@@ -6019,8 +6040,7 @@ def _touched_pages(tid, mapping, most=512):
         n = _check(_read(held.fd, ctypes.addressof(buffer), 8 * n_pages))
     finally:
         held.close()
-    entries = struct.unpack_from("<%dQ" % (n // 8), buffer)
-    return bytes(entry >> 62 for entry in entries)
+    return struct.unpack_from("<%dQ" % (n // 8), buffer)
 
 
 def seccomp_mode(tid):

@@ -3,8 +3,8 @@
  * frame on a stack that no thread runs on. They call tiny and loop, and check
  * what these return. Argument: guards, where the stacks are parts of one vma,
  * each with a page below it that cannot be read and that no map shows, as
- * those of threads are since glibc 2.42: "guards=0" if Linux is older than
- * 6.13. A second thread takes the commands: q quit. */
+ * those of threads are since glibc 2.42, also that of the second thread, which
+ * takes the commands: "guards=0" if Linux is older than 6.13. q quits. */
 #include "target.h"
 #include <sys/mman.h>
 #include <sys/time.h>
@@ -67,7 +67,7 @@ int main(int argc, char **argv)
     sigset_t alarms, before;
     bounded();
     if (argc > 1 && !strcmp(argv[1], "guards"))
-        stacks = mmap(NULL, N * SIZE, PROT_READ | PROT_WRITE,
+        stacks = mmap(NULL, (N + 1) * SIZE, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     for (int i = 0; i < N; i++) {
         getcontext(&contexts[i]);
@@ -78,7 +78,15 @@ int main(int argc, char **argv)
     sigemptyset(&alarms);
     sigaddset(&alarms, SIGVTALRM);
     pthread_sigmask(SIG_BLOCK, &alarms, &before);
-    start(serve, NULL);
+    if (stacks) {               /* on one of these stacks, too */
+        pthread_attr_t attr;
+        pthread_t thread;
+        pthread_attr_init(&attr);
+        pthread_attr_setstack(&attr, (char *)stack(N) + 4096, SIZE - 4096);
+        if (pthread_create(&thread, &attr, serve, NULL))
+            wrong("pthread_create");
+    } else
+        start(serve, NULL);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     sigaction(SIGVTALRM, &action, NULL);
     setitimer(ITIMER_VIRTUAL, &each, NULL);
