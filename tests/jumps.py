@@ -6,7 +6,9 @@
 Only planned, in live processes: what they map, and which signals they catch,
 decides. Of the functions of five bytes or more those count whose entry takes
 a jump. Every instruction is a site in each N-th function of all, in the order
-of addresses, all at once; without --every about INSTRUCTIONS are.
+of addresses, all at once; without --every about INSTRUCTIONS are. Functions
+of more than LARGE bytes are few, and one would be half of a sample: each is
+looked at, and counts once in the percentage, where the others count N times.
 """
 import argparse
 import collections
@@ -39,6 +41,7 @@ LIBRARIES = {"libc": "None", "libstdc++": "'libstdc++.so.6'",
 
 MOST_REASONS = 40
 INSTRUCTIONS, MEAN_SIZE = 20000, 4.2    # of a table's row; bytes of one
+LARGE = 32768
 Share = collections.namedtuple("Share",
                                "name n percent rules seconds refused")
 
@@ -139,26 +142,33 @@ def look(name, most=None, n_instructions=INSTRUCTIONS, longest=1 << 20,
 
 
 def sample(sites, n_instructions, longest, every):
-    """Each n-th of the sites of functions, by address; see look()."""
-    sized = [(site, site.module.bounds(site.vaddr)[1])
-             for site in sorted(sites, key=lambda site: site.vaddr)]
-    sized = [(site, size) for site, size in sized if size <= longest]
-    n = every or math.ceil(sum(size for _, size in sized)
+    """[(site, how many functions it stands for)]; see look()."""
+    small, large = [], []
+    for site in sorted(sites, key=lambda site: site.vaddr):
+        size = site.module.bounds(site.vaddr)[1]
+        if size <= longest:
+            (small if size <= LARGE else large).append((site, size))
+    n = every or math.ceil(sum(size for _, size in small)
                            / MEAN_SIZE / n_instructions) or 1
-    return [site for site, _ in sized[n // 2::n]]
+    return [(site, n) for site, _ in small[n // 2::n]] + [
+        (site, 1) for site, _ in large]
 
 
-def of_instructions(name, planner, sites):
+def of_instructions(name, planner, sampled):
     """The Share of all instructions of some functions, none armed.
 
     Not counted: nops that no way leads to, which nobody can hit.
     """
     planner.keep_only({})
-    began, plans = time.process_time(), []
-    for site in sites:
-        plans += [plan for plan in of_function(planner, site)
-                  if plan.rule != "unreachable"]
-    return share(name, plans, began)
+    began, plans, n_all, n_jumps = time.process_time(), [], 0, 0
+    for site, weight in sampled:
+        found = [plan for plan in of_function(planner, site)
+                 if plan.rule != "unreachable"]
+        plans += found
+        n_all += weight * len(found)
+        n_jumps += weight * sum(bool(plan.strategy) for plan in found)
+    return share(name, plans, began)._replace(
+        percent=100 * n_jumps / max(n_all, 1))
 
 
 def of_function(planner, site):
