@@ -41,7 +41,7 @@ def _refuse_shared_folder():
     """
     if os.geteuid() != 0:
         return
-    folder = (sys.path[0] if sys.path else "") or "."
+    folder = (_own_folder() or (sys.path[0] if sys.path else "")) or "."
     trusted = {0, int(os.environ.get("SUDO_UID", "0"))}
     try:
         info = os.stat(folder)
@@ -58,8 +58,16 @@ def _refuse_shared_folder():
         sys.exit(1)
 
 
+def _own_folder():
+    """Where ubp_x86.py is, if Python does not look there by itself: with -I,
+    -P and PYTHONSAFEPATH."""
+    is_safe = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
+    return os.path.dirname(os.path.realpath(__file__)) if is_safe else ""
+
+
 if __name__ == "__main__":
     _refuse_shared_folder()
+    sys.path += filter(None, [_own_folder()])
 
 import gc                                                       # noqa: E402
 

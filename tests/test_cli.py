@@ -347,8 +347,10 @@ class BadTargets(unittest.TestCase):
                 shutil.copy(os.path.join(TOP, name), folder)
             with open(os.path.join(folder, "bisect.py"), "w") as file:
                 file.write("print('planted')\n")
-            self.check(["--version"], "others can write", command=[
-                sys.executable, os.path.join(folder, "ubp.py")])
+            for options in [], ["-I"]:
+                self.check(["--version"], "others can write", command=[
+                    sys.executable] + options + [
+                        os.path.join(folder, "ubp.py")])
         finally:
             shutil.rmtree(folder)
 
@@ -815,6 +817,7 @@ class EntryPoints(unittest.TestCase):
             link = os.path.join(folder, "ubp")
             os.symlink(UBP, link)
             self.check([sys.executable, link])
+            self.check([sys.executable, "-I", link])    # nor -P: no folder
 
 
 class Signals(unittest.TestCase):
