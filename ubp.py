@@ -3551,7 +3551,8 @@ def _no_function(chosen, spec):
                            "name, but a file here", "did the shell expand "
                            "*? quote the probe: '*Command'")
     names = (_decode(name) for module in chosen for name in module.names())
-    hints = [_closest(spec.function, names)]
+    hints = ["the only suffix is %return" if "%" in spec.function else
+             _closest(spec.function, names)]
     hints += [note for module in chosen for note in module.notes]
     return SymbolError("find", _quote(spec.text),
                        "no such function in " + where,

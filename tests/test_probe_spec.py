@@ -279,6 +279,7 @@ class Finding(unittest.TestCase):
         self.assertIn("did you mean process", self.error("exe:proces"))
         self.assertIn("namely", self.error("exe:_ZN4spam4eggs6namelEi"))
         self.assertIn("exe:qqqq", self.error("exe:qqqq"))
+        self.assertIn("suffix is %return", self.error("exe:process%retrun"))
 
     def test_a_file_name_hints_at_the_shell(self):
         before = os.getcwd()
