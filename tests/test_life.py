@@ -1309,7 +1309,8 @@ class Int3(unittest.TestCase):
                     self.assertIn("500 times a second", hot.refused[0].why)
                     process.ask("p")    # nobody is in a trampoline now
                     n, before = hot.read(), rare.read()
-                    self.assertGreater(n, 500)
+                    # Who was stopped there when it went is not counted.
+                    self.assertGreater(n, 490)
                     process.send("g")
                     time.sleep(0.1)
                     process.ask("p")
