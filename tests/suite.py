@@ -14,8 +14,9 @@ import sys
 import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-BESIDE = ("actions bodies decode elf exact expressions jumps kill pictures "
-          "probe_spec relocate servers sites structure window").split()
+BESIDE = ("actions bodies decode elf exact expressions handlers jumps kill "
+          "pictures probe_spec relocate servers sites slack structure verbs "
+          "window").split()
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-rsfE",
           "-p", "no:cacheprovider"]
 
