@@ -13464,11 +13464,15 @@ class Keeper(Tracer):
             elif not event and signo == SYSCALL_EVENT_SIGNAL:
                 self._note_syscall(tid)
                 answer = 0
-            elif event == PTRACE_EVENT_STOP:
-                answer = 0 if self._has_trapped(tid) else None
+            elif event == PTRACE_EVENT_STOP and self._has_trapped(tid):
+                # Asked again before it goes on it would stop here again,
+                # and never for that SIGTRAP.
+                self._go(tid)
+                self._resume(tid, PTRACE_INTERRUPT)
+                return False
             elif not event:
                 self._bring_home(tid, signo)
-            elif event:
+            elif event != PTRACE_EVENT_STOP:
                 self.note_event(thread, event)
                 if tid not in self.threads:
                     return True
