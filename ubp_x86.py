@@ -2454,7 +2454,10 @@ def _has_rseq(code):
 
 _ENDS = frozenset((RET, JMP, JMP_IND))       # control does not go on
 _IS_MARKED = operator.itemgetter(Form._fields.index("is_marked"))
-_MARKS_OF = operator.itemgetter(slice(7))        # size to opcode_offset
+_MARKS_OF = operator.itemgetter(slice(7))
+assert _MARKS_OF(Form._fields) == (
+    "size", "flow", "aim", "aim_offset", "aim_size", "opcode",
+    "opcode_offset")
 
 
 class Analysis:
@@ -3899,8 +3902,8 @@ def _borrowed_slot(analysis, window, limits):
             lender = _plan_window(known, vaddr, limits._replace(through=last))
         except RefusalError:
             continue
-        if (lender.site == vaddr and not lender.slot
-                and slot + JUMP_SIZE <= vaddr + lender.size):
+        if (lender.site == vaddr and lender.last == last
+                and not lender.slot):
             return slot, lender
     return 0, None
 
