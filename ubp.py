@@ -11811,6 +11811,7 @@ class Installer:
         for pid in {pid for inode in inodes for pid in processes_with(inode)
                     } - {self.tracer.tgid}:
             child = Tracer(pid)
+            child.swaps_contexts = self.tracer.swaps_contexts
             try:
                 arm(child, self.arenas, [change for change in changes
                                          if change.is_in_force(child)],
@@ -13346,10 +13347,12 @@ class Keeper(Tracer):
 
     def _step_all(self):
         while self.backlog:         # it is in there meanwhile: _is_held()
+            held = self.backlog[0]
             try:
-                self._step(*self.backlog[0])
+                self._step(*held)
             finally:
-                self.backlog.popleft()
+                if self.backlog and self.backlog[0] is held:
+                    self.backlog.popleft()
 
     def _step(self, thread, status):
         tid, event, signo = thread.tid, status >> 16, status >> 8 & 0xff
