@@ -5239,6 +5239,10 @@ class Tracer:
                 thread.is_complete = ubp_x86.has_ended(after)
             elif event and signo != signal.SIGTRAP:
                 thread.is_complete = thread.group_stop = True
+            elif event and thread.is_wanted:
+                # It has not begun. Asked again it would stop here again, for
+                # ever where we are the first to get a processor.
+                pass
             elif event or is_syscall:   # its entry, or our old interrupt
                 thread.in_rest = is_syscall
                 self._resume(thread.tid, PTRACE_SYSCALL)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import unittest
+from unittest import mock
 
 import live
 
@@ -235,6 +236,20 @@ class Blocked(unittest.TestCase):
 
     def test_large_socket_send(self):
         self.judged("send,sendfile", 60, between=0.01)
+
+    def test_a_transfer_that_is_asked_to_stop_before_it_goes_on(self):
+        """As if the tracer always had the processor first: it did, in real
+        time class, and asked for ever."""
+        resume = ubp.Tracer._resume
+
+        def asked_first(tracer, tid, request, signo=0):
+            thread = tracer.threads.get(tid)
+            if request == ubp.PTRACE_SYSCALL and thread.is_wanted:
+                resume(tracer, tid, ubp.PTRACE_INTERRUPT)
+            resume(tracer, tid, request, signo)
+
+        with mock.patch.object(ubp.Tracer, "_resume", asked_first):
+            self.judged("send", 60, between=0.01)
 
     def test_receive_of_all(self):
         self.judged("waitall", 60, between=0.01)
