@@ -9915,6 +9915,27 @@ class Planner:
             self._texts[module] = module.text_code()
         return self._texts[module]
 
+    def peek_text(self, module):
+        """The same, not kept. [] where it is too much."""
+        try:
+            return self._texts.get(module) or module.text_code()
+        except SymbolError:
+            return []
+
+    def syscall_number(self, module, vaddr, known):
+        """As ubp_x86.syscall_number(); known where it is set in front, which
+        holds if nothing tells of the function."""
+        function = self.function(module, vaddr)
+        if function is None or vaddr >= function.vaddr + function.size:
+            return known
+        try:
+            number = ubp_x86.syscall_number(
+                self.scan(module).analysis(function), vaddr)
+        except RefusalError:
+            return known
+        return known if number is not None and (
+            known != ubp_x86.ANY_SYSCALL) else number
+
     def scan(self, module):
         """The BranchScan of a module, made once."""
         if module not in self._scans:
@@ -12875,6 +12896,7 @@ _SA_RESETHAND, _SI_TKILL = 0x80000000, -6   # <asm-generic/siginfo.h>
 # kernel unblocks when it must deliver that of an int3 (force_sig_info).
 _FULL_MASK = sum(1 << signo - 1 for signo in (
     signal.SIGQUIT, signal.SIGILL, signal.SIGABRT, signal.SIGSYS))
+_OWN_SIGNALS = 3 << 32 - 1      # the C library's own: 32 and 33
 _PIN_EACH = 64                  # hits, after which the guardian follows its
 #                                 tracee to another processor
 _TERMINATE, _ASIDE = ("terminate",), ("aside",)     # what a SIGTERM and a
@@ -12908,13 +12930,15 @@ class TrapSite:
 
     copy     [low, high) of what runs instead of a syscall instruction
     most     hits a second; who has more is taken out
+    is_own   it is there only to tell of SIGTRAP
     """
-    __slots__ = ("goal", "size", "insn", "copy", "most", "n_hits",
+    __slots__ = ("goal", "size", "insn", "copy", "most", "is_own", "n_hits",
                  "n_before", "since")
 
-    def __init__(self, goal, size, insn=None, copy=(), most=float("inf")):
+    def __init__(self, goal, size, insn=None, copy=(), most=float("inf"),
+                 is_own=False):
         self.goal, self.size, self.insn = goal, size, insn
-        self.copy, self.most = copy, most
+        self.copy, self.most, self.is_own = copy, most, is_own
         self.n_hits = self.n_before = 0     # in all; at the start of
         self.since = time.monotonic()       # this second, which is that
 
@@ -12936,6 +12960,7 @@ class Keeper(Tracer):
         self.is_leaving, self.is_new = False, False
         self.blocked = set()        # tids that block SIGTRAP
         self.wary = set()           # that will, or may, from a syscall on
+        self.spared = set()         # that block all but SIGTRAP, or will
         self.asked = {}             # {tid that is to ask for the action of
         #                             SIGTRAP, or set it: (the copy of its
         #                             syscall, action or None)}
@@ -13001,8 +13026,13 @@ class Keeper(Tracer):
         return 0 if is_own else signal.SIGTRAP
 
     def _blocked_it(self, tid, mask):
-        """Did a thread block SIGTRAP? The kernel has taken it from mask."""
-        return tid in self.blocked or mask & _FULL_MASK == _FULL_MASK
+        """Did a thread block SIGTRAP? The kernel has taken it from mask.
+
+        Who blocks everything did, but who has said otherwise. The C library
+        blocks more, for a moment, than it lets a program block.
+        """
+        return tid in self.blocked or mask & _FULL_MASK == _FULL_MASK and (
+            tid not in self.spared or mask & _OWN_SIGNALS == _OWN_SIGNALS)
 
     def _was_reset(self, tid):
         """Has an int3 taken the program's handler of SIGTRAP from it?
@@ -13020,6 +13050,8 @@ class Keeper(Tracer):
         that meanwhile.
         """
         number, (first, vaddr, _) = ubp_x86.asked(regs)
+        if number not in _ASKS and site.is_own:
+            site.most = _MOST_ASKS      # it is for any syscall
         if number not in _ASKS or not (vaddr or first == signal.SIGTRAP):
             return False
         try:
@@ -13028,8 +13060,10 @@ class Keeper(Tracer):
             return False            # so it will not succeed
         if number == ubp_x86.RT_SIGPROCMASK:
             mask = int.from_bytes(data or b"", "little")
+            if mask & (_FULL_MASK | _TRAP_BIT) == _FULL_MASK:
+                self.spared.add(tid)
             if mask & _TRAP_BIT and mask & _FULL_MASK != _FULL_MASK:
-                site.most = float("inf")    # it is needed
+                self._need(site)
             if (mask & _TRAP_BIT and first != signal.SIG_UNBLOCK
                     and tid not in self.blocked):
                 self.wary.add(tid)
@@ -13039,7 +13073,7 @@ class Keeper(Tracer):
             self.masking.pop(first, None)   # learned again, from its start
         if first != signal.SIGTRAP:
             return False
-        site.most = float("inf")
+        self._need(site)
         if vaddr and int.from_bytes(data[:8], "little") == signal.SIG_IGN:
             # They would end it that SIGTRAP is ignored: it runs into this
             # one until all are out.
@@ -13050,6 +13084,13 @@ class Keeper(Tracer):
             self._hold((self.blocked | self.wary) - {tid})
             self.asked[tid] = site.copy, data or None
         return True
+
+    @staticmethod
+    def _need(site):
+        """A site has told of SIGTRAP: it stays, as long as no other syscalls
+        come that way, too many before the next such."""
+        site.most, site.n_before = float("inf"), site.n_hits
+        site.since = time.monotonic()
 
     def _note_syscall(self, tid):
         """A thread that is watched has begun, or ended, a syscall."""
@@ -13292,11 +13333,15 @@ class Keeper(Tracer):
             ptrace(PTRACE_GETSIGMASK, tid, 8, ctypes.addressof(self._mask))
         except OSError:
             return
-        if int.from_bytes(self._mask.raw, "little") & _TRAP_BIT:
+        mask = int.from_bytes(self._mask.raw, "little")
+        if mask & _TRAP_BIT:
             self.blocked.add(tid)
             self.wary.discard(tid)
+            self.spared.discard(tid)
         else:
             self.blocked.discard(tid)
+            if mask & _FULL_MASK == _FULL_MASK:
+                self.spared.add(tid)
 
     def _look_at_handler(self, tid):
         """A thread has stopped, perhaps where a signal's handler begins."""
@@ -13546,6 +13591,7 @@ class Keeper(Tracer):
     def lose(self, tid):
         self.blocked.discard(tid)
         self.wary.discard(tid)
+        self.spared.discard(tid)
         self.asked.pop(tid, None)
         self.queued.pop(tid, None)
         self.entering.pop(tid, None)
@@ -13841,7 +13887,7 @@ class Ward:
                     at, at + copy.moved_size)
                 if insn.flow == ubp_x86.SYSCALL else (),
                 most=_MOST_ASKS if record.site in self._own
-                else self.max_rate)
+                else self.max_rate, is_own=record.site in self._own)
             if ubp_x86.needs_emulation(insn):
                 self.sites[at] = TrapSite(at + 1, insn.size, insn)
             copies.append((at, copy.moved_size, insn))
@@ -14684,40 +14730,78 @@ def hook_site(planner, all_modules, vaddr):
     return None
 
 
-# The functions by which programs say it; others of the C library block all
-# signals for a moment, or put back the mask that there was.
+# The functions of a C library by which programs say it; others block all
+# signals for a moment, or put back the mask that there was: where a program
+# has a C library in it, these.
 _SIGNAL_FUNCTIONS = {
     ubp_x86.RT_SIGPROCMASK: {
         "pthread_sigmask", "__pthread_sigmask", "sigprocmask",
         "__sigprocmask", "setcontext", "swapcontext", "__setcontext",
         "__swapcontext", "__sigsetjmp_tail"},
     ubp_x86.RT_SIGACTION: {"__libc_sigaction", "sigaction", "__sigaction"}}
+_QUIET_FUNCTIONS = {
+    "pthread_create", "start_thread", "pthread_kill_implementation",
+    "spawnix", "spawni_child", "block_all_sigs", "block_app_sigs",
+    "restore_sigs"}
+_TELLS = (ubp_x86.RT_SIGPROCMASK, ubp_x86.RT_SIGACTION, ubp_x86.ANY_SYSCALL)
+_MOST_SIGNAL_TEXT = 16 << 20    # bytes of modules, in which they are sought,
+_MOST_ANY_TEXT = 4 << 20        # and in one, whatever sets their numbers
+_IS_LIBC = re.compile(r"lib(c|pthread)[-.]|ld-musl")
 
 
 def signal_sites(planner, among):
-    """The Sites of the syscalls by which a C library, or a program that has
-    one in it, sets signals' masks and actions. Where no function is known
-    by its name, all of them; musl's siglongjmp goes by a nameless one."""
-    found = []
-    for module in among:
-        if not (module.is_exe and not module.elf.needed
-                or re.match(r"lib(c|pthread)[-.]|ld-musl", module.name)):
+    """The Sites of the syscalls by which Modules set signals' masks and
+    actions: in a C library those that programs call, and its syscall().
+    Other libraries are looked through until that is too much."""
+    found, left = [], _MOST_SIGNAL_TEXT
+    for module in sorted(among, key=lambda module: not module.is_exe):
+        size = sum(size for _, size, _ in module.text)
+        is_libc = _IS_LIBC.match(module.name) or (
+            module.is_exe and not module.elf.needed)
+        if (size > left and not is_libc
+                or module.name.startswith("ld-linux")):
             continue
-        is_musl = re.match(r"libc\.so$|libc\.musl|ld-musl",
-                           module.soname or module.name)
-        sites = collections.defaultdict(list)
-        for low, code in planner._text_of(module):
-            for vaddr, number in ubp_x86.signal_syscalls(code, low):
-                symbol = module.function_at(vaddr)
-                names = set(symbol.names) if symbol else set()
-                sites[number].append((names, _signal_site(
-                    module, vaddr, symbol)))
-        for number, each in sites.items():
-            named = [site for names, site in each
-                     if names & _SIGNAL_FUNCTIONS[number]
-                     or is_musl and not names]
-            found += named or [site for _, site in each]
+        left -= size
+        text = planner.peek_text(module)
+        if _IS_LIBC.match(module.name):
+            found += _signal_sites_of_libc(planner, module, text)
+        else:
+            found += [
+                (site, number) for site, number in _signal_sites_in(
+                    module, text, size <= _MOST_ANY_TEXT)
+                if not site.function or _QUIET_FUNCTIONS.isdisjoint(
+                    re.sub(r"^_+|\..*", "", name)
+                    for name in site.function.names)]
+    return [site for site, number in found if planner.syscall_number(
+        site.module, site.vaddr, number) in _TELLS]
+
+
+def _signal_sites_of_libc(planner, module, text):
+    """Where no function is known by its name, all of them; musl's
+    siglongjmp goes by a nameless one. -> [(Site, number)]"""
+    is_musl = re.match(r"libc\.so$|libc\.musl|ld-musl",
+                       module.soname or module.name)
+    sites, found = collections.defaultdict(list), []
+    for site, number in _signal_sites_in(module, text):
+        sites[number].append((site, number))
+    for number, each in sites.items():
+        named = [(site, number) for site, _ in each
+                 if is_musl and not site.function or site.function and not
+                 _SIGNAL_FUNCTIONS[number].isdisjoint(site.function.names)]
+        found += named or each
+    for function in {planner.function(module, symbol.vaddr)
+                     for symbol in module.named("syscall")} - {None}:
+        found += [each for each in _signal_sites_in(
+            module, [(function.vaddr, function.code)], True)
+            if each[1] == ubp_x86.ANY_SYSCALL]
     return found
+
+
+def _signal_sites_in(module, text, takes_any=False):
+    """[(Site, number)] of the syscalls in [(vaddr, code)] of a Module."""
+    return [(_signal_site(module, vaddr, module.function_at(vaddr)), number)
+            for low, code in text for vaddr, number
+            in ubp_x86.signal_syscalls(code, low, takes_any)]
 
 
 def _signal_site(module, vaddr, symbol):
@@ -16283,8 +16367,10 @@ class Target:
         refused, pause_us = self._guardian.call(
             "arm", traps, timeout, self._max_rate, self._follows,
             sorted(set(watches)), self._installer.scratch(), sorted(
-                site.vaddr for site in self._signals.sites)
-            if self._signals else (), timeout=timeout)
+                vaddr for vaddr, patch in self._installer.patches.items()
+                if patch.window.is_trap and all(
+                    isinstance(body.probe.action, SignalCount)
+                    for body in patch.bodies)), timeout=timeout)
         self._guardian.is_armed = True
         self._tracer.pause_us = max(self._tracer.pause_us, pause_us)
         for vaddr in refused:

@@ -8486,31 +8486,89 @@ def undone_context(context, undo, read):
                        *[regs[n] for n in _SIGCONTEXT_ORDER])
 
 
-# B8+rd id: mov eax, imm32, of the syscalls by which a program says what is
-# to become of its signals; <asm/unistd_64.h>.
-RT_SIGACTION, RT_SIGPROCMASK = 13, 14
-_ASKS_OF_SIGNALS = re.compile(
-    rb"\xb8[\x0d\x0e]\0\0\0(?=.{0,30}?\x0f\x05)", re.DOTALL)
-_ASK_INSNS = 6                  # at most, from there to the syscall
+# The syscalls by which a program says what is to become of its signals, and
+# what sets their numbers; <asm/unistd_64.h>, SDM 2B. In front of one that
+# may have any number an argument is moved, behind it its result is looked
+# at: what is such an instruction is decided where its function is known.
+RT_SIGACTION, RT_SIGPROCMASK, ANY_SYSCALL = 13, 14, -1
+_SYSCALL_CODE = re.compile(rb"\x0f\x05")
+_SETS_NUMBER = re.compile(
+    rb"(?:\xb8|\x48\xc7\xc0)(..)\0\0|"    # mov eax, imm32; mov rax, imm32
+    rb"\x6a(.)\x58|"                       # push imm8; pop rax
+    rb"[\x31\x33]\xc0", re.DOTALL)         # xor eax, eax
+_ASK_INSNS, _ASK_BYTES = 10, 60         # at most, from there to the syscall
+_MOVES_ARGUMENT = re.compile(             # mov, movsxd, xor, lea, SDM 2B
+    rb"[\x40-\x4f]?[\x31\x33\x63\x89\x8b\x8d]")
+_USES_RESULT = re.compile(
+    rb"[\x3d\x41\x50-\x5f\x72\x73\x83\x85\x89\x8b\x90\xc3\xc9\xe9\xeb\xf7]|"
+    rb"[\x48\x4c][\x01-\x3f\x63\x81-\x8d\x98\xc7\xf7]|"
+    rb"\x0f[\x1f\x80-\x8f]|\x66\x90")
 
 
-def signal_syscalls(code, vaddr):
-    """The syscall instructions in code at vaddr that are surely one of
-    these: its number is set in front of them. -> [(vaddr, number)]"""
+def signal_syscalls(code, vaddr, takes_any=False):
+    """The syscall instructions in code at vaddr whose number is set in front
+    of them, to one of these. -> [(vaddr, number)]
+
+    takes_any   also what may be one with a number from elsewhere:
+                (vaddr, ANY_SYSCALL)
+    """
     found = []
-    for match in _ASKS_OF_SIGNALS.finditer(code):
-        at = match.start()
-        for _ in range(_ASK_INSNS):
-            try:
-                insn = decode(code[at:at + 15], vaddr + at)
-            except DecodeError:
-                break
-            if insn.flow == SYSCALL:
-                found.append((insn.vaddr, code[match.start() + 1]))
-            if insn.flow != NEXT:
-                break
-            at += insn.size
+    for match in _SYSCALL_CODE.finditer(code):
+        at, number = match.start(), None
+        for setter in _SETS_NUMBER.finditer(code, max(0, at - _ASK_BYTES),
+                                            at):
+            data = setter.group(1) or setter.group(2) or b"\0"
+            this = int.from_bytes(data, "little")
+            if (this in (RT_SIGACTION, RT_SIGPROCMASK) or takes_any
+                    ) and _leads_to(code, setter.start(), at):
+                number = this
+        if (number is None and takes_any
+                and _USES_RESULT.match(code, at + 2) and any(
+                    _MOVES_ARGUMENT.match(code, start)
+                    and _leads_to(code, start, at, 1)
+                    for start in range(max(0, at - 8), at - 1))):
+            number = ANY_SYSCALL
+        if number in (RT_SIGACTION, RT_SIGPROCMASK, ANY_SYSCALL):
+            found.append((vaddr + at, number))
     return found
+
+
+def _leads_to(code, start, end, most=_ASK_INSNS):
+    """Do instructions lead straight from one place in code to another?"""
+    for _ in range(most):
+        try:
+            insn = decode(code[start:start + 15], start)
+        except DecodeError:
+            return False
+        start += insn.size
+        if insn.flow != NEXT or start >= end:
+            return start == end
+    return False
+
+
+def syscall_number(analysis, vaddr):
+    """The number that a syscall instruction has by what is in front of it
+    in its function, ANY_SYSCALL if that does not tell; None if no
+    instruction begins there. A guess: branches are not followed."""
+    wanted, place = RAX, analysis.place(vaddr)
+    if place < 0:
+        return None
+    while place > 0:
+        place -= 1
+        insn = analysis.insn(place)
+        form = insn.form
+        if not effects(insn).writes >> wanted & 1:
+            continue
+        rm = form.modrm & 7 | form.rex << 3 & 8
+        reg = form.modrm >> 3 & 7 | form.rex << 1 & 8
+        if form.opcode & ~7 == 0xb8 or form.opcode == 0xc7:     # mov imm32
+            return int.from_bytes(insn.code[form.imm_offset:][:4], "little")
+        if form.opcode in (0x31, 0x33):                         # xor
+            return 0
+        if form.opcode not in (0x89, 0x8b) or form.modrm < 0xc0:
+            break
+        wanted = reg if form.opcode == 0x89 else rm             # mov
+    return ANY_SYSCALL
 
 
 def asked(regs):

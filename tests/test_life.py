@@ -4,6 +4,7 @@ A target says itself how often it did what was counted (targets/life.c), in
 primes; what may not change is read from /proc.
 """
 import collections
+import ctypes
 import errno
 import json
 import os
@@ -1115,6 +1116,7 @@ class Int3(unittest.TestCase):
     b | pthread_sigmask
     p | sigprocmask, SIG_SETMASK
     f | all signals blocked
+    t | all others blocked
     m | a handler's sa_mask
     n | a handler's sa_mask of all signals
     j | siglongjmp
@@ -1136,8 +1138,8 @@ class Int3(unittest.TestCase):
             if MUSL in "".join(flags) and not os.path.exists(MUSL):
                 continue
             for how in ("caught", "not"):
-                self.masked(how, flags, "bpfmnjsoecwarkvd" if not flags
-                            else "bmjsw")
+                self.masked(how, flags, "bpftmnjsoecwarkvd" if not flags
+                            else "btmjsw")
 
     def masked(self, how, flags, commands):
         with live.Target("masks", how, "7", flags=flags) as process:
@@ -1154,6 +1156,45 @@ class Int3(unittest.TestCase):
                         probe.read(), answer["wrong"]), process.stderr())
             self.unchanged(process)
             process.quit()
+
+    # how masks.c makes the system calls | by what | as which program
+    WAYS = """
+    s | the C library's syscall()      |
+    s | syscall() of a static program  | -static
+    s | musl's syscall()               | musl
+    i | an instruction of its own      |
+    i | one in a static program        | -static
+    i | one in a program with musl     | musl
+    i | one in a program without -O    | -O0
+    r | one that takes any number      |
+    """
+
+    def test_what_system_calls_of_its_own_say_of_sigtrap_holds_too(self):
+        """Those that the C library's functions do not make."""
+        for line in self.WAYS.strip().splitlines():
+            way, what, flags = [w.strip() for w in line.split("|")]
+            flags = ("-specs=" + MUSL,) if flags == "musl" else tuple(
+                flags.split())
+            if MUSL in "".join(flags) and not os.path.exists(MUSL):
+                continue
+            for how in ("caught", "not"):
+                with self.subTest(what, how=how), live.Target(
+                        "masks", how, "3", way, flags=flags) as process:
+                    self.masked_by(process, "btmsewa" if flags
+                                   else "bftmnjsoewarkd")
+                    self.unchanged(process)
+                    process.quit()
+
+    def masked_by(self, process, commands):
+        with ubp.attach(process.pid) as target:
+            probe = target.probe("exe:step", ubp.Count(), strategy="int3")
+            n = 0
+            for command in commands:
+                answer = process.ask(command)
+                n += answer["n"]
+                self.assertEqual((n, 0), (probe.read(), answer["wrong"]),
+                                 command + ": " + process.stderr())
+            self.assertEqual([], target.notes)
 
     def test_what_tells_of_sigtrap_stays_and_is_not_shown(self):
         """However often it is hit; it goes with the last of the others."""
@@ -1186,6 +1227,34 @@ class Int3(unittest.TestCase):
             self.unchanged(process)
             process.quit()
 
+    def test_a_thread_asked_to_stop_before_its_trap_has_come_stops(self):
+        """An interrupt is told before any signal: it has run an int3, whose
+        SIGTRAP still waits, and is to go on to that before it is asked."""
+        with live.Target("pending") as process:
+            at, onward = (int(process.ready[name], 16)
+                          for name in ("at", "onward"))
+            ward = ubp.Ward(None, process.pid)
+            keeper = ubp.Keeper(process.pid, ward)
+            none = ctypes.create_string_buffer(8)
+
+            def leave_it_behind_an_int3():
+                keeper.set_regs(process.pid, ubp.ubp_x86.at_entry(
+                    keeper.get_regs(process.pid), at + 1))
+                ubp.ptrace(ubp.PTRACE_SETSIGMASK, process.pid, 8,
+                           ctypes.addressof(none))
+                ubp.ptrace(ubp.PTRACE_INTERRUPT, process.pid)
+                ward.sites[at] = ubp.TrapSite(onward, 1)
+            try:
+                keeper.pause(leave_it_behind_an_int3, 5, "look")
+                keeper.pause(lambda: None, 2, "look")
+                self.assertEqual((1, 1), (ward.n_hits, ward.sites[at].n_hits))
+                ward.sites.clear()
+                keeper.leave(5)
+            finally:
+                keeper.close()
+            self.assertEqual({"n": 1, "wrong": 0}, process.answer())
+            self.assertEqual(0, process.wait())
+
     def test_armed_while_it_is_in_handlers_that_return_to_blocked(self):
         for how in ("caught", "not"):
             with self.subTest(how), live.Target("masks", how,
@@ -1210,6 +1279,23 @@ class Int3(unittest.TestCase):
                 self.assertEqual(n - 1, len(live.changed_text(process.pid)))
                 self.assertEqual(1 + process.ask("a")["n"], probe.read())
             self.assertIn("called too often", str(target.notes))
+            self.unchanged(process)
+            process.quit()
+
+    def test_syscall_is_not_slowed_for_long_once_it_told_of_sigtrap(self):
+        """Unless it tells again before there were too many others."""
+        with live.Target("masks", "caught", "60", "s") as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe("exe:step", ubp.Count(), strategy="int3")
+                n, before = 0, live.changed_text(process.pid)
+                for command, n_gone in ("b", 0), ("w", 0), ("g", 1):
+                    answer = process.ask(command)
+                    n += answer["n"]
+                    self.assertEqual((n, 0), (probe.read(), answer["wrong"]),
+                                     process.stderr())
+                    self.assertEqual(len(before) - n_gone, len(
+                        live.changed_text(process.pid)), command)
+            self.assertIn("syscall", str(target.notes))
             self.unchanged(process)
             process.quit()
 

@@ -605,6 +605,81 @@ class LivenessTest(unittest.TestCase):
         self.assertLess(time.process_time() - start, 1)
 
 
+# -- Syscalls that tell what is to become of signals.
+
+# The last syscall of a function | found, with its number by what is right in
+# front of it, else by the whole function, if any may be wanted
+TELLS = r"""
+mov eax, 14            | b80e000000 4c89c2 0f05 c3                   | 14 14
+mov rax, 13            | 48c7c00d000000 0f05 c3                      | 13 13
+push 14, pop rax       | 6a0e58 4889f7 0f05 c3                       | 14 -1
+another number         | b8ca000000 4889f7 0f05 c3                   | -  202
+none, by xor           | 31c0 4889f7 0f05 c3                         | -  0
+mov eax, 14, too far   | b80e000000 4889d2 4889d2 4889d2 4889d2 \
+                         4889d2 4889d2 4889d2 4889d2 4889d2 4889d2 0f05 c3 | -1 14
+its own argument       | 4889f8 4889f7 0f05 c3                       | -1 -1
+out of memory          | 8b4708 4889f7 0f05 c3                       | -1 -1
+by way of a register   | bdca000000 4889f7 89e8 4889f7 0f05 c3       | -1 202
+no use of its result   | 4889f8 4889f7 0f05 06                       | -  -
+no argument moved      | 4889f8 90 0f05 c3                           | -  -1
+in a displacement      | 8d87 0f050000 c3                            | -  -
+"""
+
+
+class TellingSyscalls(unittest.TestCase):
+
+    def test_table(self):
+        for line in filter(None, TELLS.replace("\\\n", "").splitlines()):
+            name, code, wanted = [part.strip() for part in line.split("|")]
+            plain, whole = wanted.split()
+            code = bytes.fromhex(code.replace(" ", ""))
+            at = code.rfind(b"\x0f\x05")
+            with self.subTest(name):
+                found = [] if plain == "-" else [(BASE + at, int(plain))]
+                self.assertEqual(found, x86.signal_syscalls(code, BASE, True))
+                self.assertEqual([each for each in found if each[1] > 0],
+                                 x86.signal_syscalls(code, BASE))
+                if name != "no use of its result":
+                    self.assertEqual(
+                        None if whole == "-" else int(whole),
+                        x86.syscall_number(x86.analyse(x86.Function(
+                            BASE, len(code), code)), BASE + at))
+
+    def test_numbers_are_what_objdump_tells_of_libc(self):
+        """mov of 13 or 14 to eax, and the next syscall without a branch."""
+        path = next(iter(glob.glob("/lib/x86_64-linux-gnu/libc.so.6")
+                         + glob.glob("/lib64/libc.so.6")), None)
+        if not path or not shutil.which("objdump"):
+            self.skipTest("no libc.so.6, or no objdump: install binutils")
+        wanted, number = set(), None
+        for line in subprocess.check_output(
+                ["objdump", "-d", "--no-show-raw-insn", path],
+                universal_newlines=True).splitlines():
+            match = re.match(r" *([0-9a-f]+):\t(\S+) *(\S*)", line)
+            if match is None:
+                number = None
+                continue
+            vaddr, name, operands = match.groups()
+            loads = re.match(r"\$0x([0-9a-f]+),%[er]ax$", operands)
+            if name == "mov" and loads:
+                number = int(loads.group(1), 16), int(vaddr, 16)
+            elif name == "syscall" and number:
+                if number[0] in (13, 14) and int(vaddr, 16) - number[1] < 30:
+                    wanted.add((int(vaddr, 16), number[0]))
+                number = None
+            elif name[0] == "j" or name in ("call", "ret", "syscall"):
+                number = None
+        self.assertGreater(len(wanted), 3)
+        with open(path, "rb") as f:
+            code = f.read()
+        text = subprocess.check_output(
+            ["objdump", "-h", "-j", ".text", path], universal_newlines=True)
+        size, vaddr, _, offset = [int(word, 16) for word in re.search(
+            r"\.text +(\S+) +(\S+) +(\S+) +(\S+)", text).groups()]
+        self.assertEqual(wanted, set(x86.signal_syscalls(
+            code[offset:offset + size], vaddr)))
+
+
 # -- Jump tables: the labels in cc's assembly are the judge.
 
 SWITCHES = """

@@ -1,17 +1,22 @@
 /* masks: calls of step between a change of what is to become of SIGTRAP and
  * the next syscall, many times over, by every way to say it.
  *
- *     masks caught|not TURNS      is there a handler of SIGTRAP?
+ *     masks caught|not TURNS [WAY]    is there a handler of SIGTRAP?
+ *
+ * WAY to make the system calls: c the C library's functions (if none is
+ * named), s its syscall(), i instructions with a number in front of them, r
+ * one that takes any number.
  *
  * Commands, each for all THREADS at once: b pthread_sigmask; p sigprocmask
- * and SIG_SETMASK; f all signals; m a handler's sa_mask; n one of all
- * signals; j siglongjmp; s a handler that runs in sigsuspend; o one that runs
+ * and SIG_SETMASK; f all signals; t all others; m a handler's sa_mask; n one
+ * of all signals; j siglongjmp; s a handler that runs in sigsuspend; o one that runs
  * while SIGTRAP is blocked; e one that runs in ppoll, with SIGTRAP free and
  * then blocked meanwhile; c setcontext and swapcontext; w all of these and
  * questions for the action. In one thread: a actions that change; r one that
  * is for one signal; k a child that forks; v posix_spawn; d children that
  * SIGTRAP ends; i SIGTRAP is ignored, then not; u many masks that have
- * nothing to do with it, for two seconds; q quit.
+ * nothing to do with it, for two seconds; g other system calls through the
+ * C library's syscall(), as long; q quit.
  * Each answers with the calls that it made, n. */
 #include "target.h"
 #include <setjmp.h>
@@ -30,6 +35,111 @@ static atomic_long *n_calls;            /* of children, too */
 static volatile long n_second;
 static int is_caught_here, turns;
 static void (*todo)(void);
+
+static char way = 'c';
+
+/* struct kernel_sigaction, <asm/signal.h>. */
+struct raw_action {
+    void (*handler)(int);
+    unsigned long flags;
+    void (*restorer)(void);
+    unsigned long mask;
+};
+enum { RAW_SIZE = 8, RAW_RESTORER = 0x04000000 };
+void raw_return(void);
+FUNCTION(raw_return, "mov $15,%eax\n syscall");
+long raw_any(long number, long a, long b, long c, long d);
+FUNCTION(raw_any, "mov %rdi,%rax\n mov %rsi,%rdi\n mov %rdx,%rsi\n"
+         "mov %rcx,%rdx\n mov %r8,%r10\n syscall\n ret");
+
+static inline __attribute__((always_inline)) long
+raw_here(long number, long a, long b, long c, long d)
+{
+    register long fourth __asm__("r10") = d;
+    long result;
+    __asm__ volatile("syscall" : "=a"(result)
+                     : "a"(number), "D"(a), "S"(b), "d"(c), "r"(fourth)
+                     : "rcx", "r11", "memory");
+    return result;
+}
+
+/* number must be a constant: it is set in front of the instruction. */
+static inline __attribute__((always_inline)) long
+system_call(long number, long a, long b, long c, long d)
+{
+    long result;
+    if (way == 's')
+        return syscall(number, a, b, c, d, RAW_SIZE);
+    result = way == 'i' ? raw_here(number, a, b, c, d)
+                        : raw_any(number, a, b, c, d);
+    if (result >= 0)
+        return result;
+    errno = -result;
+    return -1;
+}
+
+static int sig_mask(int how, const sigset_t *set, sigset_t *old)
+{
+    if (way == 'c')
+        return pthread_sigmask(how, set, old);
+    if (old)
+        sigemptyset(old);
+    return system_call(SYS_rt_sigprocmask, how, (long)set, (long)old,
+                       RAW_SIZE);
+}
+
+static int sig_mask_of_process(int how, const sigset_t *set, sigset_t *old)
+{
+    return way == 'c' ? sigprocmask(how, set, old) : sig_mask(how, set, old);
+}
+
+static int sig_action(int signo, const struct sigaction *action,
+                      struct sigaction *old)
+{
+    struct raw_action set, was;
+    long result;
+    if (way == 'c')
+        return sigaction(signo, action, old);
+    if (action) {
+        set.handler = action->sa_handler;
+        set.flags = action->sa_flags | RAW_RESTORER;
+        set.restorer = raw_return;
+        memcpy(&set.mask, &action->sa_mask, RAW_SIZE);
+    }
+    result = system_call(SYS_rt_sigaction, signo, action ? (long)&set : 0,
+                         old ? (long)&was : 0, RAW_SIZE);
+    if (old) {
+        memset(old, 0, sizeof *old);
+        old->sa_handler = was.handler;
+        old->sa_flags = was.flags;
+    }
+    return result;
+}
+
+static int sig_suspend(const sigset_t *set)
+{
+    return way == 'c' ? sigsuspend(set)
+        : system_call(SYS_rt_sigsuspend, (long)set, RAW_SIZE, 0, 0);
+}
+
+static int sig_poll(const struct timespec *timeout, const sigset_t *set)
+{
+    struct timespec copy = *timeout;
+    if (way == 'c')
+        return ppoll(NULL, 0, timeout, set);
+    if (way == 's')
+        return syscall(SYS_ppoll, NULL, 0, &copy, set, RAW_SIZE);
+    struct { const sigset_t *set; size_t size; } sixth = {set, RAW_SIZE};
+    register long five __asm__("r8") = (long)&copy;
+    register void *six __asm__("r9") = &sixth;
+    register long four __asm__("r10") = 0;
+    long result;
+    __asm__ volatile("syscall" : "=a"(result)
+                     : "a"(SYS_pselect6), "D"(0), "S"(0), "d"(0), "r"(four),
+                     "r"(five), "r"(six) : "rcx", "r11", "memory");
+    errno = -result;
+    return result < 0 ? -1 : result;
+}
 
 static void call(void)
 {
@@ -55,14 +165,14 @@ static void handle(int signo, void (*handler)(int), int masked)
         sigfillset(&action.sa_mask);
     else if (masked)
         sigaddset(&action.sa_mask, masked);
-    if (sigaction(signo, &action, NULL))
+    if (sig_action(signo, &action, NULL))
         wrong("sigaction");
 }
 
 static int is_blocked(void)
 {
     sigset_t set;
-    pthread_sigmask(SIG_BLOCK, NULL, &set);
+    sig_mask(SIG_BLOCK, NULL, &set);
     return sigismember(&set, SIGTRAP);
 }
 
@@ -113,7 +223,7 @@ static void set_mask(int how, sigset_t *old)
 {
     sigset_t set;
     sigemptyset(&set), sigaddset(&set, SIGTRAP);
-    pthread_sigmask(how, &set, old);
+    sig_mask(how, &set, old);
 }
 
 static void by_thread(void)
@@ -130,9 +240,9 @@ static void by_process(void)
     long before = n_caught;
     sigset_t set, old;
     sigemptyset(&set), sigaddset(&set, SIGTRAP), sigaddset(&set, SIGUSR1);
-    sigprocmask(SIG_SETMASK, &set, &old);
+    sig_mask_of_process(SIG_SETMASK, &set, &old);
     while_blocked("sigprocmask");
-    sigprocmask(SIG_SETMASK, &old, NULL);
+    sig_mask_of_process(SIG_SETMASK, &old, NULL);
     while_free("sigprocmask", before);
 }
 
@@ -141,10 +251,27 @@ static void by_all(void)
     long before = n_caught;
     sigset_t set, old;
     sigfillset(&set);
-    pthread_sigmask(SIG_SETMASK, &set, &old);
+    sig_mask(SIG_SETMASK, &set, &old);
     while_blocked("all");
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    sig_mask(SIG_SETMASK, &old, NULL);
     while_free("all", before);
+}
+
+static void by_all_others(void)
+{
+    long before = n_caught;
+    sigset_t set, old;
+    sigfillset(&set), sigdelset(&set, SIGTRAP);
+    sig_mask(SIG_SETMASK, &set, &old);
+    call();
+    raise(SIGTRAP * is_caught_here);
+    while_free("all others", before);
+    sigaddset(&set, SIGTRAP);
+    sig_mask(SIG_BLOCK, &set, NULL);
+    before = n_caught;
+    while_blocked("all others, then all");
+    sig_mask(SIG_SETMASK, &old, NULL);
+    while_free("all others, then all", before);
 }
 
 static void on_masked(int signo)
@@ -200,13 +327,13 @@ static void by_suspend(void)
     sigset_t set, none;
     sigemptyset(&none), sigemptyset(&set);
     sigaddset(&set, SIGTRAP), sigaddset(&set, SIGUSR2);
-    pthread_sigmask(SIG_BLOCK, &set, NULL);
+    sig_mask(SIG_BLOCK, &set, NULL);
     raise(SIGUSR2);
-    sigsuspend(&none);
+    sig_suspend(&none);
     if (n_other != others + 1)
         wrong("no handler ran in sigsuspend");
     while_blocked("sigsuspend");
-    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+    sig_mask(SIG_UNBLOCK, &set, NULL);
     while_free("sigsuspend", before);
 }
 
@@ -227,21 +354,21 @@ static void by_poll(void)
     struct timespec none = {0, 0};
     sigset_t set, old;
     sigemptyset(&set), sigaddset(&set, SIGWINCH);
-    pthread_sigmask(SIG_BLOCK, &set, &old);
+    sig_mask(SIG_BLOCK, &set, &old);
     for (is_to_be_blocked = 0; is_to_be_blocked < 2; is_to_be_blocked++) {
         sigemptyset(&set);
         if (is_to_be_blocked)
             sigaddset(&set, SIGTRAP);
         raise(SIGWINCH);
         call();
-        if (ppoll(NULL, 0, &none, &set) != -1 || errno != EINTR)
+        if (sig_poll(&none, &set) != -1 || errno != EINTR)
             wrong("ppoll was not interrupted");
     }
     if (n_other != others + 2)
         wrong("no handler ran in ppoll");
     raise(SIGTRAP * is_caught_here);
     while_free("ppoll", before);
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    sig_mask(SIG_SETMASK, &old, NULL);
 }
 
 static void on_other(int signo)
@@ -290,7 +417,7 @@ static void by_context(void)
 static void by_question(void)
 {
     struct sigaction action;
-    if (sigaction(SIGTRAP, NULL, &action)
+    if (sig_action(SIGTRAP, NULL, &action)
             || action.sa_handler != (is_caught_here ? on_trap : SIG_DFL))
         wrong("another handler is told");
     call();
@@ -311,7 +438,7 @@ static void by_one_shot(void)
     struct sigaction action = {.sa_handler = on_second,
                                .sa_flags = SA_RESETHAND};
     long before = n_second;
-    sigaction(SIGTRAP, &action, NULL);
+    sig_action(SIGTRAP, &action, NULL);
     set_mask(SIG_BLOCK, NULL);
     call();
     raise(SIGTRAP);
@@ -321,7 +448,7 @@ static void by_one_shot(void)
         wrong("a handler for once ran %ld times", n_second - before);
     set_mask(SIG_BLOCK, NULL);
     call();
-    sigaction(SIGTRAP, NULL, &action);
+    sig_action(SIGTRAP, NULL, &action);
     if (action.sa_handler != SIG_DFL)
         wrong("a handler for once is still there");
     set_mask(SIG_UNBLOCK, NULL);
@@ -340,15 +467,15 @@ static void by_action(void)
     call();
     raise(SIGTRAP);
     call();
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    sig_mask(SIG_SETMASK, &old, NULL);
     if (n_second != before + 1)
         wrong("the second handler ran %ld times", n_second - before);
-    sigaction(SIGTRAP, NULL, &action);
+    sig_action(SIGTRAP, NULL, &action);
     if (action.sa_handler != on_second)
         wrong("the second handler is gone");
     handle(SIGTRAP, is_caught_here ? on_trap : SIG_DFL, 0);
     call();
-    sigaction(SIGTRAP, NULL, &action);
+    sig_action(SIGTRAP, NULL, &action);
     if (action.sa_handler != (is_caught_here ? on_trap : SIG_DFL))
         wrong("another handler is there");
 }
@@ -439,9 +566,18 @@ static void by_many(void)
     uint64_t end = now_ns() + 2000000000ull;
     sigemptyset(&set), sigaddset(&set, SIGUSR1);
     while (now_ns() < end) {
-        sigprocmask(SIG_BLOCK, &set, NULL);
-        sigprocmask(SIG_UNBLOCK, &set, NULL);
+        sig_mask_of_process(SIG_BLOCK, &set, NULL);
+        sig_mask_of_process(SIG_UNBLOCK, &set, NULL);
     }
+    call();
+}
+
+static void by_others(void)
+{
+    uint64_t end = now_ns() + 2000000000ull;
+    while (now_ns() < end)
+        if (syscall(SYS_getppid) != getppid())
+            wrong("getppid");
     call();
 }
 
@@ -468,6 +604,7 @@ int main(int argc, char **argv)
     bounded();
     is_caught_here = !strcmp(argv[1], "caught");
     turns = atoi(argv[2]);
+    way = argc > 3 ? *argv[3] : 'c';
     if (is_caught_here)
         handle(SIGTRAP, on_trap, 0);
     handle(SIGUSR1, on_masked, SIGTRAP);
@@ -484,10 +621,12 @@ int main(int argc, char **argv)
         case 'b': in_threads(by_thread, THREADS); break;
         case 'p': in_threads(by_process, THREADS); break;
         case 'f': in_threads(by_all, THREADS); break;
+        case 't': in_threads(by_all_others, THREADS); break;
         case 'n': in_threads(by_full_handler, THREADS); break;
         case 'w': in_threads(by_each, THREADS); break;
         case 'r': in_threads(by_one_shot, 1); break;
         case 'u': by_many(); break;
+        case 'g': by_others(); break;
         case 'v': in_threads(by_spawn, 1); break;
         case 'd': in_threads(by_ending, 1); break;
         case 'm': in_threads(by_handler, THREADS); break;
