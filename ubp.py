@@ -9473,7 +9473,8 @@ class Planner:
         self.pid, self.read, self._is_for_many = pid, read, n_sites > 8
         self.taken = {}             # module -> ByteRanges
         self.offers = None          # Place: what the target offers to bodies
-        self.windows = {}           # vaddr of each displaced insn: Window
+        self.windows = {}           # vaddr of each displaced insn, and of
+        #                             those that one keeps: Window
         self._kept = {}             # {Window.site: (module, Window, vaddrs)}
         self._undo = []             # [(Window.site, [what it replaced])]
         self._through = 0           # what the next window must hold, too
@@ -9524,6 +9525,9 @@ class Planner:
         """
         self._named |= ubp_x86.input_registers(spec)
         window, absorbed = self.windows.get(site.vaddr), None
+        if window is not None and is_trap and (
+                site.vaddr not in self._kept[window.site][2]):
+            window = None           # it stays where it is
         if window is None:
             window, absorbed = ((self._trap_window(site), []) if is_trap
                                 else self._window(site))
@@ -9617,13 +9621,15 @@ class Planner:
             taken.add(low, high)
         self._kept[window.site] = module, window, tuple(vaddrs)
         self.windows.update(dict.fromkeys(vaddrs, window))
+        for insn in window.kept:    # nobody arrives between it and the jump
+            self.windows.setdefault(insn.vaddr, window)
 
     def _drop(self, vaddr):
         """Give back a window's bytes. -> what _add() would keep again"""
         module, window, vaddrs = self._kept.pop(vaddr)
         for low, high in window.ranges:
             self.taken[module].remove(low, high)
-        for each in vaddrs:
+        for each in vaddrs + tuple(insn.vaddr for insn in window.kept):
             if self.windows.get(each) is window:
                 del self.windows[each]
         return module, window, vaddrs

@@ -3675,9 +3675,10 @@ def _behind_kept(analysis, site, limits, refusal):
     kept_changes() tells. refusal is raised if there is none.
     """
     kept, vaddr, limits = [], site, limits._replace(first=site)
-    while len(kept) < _MOST_KEPT and not limits.through:
+    while len(kept) < _MOST_KEPT:
         insn = analysis.at(vaddr)
         if (insn is None or insn.flow != NEXT or not _can_keep(insn)
+                or vaddr == limits.through      # it must be displaced
                 or limits.taken.overlap(vaddr, vaddr + insn.size)):
             break
         kept.append(insn)

@@ -33,7 +33,7 @@ from ubp_x86 import RefusalError                            # noqa: E402
 PROGRAMS = collections.OrderedDict([
     ("libc", (99.9, 95)), ("libstdc++", (99.9, 95)),
     ("libcrypto", (99.9, 95)), ("python3", (99.9, 95)),
-    ("redis", (99.7, 85)), ("nginx", (99.9, 95)), ("postgres", (99.9, 95))])
+    ("redis", (99.7, 95)), ("nginx", (99.9, 95)), ("postgres", (99.9, 95))])
 SERVERS = {"redis": servers.Redis, "nginx": servers.Nginx,
            "postgres": servers.Postgres}
 LIBRARIES = {"libc": "None", "libstdc++": "'libstdc++.so.6'",

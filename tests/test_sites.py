@@ -5,6 +5,7 @@ they did before; the CPU, whose trap flag told how often each instruction
 runs in a call; and its text afterwards.
 """
 import contextlib
+import itertools
 import os
 import random
 import sys
@@ -432,6 +433,32 @@ class Faults(unittest.TestCase):
             hist.remove()
             child.ask("l")
             self.assertEqual(count.read(), 2 * times)
+            target.close()
+            self.assertEqual(live.changed_text(child.pid), [])
+            child.quit()
+
+    def test_20_all_that_stay_in_front_of_a_jump_share_it_in_any_order(self):
+        names = ["exe:site_load+%d" % at for at in (0, 3, 9)]
+        with live.Target("sites", 0, "catch", seconds=60) as child, \
+                ubp.attach(child.pid) as target:
+            plans = target.plan(names)
+            self.assertEqual({plan.window.site % 32 for plan in plans},
+                             {plans[0].site.vaddr % 32 + 9})
+            for order in itertools.permutations(names):
+                with self.subTest(order):
+                    probes = [target.probe(name, ubp.Hist("arg1"))
+                              for name in order]
+                    times = child.ask("l")["times"]
+                    self.assertEqual([probe.read().count for probe in probes],
+                                     [times] * 3)
+                    probes.pop(0).remove()
+                    child.ask("l")
+                    self.assertEqual([probe.read().count for probe in probes],
+                                     [2 * times] * 2)
+                    for probe in probes:
+                        probe.remove()
+            with self.assertRaisesRegex(ubp.ProbeError, "has to stay"):
+                target.probe(names[1], ubp.Hist("rdx"))
             target.close()
             self.assertEqual(live.changed_text(child.pid), [])
             child.quit()

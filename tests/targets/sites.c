@@ -49,9 +49,9 @@ FUNCTION(site_dead, "mov $8,%r8d\n mov $9,%r9d\n mov $10,%r10d\n"
     "nopw 0(%rax,%rax,1)\n cmp $5,%ecx\n jne 1b\n"
     "xor %r8d,%r8d\n xor %r9d,%r9d\n xor %r10d,%r10d\n xor %r11d,%r11d\n"
     "ret");
-/* The first instruction may fault: where, the handler looks. */
-FUNCTION(site_load, "mov (%rdi),%rax\n add %rsi,%rax\n add %rdi,%rax\n"
-                    "xor %rsi,%rax\n ret");
+/* The first instructions may fault: where, the handler looks. */
+FUNCTION(site_load, "mov (%rdi),%rax\n mov (%rdi),%rcx\n mov (%rdi),%rdx\n"
+                    "add %rsi,%rax\n add %rdi,%rax\n xor %rsi,%rax\n ret");
 __asm__(".data\n site_word: .quad 0x123456789\n.text");
 long site_all(long), site_leaf(long), site_round(long), site_dead(void),
      site_load(long *, long);
