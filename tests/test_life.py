@@ -2765,7 +2765,7 @@ class Exec(unittest.TestCase):
                 sys.executable, TOP + "/ubp.py", "count", "--json", "-p",
                 process.pid, "exe:step"]) as command:
             self.assertTrue(live.settled(
-                lambda: "Ctrl-C" in command.stderr(), 10))
+                lambda: "Ctrl-C" in command.stderr(), 60))
             process.ask("x")
             self.assertEqual(0, command.wait(20))
             text = command.process.stdout.read().decode()
