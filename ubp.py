@@ -13524,9 +13524,8 @@ class Keeper(Tracer):
                 answer = 0
             elif event == PTRACE_EVENT_STOP and self._has_trapped(tid):
                 # Asked again before it goes on it would stop here again,
-                # and never for that SIGTRAP.
+                # and never for that SIGTRAP, which is its next stop.
                 self._go(tid)
-                self._resume(tid, PTRACE_INTERRUPT)
                 return False
             elif not event:
                 self._bring_home(tid, signo)
