@@ -149,6 +149,11 @@ class InjectionRefused(ProbeError):
     """A syscall that was to be injected is forbidden to the target."""
 
 
+class MemoryStays(ProbeError):
+    """The text of a target is what it was, but it may not unmap our memory.
+    """
+
+
 class UbpTimeout(UbpError):
     """Not done within the time allowed; the target has been released."""
 
@@ -8430,6 +8435,8 @@ def restore(tracer, arenas, timeout, last_look=lambda: None):
     tracer.may_ask = True
     try:
         unmapped = tracer.pause(action, timeout, "restore")
+    except InjectionRefused as error:
+        raise _memory_stays(tracer) if steps.is_done else error
     finally:
         tracer.may_ask = False
         steps.close()
@@ -8438,6 +8445,15 @@ def restore(tracer, arenas, timeout, last_look=lambda: None):
     was_gone = not any(_is_mapped_still(tracer, arena) for arena in arenas)
     return Restored(steps.n_sites, pages, tuple(steps.foreign), unmapped,
                     was_gone and not unmapped)
+
+
+def _memory_stays(tracer):
+    return MemoryStays(
+        "unmap ubp's memory in", tracer.name(), "its probes are out and its "
+        "text is what it was, but its seccomp filter, newer than they were, "
+        "forbids munmap, or cannot be read (that takes CAP_SYS_ADMIN)",
+        "nothing runs there, and it goes when the program ends; or, as root: "
+        "clean -p %d --suspend-seccomp" % tracer.tgid)
 
 
 def _text_at(tracer, vaddr, size):
@@ -16659,6 +16675,13 @@ class Target:
                 self.run()
                 self._let_go()
 
+    def _remains(self):
+        """What is left in it after a close() that failed, in words."""
+        n = sum(self._text_of(patch) == patch.records[-1][1].patches[-1][2]
+                for patch in self._users_patches() if patch.records)
+        return ("keeps its probes at %s" % plural(n, "site") if n else
+                "is rid of its probes, but ubp's memory is still mapped")
+
     def _stop_following(self):
         """Let an exec end the probes; a guardian for int3s goes on."""
         if self._follows:
@@ -16900,9 +16923,10 @@ def _restore_everywhere(tracer, arenas, limit, last_look=lambda: None):
 
     arenas   [Installed]. Children are found by the inodes of their memfds,
     or in private memory by what is in it, to a fixpoint: one may fork while
-    another is restored.
+    another is restored. What stands in the way in the process itself is
+    raised when its children are done.
     """
-    total, seen = Removal(0, 0, 0, 0, (), ()), set()
+    total, seen, failed = Removal(0, 0, 0, 0, (), ()), set(), None
     pending, inodes = {tracer.tgid: arenas}, {a.inode for a in arenas}
     while pending:
         for pid, there in pending.items():
@@ -16912,10 +16936,10 @@ def _restore_everywhere(tracer, arenas, limit, last_look=lambda: None):
             try:
                 part = _restore_one(each, there, limit, last_look)
             except UbpError as error:
-                if each is tracer:
-                    raise           # may be repeated when it is free again
-                part = Removal(0, 0, 0, 0, (pid,), (
-                    "pid %d keeps its probes: %s" % (pid, error),))
+                part = Removal(0, 0, 0, 0, (pid,), (str(error) if isinstance(
+                    error, MemoryStays) else "pid %d keeps its probes: %s"
+                    % (pid, error),))
+                failed = error if each is tracer else failed
             total += part
             if each is not tracer:
                 tracer.others.append(each)
@@ -16931,6 +16955,8 @@ def _restore_everywhere(tracer, arenas, limit, last_look=lambda: None):
                         if not arena.inode else ()):
                 if pid not in seen:
                     pending.setdefault(pid, []).append(arena)
+    if failed is not None:
+        raise failed                # may be repeated when it is free again
     return total
 
 
@@ -21230,7 +21256,7 @@ class Session:
     def _words(self, watched):
         """Return the last line about one process."""
         what = ("%s exited" % watched.name if not watched.is_running else
-                "%s keeps probes" % watched.name
+                "%s %s" % (watched.name, watched.target._remains())
                 if watched.target in self.unremoved else
                 "%sremoved, %s" % (
                     watched.name + ": " if len(self.watched) > 1 else "",

@@ -1272,20 +1272,74 @@ class Needs(Case):
             self.assertEqual(0, process.ask("r")["wrong"])
             process.quit()
 
+    # strategy | command to the target | what comes to forbid munmap
+    LATE = """
+    jump | l | a filter
+    int3 | l | a filter
+    jump | t | strict mode
+    """
+
     @needs_root
     def test_seccomp_a_filter_that_comes_later(self):
         """The text is put back; what cannot be unmapped is told."""
+        for line in self.LATE.strip().splitlines():
+            strategy, command, what = [w.strip() for w in line.split("|")]
+            with self.subTest(what, strategy=strategy), live.Target(
+                    "filtered", "late") as process:
+                process.ask("r")
+                before = Whole(process.pid)
+                with self.assertRaises(ubp.UbpError) as caught:
+                    with ubp.attach(process.pid) as target:
+                        target.probe("exe:hot", ubp.Count(),
+                                     strategy=strategy, timeout=PATIENCE)
+                        process.ask(command)
+                self.assertIn("seccomp", str(caught.exception))
+                self.assertIn("probes are out", str(caught.exception))
+                self.assertEqual([], before.changed())
+                self.assertEqual({}, live.tracers(process.pid))
+                self.assertEqual(0, process.ask("r")["wrong"])
+                ubp.clean(process.pid, True, suspend_seccomp=True)
+                before.check(self, "after clean")
+                self.assertEqual(0, process.ask("r")["wrong"])
+
+    @needs_root
+    def test_seccomp_that_comes_later_is_told_in_the_last_line(self):
+        """Its probes are out: it does not keep them, and status agrees."""
         with live.Target("filtered", "late") as process:
             process.ask("r")
             before = Whole(process.pid)
-            with self.assertRaises(ubp.UbpError) as caught:
-                with ubp.attach(process.pid) as target:
-                    target.probe("exe:hot", ubp.Count(), timeout=PATIENCE)
-                    process.ask("l")
-            self.assertIn("seccomp", str(caught.exception))
-            self.assertEqual([], before.changed())
-            self.assertEqual({}, live.tracers(process.pid))
+            command = test_cli.start("count", "-p", process.pid, "exe:hot",
+                                     "--interval", "0.1")
+            test_cli.read_until(command.stderr, "Ctrl-C removes")
+            process.ask("t")
+            command.send_signal(signal.SIGINT)
+            _, err = command.communicate(timeout=PATIENCE)
+            self.assertEqual((1, []), (command.returncode, before.changed()))
+            self.assertIn("is rid of its probes, but ubp's memory is still "
+                          "mapped; hits ", err.decode())
+            self.assertNotIn("keeps", err.decode())
+            self.assertRegex(err.decode(), "seccomp filter, .*munmap")
+            _, out, _ = test_cli.run("status", "-p", process.pid)
+            self.assertIn("removed", out)
             self.assertEqual(0, process.ask("r")["wrong"])
+
+    def test_what_cannot_be_taken_out_is_counted_in_the_last_line(self):
+        """Another tracer came, which the pause cannot pass."""
+        need("strace", "strace")
+        with live.Target("filtered", "none") as process:
+            command = test_cli.start("count", "-p", process.pid, "exe:hot")
+            test_cli.read_until(command.stderr, "Ctrl-C removes")
+            with live.Process(["strace", "-qq", "-o", "/dev/null", "-p",
+                               process.pid]):
+                self.assertTrue(live.settled(
+                    lambda: live.tracers(process.pid)))
+                command.send_signal(signal.SIGINT)
+                _, err = command.communicate(timeout=PATIENCE)
+                self.assertIn("keeps its probes at 1 site; hits ",
+                              err.decode())
+            self.assertEqual(0, process.ask("r")["wrong"])
+            self.assertEqual(0, test_cli.run("clean", "-p", process.pid)[0])
+            self.assertEqual([], live.changed_text(process.pid))
             process.quit()
 
     def test_syscall_user_dispatch(self):

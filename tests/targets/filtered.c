@@ -4,12 +4,13 @@
  *   wx        no mapping both writable and executable, no mprotect to x
  *                                               (MemoryDenyWriteExecute=)
  *   munmap    munmap kills                      exec     mmap of x kills
- *   late      from command l on, munmap kills
+ *   late      from command l on, munmap kills; from t on, all but read and
+ *             write (strict mode)
  *   readv     process_vm_readv kills
  *
  * Commands: r calls hot, reports; s computes for a second while Syscall User
  * Dispatch blocks all calls, as Wine does, and reports: a call in that time
- * is a SIGSYS; l see late; q quit. */
+ * is a SIGSYS; l and t see late; q quit. */
 #include "target.h"
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -102,6 +103,8 @@ int main(int argc, char **argv)
     while ((c = command()) != 'q') {
         if (c == 'l')
             FILTER(no_munmap);
+        if (c == 't' && prctl(PR_SET_SECCOMP, SECCOMP_MODE_STRICT))
+            wrong("seccomp: %s", strerror(errno));
         if (c == 's')
             compute_blocked(0, 0);
         else
