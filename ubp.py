@@ -4577,6 +4577,7 @@ _ATTEMPT_S = 0.03           # to wait for stops in the first attempt; on a
 _ATTEMPT_PER_THREAD_S = 0.001
 _REFUSAL_S = 0.5            # after which a refusal to attach is believed
 _TRANSFER_WAIT_S = 0.1      # to wait for a transfer to end by itself
+_VFORK_WAIT_S = 0.3         # to wait, when it is let go, for a vfork to end
 _INJECTION_S = 2.0          # to wait for an injected syscall to return
 _STACK_LIMIT = 16 << 20     # bytes of one stack searched for signal frames
 _SMALL_STACK_LIMIT = 256 << 10      # of one whose bounds are unknown
@@ -4605,7 +4606,7 @@ class Thread:
     """What the tracer knows of one thread it has seized."""
     __slots__ = ("tid", "tgid", "state", "regs", "group_stop", "in_rest",
                  "polls", "is_wanted", "is_complete", "is_last",
-                 "below")
+                 "below", "in_vfork")
 
     def __init__(self, tid, tgid):
         self.tid, self.tgid = tid, tgid
@@ -4617,6 +4618,8 @@ class Thread:
         self.is_complete = False    # FINISHING: nothing is left to be done
         self.is_last = False        # FINISHING: cut it short, we are leaving
         self.below = None           # FINISHING: (vaddr, bytes) under a frame
+        self.in_vfork = False       # INTERRUPTED: stops when its child, which
+        #                             is stopped, lets it; regs are of /proc
         self.polls = 0
 
 
@@ -4821,9 +4824,13 @@ class Tracer:
                 raise TraceeGone("trace", self.name(),
                                  "it was killed in that instant")
             self.finish_late()
-            time.sleep(wait)
+            self.run(wait)
             wait = min(wait * 2, 0.05)
             patience = min(patience * 2, 32) if starved else 1
+
+    def run(self, seconds):
+        """Let the target run for a while."""
+        time.sleep(seconds)
 
     def _is_killed(self):
         """Has it no memory any more? SIGKILL ends what is stopped, too, but
@@ -4887,9 +4894,7 @@ class Tracer:
         self._find_siblings()
         # Those of siblings anew: there may be thousands, and pids return.
         self._close_tasks([tgid for tgid in self._tasks if tgid != self.tgid])
-        for tgid in (self.tgid,) + self.siblings:
-            if tgid not in self._tasks:
-                self._open_tasks(tgid)
+        self._open_tasks()
         self.find_gadgets()
         tids = [(tgid, tid) for tgid in (self.tgid,) + self.siblings
                 for tid in thread_ids(tgid)]
@@ -4897,19 +4902,26 @@ class Tracer:
         # Last: a thread that is seized stops at any signal, until we look.
         self._seize_new()
 
-    def _open_tasks(self, tgid):
-        try:
-            tasks = HeldFile("/proc/%d/task" % tgid)
+    def _open_tasks(self):
+        """Open what lists the threads, of processes where it is not yet."""
+        for tgid in (self.tgid,) + self.siblings:
             try:
-                self._tasks[tgid] = tasks, HeldFile("/proc/%d/stat" % tgid)
-            except OSError:
-                tasks.close()
-                raise
-        except (FileNotFoundError, ProcessLookupError):
-            if tgid != self.tgid:       # a vforked child: not the target
-                raise Again("a process that shares its memory has ended")
-            raise TraceeGone("trace", "pid %d" % tgid,
-                             "the process has ended")
+                if tgid not in self._tasks:
+                    self._open_tasks_of(tgid)
+            except (FileNotFoundError, ProcessLookupError):
+                if tgid == self.tgid:
+                    raise TraceeGone("trace", "pid %d" % tgid,
+                                     "the process has ended")
+                # A vforked child, that has ended.
+                self.siblings = tuple(n for n in self.siblings if n != tgid)
+
+    def _open_tasks_of(self, tgid):
+        tasks = HeldFile("/proc/%d/task" % tgid)
+        try:
+            self._tasks[tgid] = tasks, HeldFile("/proc/%d/stat" % tgid)
+        except OSError:
+            tasks.close()
+            raise
 
     def _close_tasks(self, tgids):
         for tgid in tgids:
@@ -4917,13 +4929,12 @@ class Tracer:
                 file.close()
 
     def _seize_new(self):
-        """Seize every thread that is not seized yet. -> the new ones.
+        """Seize every thread that is not seized yet.
 
         Notes in _saw_ended if the pass cannot be the last: a thread that
         has ended may have started another, and one that is just ending
         hides those behind it from the list; then the numbers differ.
         """
-        new = []
         for tgid in (self.tgid,) + self.siblings:
             try:
                 tids = self._tasks[tgid][0].numbers()
@@ -4938,16 +4949,12 @@ class Tracer:
                 raise Again("its threads cannot be counted")
             self._saw_ended |= count != len(tids)
             for tid in tids:
-                if tid in self.threads:
-                    continue
-                if self._seize(tid, tgid):
-                    new.append(self.threads[tid])
-                elif tid != tgid:       # a zombie leader stays listed
+                if (tid not in self.threads and not self._seize(tid, tgid)
+                        and tid != tgid):   # a zombie leader stays listed
                     self._saw_ended = True
         if not self.threads:
             raise TraceeGone("trace", "pid %d" % self.tgid,
                              "the process has ended")
-        return new
 
     def _seize(self, tid, tgid):
         try:
@@ -4983,23 +4990,19 @@ class Tracer:
                 log.debug("cannot ask the guardian: %s", error)
 
     def _await_transfers(self, tids, limit):
-        """Wait until no thread is in the midst of a transfer or a vfork.
+        """Wait a little until no thread is in a transfer or a vfork.
 
         An interrupt would cut a large write or a MSG_WAITALL recv short: one
         that lasts is repaired after the stop. A vforking thread does not
-        stop before its child execs, which must not be stopped meanwhile.
+        stop before its child execs: see _is_in_vfork().
         """
         soon = min(limit, time.monotonic() + _TRANSFER_WAIT_S)
         rest = 0.001
         while True:
             self.finish_late()
-            numbers = [_blocking_syscall(tgid, tid) for tgid, tid in tids
-                       if tid not in self.threads]
-            now = time.monotonic()
-            if any(map(ubp_x86.is_vfork, numbers)):
-                if now > limit:
-                    raise Again("it is in vfork")
-            elif not any(numbers) or now > soon:
+            if time.monotonic() > soon or not any(
+                    _is_blocking(tgid, tid) for tgid, tid in tids
+                    if tid not in self.threads):
                 return
             time.sleep(rest)
             rest = min(rest * 1.5, 0.05)
@@ -5013,12 +5016,15 @@ class Tracer:
                     self._interrupt(thread)
             self._collect(deadline)
             self._saw_ended = False
-            fresh = self._seize_new()
+            self._seize_new()
+            fresh = [thread for thread in self.threads.values()
+                     if thread.state == RUNNING]
             again = self._saw_ended
             if time.monotonic() > deadline:
                 raise Again("its threads come and go")
             if not fresh and not again and self._find_siblings():
-                raise Again("a process that shares its memory was created")
+                self._open_tasks()
+                again = True
         own = self.vm_tid()
         for thread in list(self.threads.values()):
             # A vforked child may have become another program before it
@@ -5056,7 +5062,7 @@ class Tracer:
             self.lose(thread.tid)
             return
         if thread.state == RUNNING:
-            thread.state = INTERRUPTED
+            thread.state, thread.in_vfork = INTERRUPTED, False
         thread.polls, thread.is_wanted = 0, True
 
     def _find_siblings(self):
@@ -5081,7 +5087,8 @@ class Tracer:
         return bool(found)
 
     def _collect(self, deadline):
-        """Wait until each interrupted thread has stopped. Raises Again.
+        """Wait until each interrupted thread has stopped, or is in vfork and
+        will. Raises Again.
 
         One after the other: to look at all of them at each stop would take
         time that grows with their square.
@@ -5090,7 +5097,8 @@ class Tracer:
         for thread in [thread for thread in self.threads.values()
                        if thread.state in (INTERRUPTED, FINISHING)]:
             waiter.restart()
-            while not self._has_stopped(thread):
+            while not (self._has_stopped(thread)
+                       or self._is_in_vfork(thread)):
                 if time.monotonic() > deadline:
                     again = Again("thread %d does not stop (%s)" % (
                         thread.tid,
@@ -5111,6 +5119,21 @@ class Tracer:
             self.lose(thread.tid)
             return True
         return status is not None and self._take_status(thread, status)
+
+    def _is_in_vfork(self, thread):
+        """Is a thread that was told to stop in vfork? It needs no wait.
+
+        It stops before it runs another instruction, and not before its
+        child, which shares its memory, has ended or become another program.
+        Waited for, several that vfork all the time would not be seen out of
+        it together; nor would one whose child we have stopped.
+        """
+        if thread.state == INTERRUPTED and (
+                thread.in_vfork or thread.polls % 4 == 2):
+            regs = _regs_in_vfork(thread)
+            thread.in_vfork = regs is not None
+            thread.regs = regs or thread.regs
+        return thread.in_vfork
 
     def status_of(self, tid, is_thorough):
         """A thread's wait status; 0: it has ended; None: nothing happened.
@@ -5470,7 +5493,7 @@ class Tracer:
                 continue
             high, memory = self._stack_from(thread, low)
             if memory is None:
-                if not seen:
+                if not seen and not self._is_empty_stack(thread, low):
                     raise Again("the stack of thread %d cannot be read"
                                 % thread.tid)
                 continue
@@ -5480,6 +5503,11 @@ class Tracer:
                 found.append((vaddr, value))
                 pending.append(rsp)
         return found
+
+    @staticmethod
+    def _is_empty_stack(thread, low):
+        """Does a stack end here, as of a thread that has just been made?"""
+        return not low % PAGE and bool(_peek(thread.tid, low - 8, 8))
 
     def parked_frames(self, tid):
         """Those of handlers that were left for another context, by
@@ -5603,15 +5631,47 @@ def poke(tid, vaddr, data):
         vaddr, data = vaddr + size, data[size:]
 
 
-def _blocking_syscall(tgid, tid):
-    """The number of a transfer or vfork that a thread sleeps in, or 0."""
+def _syscall_of(tgid, tid):
+    """What a thread sleeps in. -> (number, [6 arguments], rsp, rip), or None
+
+    proc(5), /proc/PID/syscall.
+    """
     words = read_proc("/proc/%d/task/%d/syscall" % (tgid, tid)).split()
     if len(words) != 9:             # it runs, or has ended
-        return 0
-    number, args = int(words[0]), [int(word, 16) for word in words[1:7]]
-    if ubp_x86.is_vfork(number):
-        return number * (read_stat(tid)[:1] == ["D"])   # else: stopped there
-    return number * ubp_x86.is_transfer(number, args)
+        return None
+    args = [int(word, 16) for word in words[1:]]
+    return int(words[0]), args[:6], args[6], args[7]
+
+
+def _is_blocking(tgid, tid):
+    """Does a thread sleep in a transfer or a vfork?"""
+    found = _syscall_of(tgid, tid)
+    return bool(found) and (
+        ubp_x86.is_transfer(*found[:2])
+        or _has_vforked(tid, *found[:2]))
+
+
+def _has_vforked(tid, number, args):
+    """Is a thread that sleeps in a syscall waiting for a child of vfork?"""
+    return (ubp_x86.is_clone(number) and read_stat(tid)[:1] == ["D"]
+            and ubp_x86.is_vfork(number, args, lambda vaddr, size: _peek(
+                tid, vaddr, size)))
+
+
+def _regs_in_vfork(thread):
+    """The regset of a thread that waits for a child of vfork in its memory,
+    as far as /proc tells of it, or None.
+
+    That child is there: before, the thread would still be about to make it.
+    """
+    tid = thread.tid
+    found = _syscall_of(thread.tgid, tid)
+    if found is None or not _has_vforked(tid, *found[:2]):
+        return None
+    children = read_proc("/proc/%d/task/%d/children" % (thread.tgid, tid))
+    if not any(_shares_mm(tid, int(pid)) for pid in children.split()[::-1]):
+        return None
+    return ubp_x86.regs_in_syscall(found[0], *found[2:])
 
 
 def _is_idle(thread):
@@ -7248,10 +7308,10 @@ def cpu_source(tracer):
     """
     offsets = set()
     for thread in tracer.threads.values():
-        if thread.state == STOPPED:
-            pointer = rseq_configuration(thread.tid)
-            offsets.add(pointer and pointer + 4
-                        - ubp_x86.thread_pointer(thread.regs))
+        pointer = (rseq_configuration(thread.tid)
+                   if thread.state == STOPPED else None)
+        offsets.add(pointer and pointer + 4
+                    - ubp_x86.thread_pointer(thread.regs))
     offset = offsets.pop() if len(offsets) == 1 else None
     if offset and abs(offset) < 1 << 30 and not tracer.starts_raw_threads:
         return ubp_x86.CPU_FROM_RSEQ, offset
@@ -7866,13 +7926,16 @@ def move_threads(tracer, inside, behind, undo=lambda rip: None):
     """
     left, moves, frames = [], [], []
     for thread in tracer.threads.values():
-        if thread.state != STOPPED:     # refuse, never guess
+        is_stopped = thread.state == STOPPED
+        if not (is_stopped or thread.in_vfork):     # refuse, never guess
             raise Again("thread %d is not stopped" % thread.tid)
         rip = ubp_x86.program_counter(thread.regs)
         goal = inside.get(rip)
         if ubp_x86.will_restart(thread.regs):
             goal = behind.get(rip, goal)
         back = _way_back(thread, undo, rip) if goal is None else None
+        if not is_stopped and (goal, back) != (None, None):
+            raise Again("thread %d is in vfork there" % thread.tid)
         if goal is not None:
             moves.append((thread, ubp_x86.with_program_counter(
                 thread.regs, goal)))
@@ -13624,7 +13687,7 @@ class Keeper(Tracer):
         super()._await_transfers(tids, limit)
         soon = min(limit, time.monotonic() + _TRANSFER_WAIT_S)
         while time.monotonic() < soon and any(
-                t.state == RUNNING and _blocking_syscall(t.tgid, t.tid)
+                t.state == RUNNING and _is_blocking(t.tgid, t.tid)
                 for t in list(self.threads.values())):
             self.run(0.002)
 
@@ -13645,35 +13708,49 @@ class Keeper(Tracer):
         """Let go of every thread. The text is back.
 
         One whose transfer our stop cut short is let go when the rest of it
-        is done, or, late, with a count that is short but true.
+        is done, or, late, with a count that is short but true; one in vfork
+        when its child lets it, which may take any time.
         """
         self.is_leaving = True
         limit = time.monotonic() + timeout
+        soon = min(limit, time.monotonic() + _VFORK_WAIT_S)
         try:
             self.pause(lambda: None, timeout, "let go")
         except TraceeGone:
             log.debug("pid %d has ended", self.tgid)
-        while self.threads and time.monotonic() < limit:
-            self.run(0.005)
+        self._run_until(lambda: not self.threads, soon)
+        self._run_until(self._has_left, limit)
         self.cut_transfers()
-        limit = time.monotonic() + 1
-        while self.threads and time.monotonic() < limit:
-            self.run(0.005)
+        self._run_until(self._has_left, time.monotonic() + 1)
+        if self.threads:
+            self.ward.guard.late.append(self)
         self.close()
+
+    def _has_left(self):
+        """Is it let go, but for threads in vfork? What they have in debug
+        registers they may not keep."""
+        return all(t.state == INTERRUPTED and t.in_vfork
+                   and t.tid not in self.equipped
+                   for t in self.threads.values())
+
+    def _run_until(self, is_done, limit):
+        while not is_done() and time.monotonic() < limit:
+            self.run(0.005)
 
 
 def clear_debug_registers(tracer):
     """Take what a killed guardian has left in them. All are stopped.
 
-    -> of how many threads
+    -> of how many threads. Raises Again.
     """
-    n_set = 0
-    for tid, thread in list(tracer.threads.items()):
-        if thread.state == STOPPED and ptrace(
-                PTRACE_PEEKUSER, tid, ubp_x86.DEBUG_CONTROL):
-            ptrace(PTRACE_POKEUSER, tid, ubp_x86.DEBUG_CONTROL, 0)
-            n_set += 1
-    return n_set
+    tids = [tid for tid, thread in tracer.threads.items()
+            if thread.state == STOPPED and ptrace(
+                PTRACE_PEEKUSER, tid, ubp_x86.DEBUG_CONTROL)]
+    if tids and any(t.state != STOPPED for t in tracer.threads.values()):
+        raise Again("a thread with debug registers is in vfork")
+    for tid in tids:
+        ptrace(PTRACE_POKEUSER, tid, ubp_x86.DEBUG_CONTROL, 0)
+    return len(tids)
 
 
 def n_free_registers(tid, vaddr):
@@ -13867,7 +13944,7 @@ class Ward:
             for base, nonce, inode, records in arenas]
         changes = [Change(record, ()) for arena in self.arenas
                    for record in arena.records]
-        keeper = Keeper(self.tgid, self)
+        keeper = self.guard.keeper(self.tgid, self)
         keeper.is_new = True
         self.keepers = [keeper]
         try:
@@ -13972,7 +14049,7 @@ class Ward:
                              != program_identity(self.keepers[0].tgid)):
             self.guard.tell("exec", tgid, None, time.monotonic())
             return                  # it has become another meanwhile
-        keeper = Keeper(tgid, self)
+        keeper = self.guard.keeper(tgid, self)
         keeper.action = self.keepers[0].action if self.keepers else b""
         try:
             arm(keeper, [], [], 1)
@@ -14030,6 +14107,8 @@ class Guard:
         self.waiting = {}           # {tgid: (its stub or 0, since)}
         self.served = 0.0           # when the front end has last done one
         self.early = set()          # tids that stopped before their creators
+        self.late = []              # Keepers that have left, but for threads
+        #                             in vfork
         self._status = ctypes.c_int()
 
     @property
@@ -14055,7 +14134,7 @@ class Guard:
         threading.Thread(target=self._tell_all, daemon=True).start()
         while not self.is_over:
             self._lead()
-            is_idle = not any(ward.keepers for ward in self.wards)
+            is_idle = not (self.keepers or self.late)
             if not is_idle:
                 self._take_stop()
             elif self.is_left:
@@ -14142,6 +14221,11 @@ class Guard:
         self.wards.append(Ward(self, tgid))
         return self.wards[-1]
 
+    def keeper(self, tgid, ward):
+        """A new Keeper; what an earlier one still traces is its."""
+        self.late = [keeper for keeper in self.late if keeper.tgid != tgid]
+        return Keeper(tgid, ward)
+
     def tell(self, *what):
         """Say to the front end what it did not ask for. Does not wait."""
         if what[0] == "end" or self.outbox.qsize() < _MOST_UNTOLD:
@@ -14162,20 +14246,22 @@ class Guard:
         tid = _waitpid_any(-1, ctypes.addressof(self._status), WALL)
         if tid < 0:
             if ctypes.get_errno() == errno.ECHILD:
+                self.late = []
                 for ward in self.wards:
                     ward.keepers = []
             return
         status = self._status.value
-        for ward in self.wards:
-            for keeper in ward.keepers:
-                thread = keeper.threads.get(tid)
-                if thread is not None:
-                    keeper.step(thread, status)
-                    if not keeper.threads:
-                        ward.forget(keeper)
-                    if ward.n_hits - ward.n_pinned >= _PIN_EACH:
-                        self._follow(ward, tid)
-                    return
+        for keeper in self.keepers + self.late:
+            thread = keeper.threads.get(tid)
+            if thread is not None:
+                ward = keeper.ward
+                keeper.step(thread, status)
+                if not keeper.threads:
+                    ward.forget(keeper)
+                    self.late = [k for k in self.late if k is not keeper]
+                if ward.n_hits - ward.n_pinned >= _PIN_EACH:
+                    self._follow(ward, tid)
+                return
         self._take_unknown(tid, status)
 
     def _take_unknown(self, tid, status):
@@ -14314,10 +14400,14 @@ class Guard:
             self.is_over = not self.keepers
 
     def do_rest(self, tgid, timeout):
-        """Let go of a program, also of what it had forked as another."""
+        """Let go of a program, also of what it had forked as another.
+
+        -> (stopped, us; processes; are threads in vfork still traced?)
+        """
         done = [ward.do_rest(timeout) for ward in list(self.wards)
                 if ward.tgid == tgid]
-        return max([us for us, _ in done] + [0.0]), sum(n for _, n in done)
+        return (max([us for us, _ in done] + [0.0]), sum(n for _, n in done),
+                bool(self.late))
 
     def do_arm(self, tgid, *arguments):
         """Guard a program; take up what it had forked as another, too."""
@@ -15216,6 +15306,13 @@ class Worker:
         if thread.is_alive():
             threading.Thread(target=self._linger, args=(thread,),
                              name="ubp-linger").start()
+
+    def let_late_go(self):
+        """Let go of threads in vfork, which have not stopped yet: by the
+        thread's end. Another tracer is to come now, not when they have."""
+        if any(thread.in_vfork and thread.state == INTERRUPTED
+               for thread in list(self.tracer.threads.values())):
+            self.stop()
 
     def _linger(self, thread):
         """Keep the interpreter from ending in the middle of a transfer.
@@ -16321,11 +16418,15 @@ class Target:
         """Have the guardian let go. -> of how many processes it did"""
         guardian = self._guardian
         try:
-            pause_us, n = guardian.call("rest", timeout, timeout=timeout)
+            pause_us, n, is_late = guardian.call("rest", timeout,
+                                                 timeout=timeout)
         except GuardianGone:
             self._worker.call(lambda: self._put_back(timeout), timeout)
             return 1
         guardian.is_armed = False
+        if is_late and not (self._follows or guardian.is_shared):
+            self._guardian = None   # what is in vfork it lets go as it ends
+            guardian.close(timeout)
         self._tracer.pause_us = max(self._tracer.pause_us, pause_us)
         return n
 
@@ -16385,6 +16486,7 @@ class Target:
                 self._tracer, self._parent and self._parent._guardian)
         if self._tracer.held:
             self._worker.call(self._hand_over, timeout)
+        self._worker.let_late_go()
         refused, pause_us = self._guardian.call(
             "arm", traps, timeout, self._max_rate, self._follows,
             sorted(set(watches)), self._installer.scratch(), sorted(

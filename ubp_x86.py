@@ -8257,6 +8257,8 @@ _TRANSFERS = {1: (1, 2), 18: (1, 2), 44: (1, 2), 45: (1, 2), 318: (0, 1),
               275: None, 276: None, 278: None, 296: None, 307: None}
 _MSG_PEEK, _MSG_WAITALL = 2, 0x100       # <linux/socket.h>
 _NR_RECVFROM, _NR_RECVMSG, _NR_PWRITE64, _NR_WRITEV = 45, 47, 18, 20
+_NR_CLONE, _NR_VFORK, _NR_CLONE3 = 56, 58, 435
+_CLONE_VFORK = 0x4000                    # <sched.h>
 # What moves one struct iovec of a vector: writev by write, sendmsg by
 # sendto, recvmsg by recvfrom.
 _VECTORED = {20: 1, 46: 44, 47: 45}
@@ -8654,9 +8656,29 @@ def reissued_transfer(before, rest, gadget, frame_parts):
     return vaddr, image, syscall_regs(rest, gadget, vaddr, number, args)
 
 
-def is_vfork(number):
-    """Is a thread that sleeps in this syscall one that vforked?"""
-    return number in (56, 58, 435)          # clone, vfork, clone3
+def is_clone(number):
+    """Does this syscall make a process or a thread, perhaps by vfork?"""
+    return number in (_NR_CLONE, _NR_VFORK, _NR_CLONE3)
+
+
+def is_vfork(number, args, read):
+    """Does its caller wait until its child has execed, or has ended?
+
+    args              its six arguments
+    read(vaddr, size) -> bytes of the thread's memory, or b""
+    """
+    flags = args[0]                 # man 2 clone
+    if number == _NR_CLONE3:
+        flags = int.from_bytes(read(flags, 8), "little")
+    return number == _NR_VFORK or bool(
+        is_clone(number) and flags & _CLONE_VFORK)
+
+
+def regs_in_syscall(number, rsp, rip):
+    """The regset of a thread that sleeps in a syscall, of which no more is
+    known."""
+    known = {_ORIG_RAX: number, _RSP: rsp, _PC: rip}
+    return _REGS.pack(*[known.get(n, 0) for n in range(27)])
 
 
 def rest_of_transfer(regs, read):

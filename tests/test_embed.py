@@ -449,7 +449,10 @@ class Pause(unittest.TestCase):
 
 class Deadlines(unittest.TestCase):
     def test_a_thread_that_does_not_stop_gives_UbpTimeout(self):
-        with live.Target("windows", "vfork", 1500, seconds=240) as process:
+        """It waits in the kernel for a child, of which we cannot know that
+        it is there: it shares no memory."""
+        with live.Target("windows", "vfork", 1500, "apart",
+                         seconds=240) as process:
             time.sleep(0.1)
             begun = time.monotonic()
             with self.assertRaises(ubp.UbpTimeout) as caught:

@@ -1342,6 +1342,45 @@ class Int3(unittest.TestCase):
                                       process.ask("t")["n"], probe.read() - n))
             process.quit()
 
+    # strategy | how long children of vfork sleep, in ms
+    VFORKS = """
+    int3 | 0
+    int3 | 40
+    jump | 0
+    jump | 40
+    """
+
+    def test_threads_that_vfork_all_the_time_hold_no_pause_up(self):
+        """There is always one that waits for its child, and cannot stop."""
+        for line in self.VFORKS.strip().splitlines():
+            strategy, ms = [word.strip() for word in line.split("|")]
+            with self.subTest(line.strip()), live.Target(
+                    "spawners", "12", ms) as process:
+                for _ in range(2):
+                    self.armed_and_removed(process, strategy)
+                found = process.ask("p")
+                self.assertGreater(found["good"], 12)
+                self.assertEqual((found["tried"], 0), (
+                    found["good"], found["wrong"]), process.stderr())
+                self.unchanged(process)
+                process.send("g")
+                process.quit()
+
+    def armed_and_removed(self, process, strategy):
+        """Armed, and taken out, in their midst: in time, or UbpTimeout."""
+        process.send("g")
+        with ubp.attach(process.pid) as target:
+            probe = target.probe("exe:step", ubp.Count(), strategy=strategy)
+            found, start = process.ask("p"), probe.read()
+            process.send("g")
+            time.sleep(0.2)
+            end = process.ask("p")["steps"] - found["steps"]
+            self.assertEqual(end, probe.read() - start)
+            process.send("g")
+            time.sleep(0.1)
+            begin = time.monotonic()
+        self.assertLess(time.monotonic() - begin, 5)
+
     def test_children_that_come_and_go_are_none_missed(self):
         for mode in ("storm", "spawn"):
             with self.subTest(mode), live.Target(

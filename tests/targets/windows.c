@@ -7,7 +7,8 @@
  *            and below it lie bytes that nobody may touch
  *   sleep    threads block in `syscall` instructions in or behind a window
  *   sibling  another process in the same address space calls them too
- *   vfork    a thread spends its life waiting for a vfork child that sleeps
+ *   vfork [MS [apart]]  a thread spends its life waiting for a child of
+ *            vfork that sleeps; apart: the child has memory of its own
  *
  * Commands: p park, report; g go on; r report progress; e the sibling becomes
  * another program; q quit. */
@@ -272,7 +273,7 @@ static int sibling(void *argument)
 }
 
 /* ---- vfork ------------------------------------------------------------- */
-static int vfork_ms = 300;
+static int vfork_ms = 300, is_apart;
 
 static void *work_vfork(void *argument)
 {
@@ -280,7 +281,8 @@ static void *work_vfork(void *argument)
     while (!quitting) {
         int status;
         uint64_t begun = now_ns();
-        pid_t pid = vfork();
+        pid_t pid = is_apart ? syscall(SYS_clone, CLONE_VFORK | SIGCHLD, 0, 0,
+                                       0, 0) : vfork();
         if (pid == 0) {
             long r = syscall(SYS_nanosleep, &t, NULL);
             syscall(SYS_exit, r ? 8 : 7);
@@ -321,6 +323,7 @@ int main(int argc, char **argv)
     mode = argc > 1 ? argv[1][0] : 'l';
     if (argc > 2)
         vfork_ms = atoi(argv[2]);
+    is_apart = argc > 3;
     if (mode == 's' && argv[1][1] == 'l')
         mode = 'n';                     /* sleep */
     else if (mode == 's' && argv[1][2] == 'b')
