@@ -4665,6 +4665,7 @@ class Tracer:
         self.scratch = 0            # end of [stack] pages that ubp touched
         self.held = False           # launched, and kept at its entry point
         self._tasks = {}            # tgid -> HeldFiles of task and stat
+        self.is_past = False        # it was seen to become another program
         self._memory = None
         self._asked = 0.0           # when a guardian was asked to step aside
         self._status = ctypes.c_int()
@@ -4870,7 +4871,8 @@ class Tracer:
                           purpose)
         finally:
             self._release()
-            if (self.tgid not in self.threads and is_traced_by_us(self.tgid)
+            if (self.tgid not in self.threads and not self.is_past
+                    and is_traced_by_us(self.tgid)
                     and not is_zombie(self.tgid)):
                 # An exec of another thread took over the leader's tid.
                 self.threads[self.tgid] = Thread(self.tgid, self.tgid)
@@ -4935,6 +4937,9 @@ class Tracer:
         has ended may have started another, and one that is just ending
         hides those behind it from the list; then the numbers differ.
         """
+        if self.is_past:
+            raise TraceeGone("trace", "pid %d" % self.tgid,
+                             "it is another program now")
         for tgid in (self.tgid,) + self.siblings:
             try:
                 tids = self._tasks[tgid][0].numbers()
@@ -5766,7 +5771,7 @@ class Injection:
     def _choose(self):
         why = "no thread is stopped"
         threads = [t for t in self.tracer.threads.values()
-                   if t.state == STOPPED and t.tgid == self.tracer.tgid]
+                   if t.state == STOPPED and self._may_run(t)]
         threads.sort(key=lambda t: ubp_x86.injection_rank(t.regs))
         for thread in threads:
             try:
@@ -5777,6 +5782,9 @@ class Injection:
             except OSError as error:
                 why = "thread %d: %s" % (thread.tid, error.strerror)
         raise Again("no thread can run a syscall now: " + why)
+
+    def _may_run(self, thread):
+        return thread.tgid == self.tracer.tgid
 
     def _unfit(self, thread):
         """Why a thread cannot run syscalls, or ""."""
@@ -6018,7 +6026,11 @@ _SCRATCH = 8192                 # bytes: a signal frame of any size
 
 class Mending(Injection):
     """One in memory that ubp has put there for it: a handler may be on a
-    stack whose bounds nobody knows. One at a time in a process."""
+    stack whose bounds nobody knows. One at a time in a process. The one
+    thread that is stopped may be a child of vfork."""
+
+    def _may_run(self, thread):
+        return True
 
     def _place(self, thread, size):
         return (self.tracer.ward.scratch if size <= _SCRATCH else 0
@@ -12976,6 +12988,7 @@ _MAX_WATCH_BYTES = 32 << 20     # of hits that wait for the front end
 _TRAP_BIT = 1 << signal.SIGTRAP - 1
 _SIGACTION_SIZE = 32            # struct kernel_sigaction, <asm/signal.h>:
 #                                 handler, flags, restorer, mask, 8 each
+_IGNORE = struct.pack("<Q", signal.SIG_IGN)     # the first of these
 _SA_RESETHAND, _SI_TKILL = 0x80000000, -6   # <asm-generic/siginfo.h>
 # Who blocks all of these has blocked everything: SIGTRAP too, which the
 # kernel unblocks when it must deliver that of an int3 (force_sig_info).
@@ -13060,6 +13073,8 @@ class Keeper(Tracer):
         self._in_vain = set()       # and masks of no more than one syscall
         self.equipped = set()       # tids whose debug registers are ours
         self.action = b""           # of SIGTRAP, if there is a handler
+        self.theirs = {}            # {tid: the same} of children of vfork
+        self.is_ignored = False     # SIGTRAP, as soon as the int3s are out
         self._info = ctypes.create_string_buffer(128)
         self._mask = ctypes.create_string_buffer(8)
 
@@ -13075,8 +13090,7 @@ class Keeper(Tracer):
         if site is None and tid not in self.equipped:
             return None
         ptrace(PTRACE_GETSIGINFO, tid, 0, ctypes.addressof(self._info))
-        is_own = struct.unpack_from("<i", self._info, 8)[0] in (
-            _SI_KERNEL, _TRAP_HWBKPT)
+        is_own = self._is_of_kernel(tid)
         is_watch_hit = self._note_watch(tid, regs)
         if site is None and not is_watch_hit:
             return None
@@ -13110,6 +13124,14 @@ class Keeper(Tracer):
         # one was blocked, and is queued again.
         return 0 if is_own else signal.SIGTRAP
 
+    def _is_of_kernel(self, tid):
+        """Is the SIGTRAP in _info that of an int3, or of a register of ours?
+        A program may queue itself one that says so, but with more in it."""
+        code, = struct.unpack_from("<i", self._info, 8)
+        return (code == _SI_KERNEL and not any(self._info[4:8])
+                and not any(self._info[12:32])
+                or code == _TRAP_HWBKPT and tid in self.equipped)
+
     def _blocked_it(self, tid, mask):
         """Did a thread block SIGTRAP? The kernel has taken it from mask.
 
@@ -13119,13 +13141,17 @@ class Keeper(Tracer):
         return tid in self.blocked or mask & _FULL_MASK == _FULL_MASK and (
             tid not in self.spared or mask & _OWN_SIGNALS == _OWN_SIGNALS)
 
-    def _was_reset(self, tid):
-        """Has an int3 taken the program's handler of SIGTRAP from it?
+    def _action_of(self, tid):
+        """What is to be done about SIGTRAP. A child of vfork has actions of
+        its own, at first the same ones."""
+        return (self.action if self.threads[tid].tgid == self.tgid
+                else self.theirs.setdefault(tid, self.action))
 
-        A child of vfork has actions of its own, until it execs.
-        """
-        return (bool(self.action) and self.threads[tid].tgid == self.tgid
-                and not self._is_caught(tid))
+    def _was_reset(self, tid):
+        """Has an int3 taken the program's handler of SIGTRAP from it?"""
+        action = self._action_of(tid)
+        return bool(action) and not self._is_said(
+            tid, rb"SigIgn" if action[:8] == _IGNORE else rb"SigCgt")
 
     def _note_ask(self, tid, regs, site):
         """A thread is about to say what is to become of signals, perhaps.
@@ -13159,13 +13185,17 @@ class Keeper(Tracer):
         if first != signal.SIGTRAP:
             return False
         self._need(site)
-        if vaddr and int.from_bytes(data[:8], "little") == signal.SIG_IGN:
+        if not is_own:
+            if vaddr:
+                self.theirs[tid] = data if any(data[:8]) else b""
+            return False
+        if vaddr and data[:8] == _IGNORE:
             # They would end it that SIGTRAP is ignored: it runs into this
             # one until all are out.
             ptrace(PTRACE_POKEUSER, tid, ubp_x86.PROGRAM_COUNTER_OFFSET,
                    ubp_x86.program_counter(regs) - 1)
-            self.ward.is_ignored = True
-        elif is_own:
+            self.is_ignored = True
+        else:
             self._hold((self.blocked | self.wary) - {tid})
             self.asked[tid] = site.copy, data or None
         return True
@@ -13262,11 +13292,11 @@ class Keeper(Tracer):
             ptrace(PTRACE_SETSIGINFO, tid, 0, ctypes.addressof(self._info))
         self.set_regs(tid, home)
 
-    def _is_caught(self, tid):
-        """Has the process a handler of SIGTRAP? proc(5)"""
-        caught = re.search(rb"^SigCgt:\s*([0-9a-f]+)",
-                           read_proc("/proc/%d/status" % tid), re.M)
-        return caught is None or int(caught.group(1), 16) & _TRAP_BIT
+    def _is_said(self, tid, what):
+        """Is SIGTRAP among the process's SigCgt, or its SigIgn? proc(5)"""
+        mask = re.search(rb"^%b:\s*([0-9a-f]+)" % what,
+                         read_proc("/proc/%d/status" % tid), re.M)
+        return mask is None or int(mask.group(1), 16) & _TRAP_BIT
 
     def _mend(self, tid, siginfo):
         """An int3 met SIGTRAP blocked: the kernel has taken its handler.
@@ -13283,13 +13313,14 @@ class Keeper(Tracer):
         try:
             if not self.maps:           # it was forked, and never paused
                 self.maps = read_maps(self.vm_tid())
-            with Mending(self, self.action + siginfo) as injection:
+            action = self._action_of(tid)
+            with Mending(self, action + siginfo) as injection:
                 injection.call(SYS_rt_sigaction, signal.SIGTRAP,
                                injection.text_vaddr, 0, 8)
                 if siginfo and injection.call(
                         SYS_rt_tgsigqueueinfo, thread.tgid, tid,
                         signal.SIGTRAP,
-                        injection.text_vaddr + len(self.action)):
+                        injection.text_vaddr + len(action)):
                     # One that kill or tgkill has sent, in a thread: EPERM.
                     injection.call(SYS_tgkill, thread.tgid, tid,
                                    signal.SIGTRAP)
@@ -13570,14 +13601,15 @@ class Keeper(Tracer):
         One that vforked before had the text of its parent until now.
         """
         for other in [t for t in self.threads.values()
-                      if t.tgid == thread.tgid and t is not thread]:
+                      if t.tgid == thread.tgid]:
+            self.theirs.pop(other.tid, None)
             self.threads.pop(other.tid, None)
-        self.threads.pop(thread.tid, None)
         if self.ward.follows:
             self.ward.guard.meet(thread.tgid)
         else:
             self._resume(thread.tid, PTRACE_DETACH)
         if thread.tgid == self.tgid:
+            self.is_past = True
             self.ward.forget(self)
 
     # -- in a pause ---------------------------------------------------------
@@ -13677,6 +13709,7 @@ class Keeper(Tracer):
         self.wary.discard(tid)
         self.spared.discard(tid)
         self.asked.pop(tid, None)
+        self.theirs.pop(tid, None)
         self.queued.pop(tid, None)
         self.entering.pop(tid, None)
         self.equipped.discard(tid)
@@ -13800,7 +13833,6 @@ class Ward:
         self.guard, self.tgid, self.is_past = guard, tgid, False
         self.birth = start_time(tgid)
         self.sites, self.arenas, self.keepers = {}, [], []
-        self.is_ignored = False     # SIGTRAP, as soon as the int3s are out
         self.scratch = 0            # the end of _SCRATCH bytes for frames
         self._own = frozenset()     # sites that tell of SIGTRAP
         self.n_hits = self.n_pinned = 0
@@ -13848,24 +13880,43 @@ class Ward:
                        for record in arena.records):
                 self.too_hot += [v for v in self._own if v in self.sites]
 
+    @property
+    def is_ignored(self):
+        """Is there a process that waits for its int3s to go?"""
+        return any(keeper.is_ignored for keeper in self.keepers)
+
+    def _let_child_go(self, keeper):
+        """It ignores SIGTRAP: take the int3s out of it alone."""
+        try:
+            restore(keeper, self.arenas, 1)
+            keeper.leave(1)
+        except UbpError as error:           # the next look tries again
+            log.debug("%s", error)
+            return
+        self.forget(keeper)
+        self.guard.tell("note", self.tgid, "its child %d ignores SIGTRAP: "
+                        "what that calls is not counted" % keeper.tgid)
+
     def look_at_actions(self):
-        """Has a program changed what it does about SIGTRAP, since? -> does
-        one ignore it now?
+        """Has a process changed what it does about SIGTRAP, since? -> does
+        the program ignore it now?
 
         A handler that is new must be known before an int3 meets SIGTRAP
-        blocked. Who ignores it would find the default in its place.
+        blocked. Who ignores it would find the default in its place: a child
+        alone is let go.
         """
-        if self.is_ignored:
-            return True
         for keeper in list(self.keepers) if self.sites else ():
             status = read_status(keeper.vm_tid())
             ignores, catches = (int(status.get(name, "0"), 16) & _TRAP_BIT
                                 for name in ("SigIgn", "SigCgt"))
             try:
-                if catches and not keeper.action:
-                    keeper.learn_action(1)
-                elif ignores:
+                if (ignores or keeper.is_ignored) and (
+                        keeper.tgid != self.tgid):
+                    self._let_child_go(keeper)
+                elif ignores or keeper.is_ignored:
                     return True
+                elif catches and not keeper.action:
+                    keeper.learn_action(1)
                 else:
                     keeper.look_at_masks(_MASKS_EACH)
             except UbpError as error:       # the next look asks again
@@ -14175,7 +14226,6 @@ class Guard:
                 self.tell("note", ward.tgid, "it ignores SIGTRAP now: its "
                           "int3s are out")
                 ward.do_rest(_STUB_WAIT_S)
-                ward.is_ignored = False
 
     def _receive(self, main_thread):
         """In a thread: requests, which interrupt the wait for stops."""

@@ -1196,6 +1196,44 @@ class Int3(unittest.TestCase):
                                  command + ": " + process.stderr())
             self.assertEqual([], target.notes)
 
+    # what hostile.c is told | what it does with SIGTRAP, round calls
+    UNUSUAL = """
+    a | on an alternate stack, also blocked
+    b | a handler that it enters again
+    o | handlers for once, that set themselves again
+    c | siglongjmp and longjmp out of handlers
+    d | a signalfd
+    e | sigwaitinfo in a thread
+    f | sent by another process
+    g | siginfo of the program's own making, as if from the kernel
+    i | what is inherited by exec, behind vfork and fork
+    I | the same, if they ignore it
+    j | timers
+    m | threads that begin with it blocked
+    s | sigsuspend and ppoll that let it in
+    t | faults whose handler blocks it
+    u | actions changed by another thread
+    """
+
+    def test_unusual_uses_of_sigtrap_work_as_without_int3s(self):
+        """Also armed when there is a handler already: that of the last."""
+        with live.Target("hostile") as process:
+            for turn in 1, 2:
+                with ubp.attach(process.pid) as target:
+                    probe = target.probe("exe:step", ubp.Count(),
+                                         strategy="int3")
+                    n = 0
+                    for line in self.UNUSUAL.strip().splitlines():
+                        command, what = [w.strip() for w in line.split("|")]
+                        with self.subTest(what, turn=turn):
+                            answer = process.ask(command)
+                            n += answer["n"]
+                            self.assertEqual((n, 0), (
+                                probe.read(), answer["wrong"]),
+                                process.stderr())
+                self.unchanged(process)
+            process.quit()
+
     def test_what_tells_of_sigtrap_stays_and_is_not_shown(self):
         """However often it is hit; it goes with the last of the others."""
         def changed():
@@ -1253,7 +1291,7 @@ class Int3(unittest.TestCase):
             finally:
                 keeper.close()
             self.assertEqual({"n": 1, "wrong": 0}, process.answer())
-            self.assertEqual(0, process.wait())
+            process.quit()
 
     def test_armed_while_it_is_in_handlers_that_return_to_blocked(self):
         for how in ("caught", "not"):

@@ -1,7 +1,7 @@
 /* pending: a thread that waits with SIGTRAP blocked and pending, with the
  * siginfo that an int3 has. A test lets it come, and says where it came.
  * Its "ready" line tells where that may be, and where to go on: there it
- * says how often it has come by, and ends. */
+ * says that it has come by, and takes q to quit. */
 #include "target.h"
 
 long at(void);
@@ -12,7 +12,9 @@ FUNCTION(onward, "and $-16,%rsp\n call finish\n ud2");
 CALLED void finish(void)
 {
     say("n=1 wrong=%ld", atomic_load(&n_wrong));
-    _exit(0);
+    while (command() != 'q')
+        ;
+    _exit(verdict());
 }
 
 int main(void)
