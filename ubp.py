@@ -5135,9 +5135,14 @@ class Tracer:
         """
         if thread.state == INTERRUPTED and (
                 thread.in_vfork or thread.polls % 4 == 2):
-            regs = _regs_in_vfork(thread)
-            thread.in_vfork = regs is not None
-            thread.regs = regs or thread.regs
+            regs, child = _look_into_vfork(thread)
+            thread.in_vfork = bool(child)
+            if child:
+                thread.regs = regs
+                # A look that came between its number and its life missed it.
+                if child not in self.siblings and child != self.tgid:
+                    self.siblings += (child,)
+                    self._open_tasks()
         return thread.in_vfork
 
     def status_of(self, tid, is_thorough):
@@ -5663,20 +5668,20 @@ def _has_vforked(tid, number, args):
                 tid, vaddr, size)))
 
 
-def _regs_in_vfork(thread):
-    """The regset of a thread that waits for a child of vfork in its memory,
-    as far as /proc tells of it, or None.
+def _look_into_vfork(thread):
+    """What /proc tells of a thread that waits for a child of vfork in its
+    memory. -> (regset, pid of that child), or (b"", 0)
 
-    That child is there: before, the thread would still be about to make it.
+    Without a child, the thread may still be about to make it.
     """
     tid = thread.tid
     found = _syscall_of(thread.tgid, tid)
-    if found is None or not _has_vforked(tid, *found[:2]):
-        return None
-    children = read_proc("/proc/%d/task/%d/children" % (thread.tgid, tid))
-    if not any(_shares_mm(tid, int(pid)) for pid in children.split()[::-1]):
-        return None
-    return ubp_x86.regs_in_syscall(found[0], *found[2:])
+    if found is not None and _has_vforked(tid, *found[:2]):
+        children = read_proc("/proc/%d/task/%d/children" % (thread.tgid, tid))
+        for pid in map(int, children.split()[::-1]):
+            if _shares_mm(tid, pid):
+                return ubp_x86.regs_in_syscall(found[0], *found[2:]), pid
+    return b"", 0
 
 
 def _is_idle(thread):
