@@ -9557,6 +9557,8 @@ _CANCELLATION = ("__syscall_cancel_arch", "__syscall_cp_asm", "__cp_begin",
 
 _MOST_REMEMBERED = 1000         # functions planned at a time
 _MOST_BEFORE_SITE = 16          # bytes in front of a site to be displaced
+_MOST_MOVABLE = 64              # windows that are asked for their slots,
+_NEAR = 256                     # which are within so many bytes of a site
 
 
 class Planner:
@@ -9571,7 +9573,10 @@ class Planner:
         self.offers = None          # Place: what the target offers to bodies
         self.windows = {}           # vaddr of each displaced insn, and of
         #                             those that one keeps: Window
-        self._kept = {}             # {Window.site: (module, Window, vaddrs)}
+        # {Window.site: (module, Window, vaddrs, turn)}; see settle()
+        self._kept, self._turn = {}, 0
+        self._slots = {}            # {Window.slot: Window}, none lent
+        self._stuck = set()         # Window.sites; no other slot is free
         self._undo = []             # [(Window.site, [what it replaced])]
         self._through = 0           # what the next window must hold, too
         self._named = 0             # mask of registers that probes read
@@ -9673,13 +9678,14 @@ class Planner:
                              can_stack=plan.can_stack)
         size = len(assemble(window, vaddr, parts + [(spec, place)]).code)
         return plan._replace(at=at, dead=dead, trampoline_size=size,
-                             old=self._text_before(site, window))
+                             old=self._text_before(site.module, window))
 
     def settle(self, plans):
         """Plans as they are when all are made: a later one may have taken
         the window of an earlier one into its own. -> [SitePlan]"""
         settled = [self._settled(plan) for plan in plans]
         self._pages = {}
+        self._turn += 1             # from now on they stay as they are
         return settled
 
     def _settled(self, plan):
@@ -9708,27 +9714,31 @@ class Planner:
         vaddrs = {vaddr}.union(insn.vaddr for insn in window.insns
                                ) if vaddr is not None else set()
         self._add(module, window, vaddrs.union(
-            *(vaddrs for _, _, vaddrs in before)))
+            *(vaddrs for _, _, vaddrs, _ in before)), self._turn)
         self._undo.append((window.site, before))
 
-    def _add(self, module, window, vaddrs):
+    def _add(self, module, window, vaddrs, turn=-1):
         taken = self.taken.setdefault(module, ubp_x86.ByteRanges())
         for low, high in window.ranges:
             taken.add(low, high)
-        self._kept[window.site] = module, window, tuple(vaddrs)
+        self._kept[window.site] = module, window, tuple(vaddrs), turn
+        if window.slot and not window.lender:
+            self._slots[window.slot] = window
         self.windows.update(dict.fromkeys(vaddrs, window))
         for insn in window.kept:    # nobody arrives between it and the jump
             self.windows.setdefault(insn.vaddr, window)
 
     def _drop(self, vaddr):
         """Give back a window's bytes. -> what _add() would keep again"""
-        module, window, vaddrs = self._kept.pop(vaddr)
+        module, window, vaddrs, turn = self._kept.pop(vaddr)
+        self._slots.pop(window.slot, None)
+        self._stuck.clear()
         for low, high in window.ranges:
             self.taken[module].remove(low, high)
         for each in vaddrs + tuple(insn.vaddr for insn in window.kept):
             if self.windows.get(each) is window:
                 del self.windows[each]
-        return module, window, vaddrs
+        return module, window, vaddrs, turn
 
     def _go_back(self, n):
         """Undo all but the first n of what _put() did."""
@@ -9855,6 +9865,7 @@ class Planner:
     def keep_only(self, patches):
         """Give back the bytes of every window but those of {…: Patch}."""
         self.taken, self.windows, self._kept = {}, {}, {}
+        self._slots, self._stuck = {}, set()
         self.patches, self._undo, self._pages = patches, [], {}
         self._borrowers = [patch for patch in patches.values()
                            if patch.window.lender]
@@ -9922,6 +9933,9 @@ class Planner:
             found = self._shared_window(plan, site.vaddr, vaddr, taken)
             if found is not None:
                 return found
+        window = self._window_after_moves(plan, module, site.vaddr)
+        if window is not None:
+            return window, []
         try:
             if site.vaddr == function.vaddr:    # the price is another's
                 return plan(site.vaddr, self._through, may_borrow=True), []
@@ -9929,11 +9943,84 @@ class Planner:
             pass
         raise refusal
 
+    def _window_after_moves(self, plan, module, vaddr):
+        """The Window of plan(vaddr) once others have moved to other slots,
+        or None. The fewest move: one to a slot that is free, and each of
+        the rest to where the one before it was.
+
+        Padding is scarce, and who is planned first takes what is nearest.
+        """
+        wanted = self._window_in_their_slots(plan, module, vaddr)
+        queue, wants = [wanted] * (wanted is not None), {}
+        n_before = len(self._undo)
+        for window in queue:
+            for holder in self._movable(module, *ubp_x86.slot_range(
+                    window.site)):
+                if holder.site in wants:
+                    continue
+                if len(wants) == _MOST_MOVABLE:
+                    return None
+                wants[holder.site] = window
+                queue.append(holder)
+                while holder is not wanted and self._move(module, holder):
+                    holder = wants[holder.site]
+                try:
+                    if holder is wanted:
+                        return plan(vaddr, self._through)
+                except RefusalError:
+                    pass
+                self._go_back(n_before)
+        self._stuck.update(wants)
+        return None
+
+    def _window_in_their_slots(self, plan, module, vaddr):
+        """The Window of plan(vaddr) if all others near it gave their slots,
+        or None."""
+        movable = self._movable(module, vaddr - _NEAR, vaddr + _NEAR)
+        taken = self.taken[module]
+        for each in movable:
+            taken.remove(each.slot, each.slot + ubp_x86.JUMP_SIZE)
+        try:
+            return plan(vaddr, self._through) if movable else None
+        except RefusalError:
+            return None
+        finally:
+            for each in movable:
+                taken.add(each.slot, each.slot + ubp_x86.JUMP_SIZE)
+
+    def _movable(self, module, low, high):
+        """The Windows of this turn with slots in [low, high), by slots: no
+        patch has one yet, and it is not known that none is free for it."""
+        found = []
+        for slot in range(low, high - ubp_x86.JUMP_SIZE + 1):
+            window = self._slots.get(slot)
+            if window is None or window.site in self._stuck:
+                continue
+            owner, _, _, turn = self._kept[window.site]
+            if (owner is module and turn == self._turn
+                    and not patches_in(self.patches, window)):
+                found.append(window)
+        return found
+
+    def _move(self, module, window):
+        """Give a Window another slot. -> was there one?"""
+        moved = window._replace(slot=ubp_x86.other_slot(
+            self.function(module, window.site), window, self.scan(module),
+            forbidden=self._cancellation(module), taken=self.taken[module]))
+        if not moved.slot:
+            return False
+        try:
+            self._text_before(module, moved)
+        except UbpError:
+            return False
+        self._put(module, moved, window.site, [window])
+        return True
+
     def watch(self, vaddrs):
         """These will have debug registers. RefusalError for one that is
         displaced: its instruction runs elsewhere, and would not be seen."""
         lenders = {insn.vaddr: window.lender
-                   for _, window, _ in self._kept.values() if window.lender
+                   for _, window, *_ in self._kept.values() if window.lender
                    for insn in window.lender.insns}
         for vaddr in vaddrs:
             window = self.windows.get(vaddr) or lenders.get(vaddr)
@@ -10090,13 +10177,12 @@ class Planner:
             data += self._pages[page]
         return data[vaddr - first:vaddr - first + size]
 
-    def _text_before(self, site, window):
+    def _text_before(self, module, window):
         """((vaddr, bytes), …) to be patched, without patches of ubp's own.
 
         RefusalError if they differ from the file's: another tool, or
         another ubp, has been there.
         """
-        module = site.module
         text, old = self._text_of(module), []
         undo = [(vaddr, b"", data) for patch in patches_in(
             self.patches, window) + self._borrowers

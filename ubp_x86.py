@@ -3607,9 +3607,7 @@ def _plan_window(analysis, site, limits):
     _refuse_unreachable(analysis, site, limits)
     if insn.code == ENDBR64:
         site = _behind_endbr64(analysis, site, branches)
-    critical = _rseq_ranges(analysis, limits)
-    if critical:
-        limits = limits._replace(forbidden=limits.forbidden + critical)
+    limits = _without_rseq(analysis, limits)
     try:
         window = _best_window(analysis, site, limits)
     except RefusalError as refusal:
@@ -3618,6 +3616,29 @@ def _plan_window(analysis, site, limits):
     return Window(window.site, window.size, window.insns, window.slot,
                   dead_regs, flags_dead, site in analysis.targets,
                   kept=window.kept, lender=window.lender)
+
+
+def _without_rseq(analysis, limits):
+    """Return limits that forbid the function's rseq sections, too."""
+    critical = _rseq_ranges(analysis, limits)
+    return limits._replace(forbidden=limits.forbidden + critical
+                           ) if critical else limits
+
+
+def other_slot(function, window, branches, read=None, is_executable=None,
+               forbidden=(), taken=None):
+    """Return the vaddr of a slot for a Window with a two-byte jump, or 0.
+
+    function is the one that holds it, and the others are those of
+    plan_window: where its present slot is, if that is not taken any more.
+    """
+    limits = _Limits(branches, read or branches.read,
+                     is_executable or branches.is_executable,
+                     tuple(forbidden), False, 0,
+                     ByteRanges() if taken is None else taken)
+    analysis = branches.analysis(function)
+    return _slot(analysis, window.site, window.size,
+                 _without_rseq(analysis, limits))
 
 
 def _best_window(analysis, site, limits):
@@ -3846,7 +3867,7 @@ def _ladder(analysis, site, limits, refusal):
     return window._replace(slot=slot, lender=lender)
 
 
-def _slot_range(site):
+def slot_range(site):
     """Return the [low, high) in which a slot may lie that `eb` at site
     reaches: on its page, so that one write never tears the two jumps apart.
     """
@@ -3860,7 +3881,7 @@ def _slot(analysis, site, size, limits):
 
     At the end of a padding, as a jump at the ret in front needs its begin.
     """
-    low, high = _slot_range(site)
+    low, high = slot_range(site)
     for first, last in _dead_bytes(analysis, low, high, limits):
         # Behind a nop that control arrives at, none is dead.
         last = min([high, last] + [target for _, target in
@@ -3912,7 +3933,7 @@ def _borrowed_slot(analysis, window, limits):
 def _lenders(analysis, window, limits):
     """Yield (Analysis, vaddr, last instruction, slot) of what could be
     displaced for a slot; whether it may is another question."""
-    low, high = _slot_range(window.site)
+    low, high = slot_range(window.site)
     first = max(low - JUMP_SIZE, window.site & -PAGE_SIZE)
     for known in _neighbours(analysis, first, high, limits.branches):
         place = bisect.bisect_left(known.starts, max(

@@ -333,6 +333,109 @@ class Lenders(unittest.TestCase):
                 process.send("g")
 
 
+class Moves(unittest.TestCase):
+    """Who is planned first takes the nearest slot; it moves to another if
+    one that has no other needs it, and it is not armed yet.
+
+    windows.c's win_way0 to 4 reach a slot each in their own nops, and the
+    one in front of it; the last has none of its own.
+    """
+    WAYS = ["exe:win_way%d" % n for n in range(5)]
+    attached = Lenders.attached
+
+    def slots(self, plans):
+        """By which function a slot is in front of a way, or its own."""
+        first = plans[0].site.vaddr
+        return [(plan.window.slot - first) // 125 for plan in plans]
+
+    def test_all_have_one_only_if_all_but_the_last_move(self):
+        with self.attached() as (process, target):
+            for order in self.WAYS, self.WAYS[::-1], self.WAYS[2:4]:
+                plans = target.plan(order)
+                self.assertEqual(["jump"] * len(order),
+                                 [plan.strategy for plan in plans])
+            plans = target.plan(self.WAYS)
+            self.assertEqual([-1, 0, 1, 2, 3], self.slots(plans))
+            self.assertEqual([0, 1, 2, 3],
+                             self.slots(target.plan(self.WAYS[:4])))
+            for plan in plans:
+                (slot, _), (site, _) = plan.old
+                self.assertEqual((slot, site), (plan.window.slot,
+                                                plan.window.site))
+            target.close()
+            process.ask("p")
+            process.send("g")
+
+    def test_the_fewest_move(self):
+        with self.attached() as (process, target):
+            ways = self.WAYS
+            for order, expected in (
+                    ([0, 3, 4], [0, 2, 3]), ([0, 2, 3, 4], [0, 1, 2, 3]),
+                    ([1, 2], [1, 2])):
+                plans = target.plan([ways[n] for n in order])
+                first = plans[0].site.vaddr - 125 * order[0]
+                self.assertEqual(expected, [
+                    (plan.window.slot - first) // 125 for plan in plans])
+            process.ask("p")
+            process.send("g")
+
+    def test_what_is_armed_stays(self):
+        """A way that finds none is refused, until it is one's turn to go."""
+        with self.attached() as (process, target):
+            first = [target.probe(way, ubp.Count()) for way in self.WAYS[:4]]
+            armed = live.changed_text(process.pid)
+            with self.assertRaisesRegex(ubp.ProbeError, "leads to"):
+                target.probe(self.WAYS[4], ubp.Count())
+            self.assertEqual(armed, live.changed_text(process.pid))
+            first.pop().remove()
+            last = target.probe(self.WAYS[4], ubp.Count())
+            with self.assertRaisesRegex(ubp.ProbeError, "leads to"):
+                target.probe(self.WAYS[3], ubp.Count())
+            self.judge(process, first + [last])
+            target.close()
+
+    def test_random_groups_count_what_is_called(self):
+        rand = random.Random(5)
+        with self.attached() as (process, target):
+            armed, n_moved = [], 0
+            old = ubp.Planner._move
+
+            def move(planner, *which):
+                nonlocal n_moved
+                is_moved = old(planner, *which)
+                n_moved += is_moved
+                return is_moved
+            with mock.patch.object(ubp.Planner, "_move", move):
+                for turn in range(24):
+                    if armed and rand.random() < 0.5:
+                        armed.pop(rand.randrange(len(armed))).remove()
+                    else:
+                        try:
+                            armed.append(target.probe(rand.sample(
+                                self.WAYS, rand.randint(1, 5)), ubp.Count()))
+                        except ubp.ProbeError:
+                            continue        # each of them was refused
+                    if turn % 4 == 3:
+                        self.judge(process, armed)
+            self.assertGreater(n_moved, 3)
+            target.close()
+
+    def judge(self, process, probes):
+        """Each way is called as often as win_tight."""
+        first = process.ask("p")
+        before = [by_call(probe) for probe in probes]
+        process.send("g")
+        time.sleep(0.02)
+        last = process.ask("p")
+        n = int(last["tight"]) - int(first["tight"])
+        for probe, old in zip(probes, before):
+            self.assertEqual({name: n for name in old}, {
+                name: count - old[name]
+                for name, count in by_call(probe).items()})
+        self.assertEqual(last["wrong"], 0)
+        process.send("g")
+
+
 class Named(unittest.TestCase):
     """A register that the program needs no more, and a probe names."""
 

@@ -52,6 +52,24 @@ __asm__(".p2align 10\n .fill 136, 1, 0xc3\n"
         "win_round_about: mov $2,%eax\n jmp 1b\n"
         ".size win_round_about, .-win_round_about\n"
         ".fill 136, 1, 0xc3\n");
+/* Five more with room for two bytes. Each reaches a slot in its own dead nops,
+ * but for the last, and the one in front of these. */
+#define WAY(n, nops) \
+        ".globl win_way" n ", win_into" n "\n" \
+        ".type win_way" n ", @function\n .type win_into" n ", @function\n" \
+        "win_way" n ": xor %eax,%eax\n" \
+        ".Lway" n ": lea 1(%rdi,%rax),%rax\n ret\n" \
+        ".fill " nops ", 1, 0x90\n .fill 117 - " nops ", 1, 0xc3\n" \
+        ".size win_way" n ", 125\n"
+#define INTO(n) \
+        "win_into" n ": mov $2,%eax\n jmp .Lway" n "\n" \
+        ".size win_into" n ", .-win_into" n "\n"
+__asm__(".p2align 10\n .fill 136, 1, 0xc3\n"
+        ".globl win_spare\n .type win_spare, @function\n"
+        "win_spare: ret\n .fill 5, 1, 0x90\n .size win_spare, 1\n"
+        WAY("0", "5") WAY("1", "5") WAY("2", "5") WAY("3", "5") WAY("4", "0")
+        INTO("0") INTO("1") INTO("2") INTO("3") INTO("4")
+        ".fill 136, 1, 0xc3\n");
 /* The system call's number is in the caller's rax. */
 FUNCTION(nap_inside, "nop\n syscall\n nop\n nop\n ret");
 FUNCTION(nap_behind, "nopl (%rax)\n syscall\n nop\n ret");
@@ -60,7 +78,13 @@ FUNCTION(nap_alone, "mov $35,%eax\n syscall\n ret");
 long win_slow(long), win_ones(long), win_pause(long), win_call(long),
      win_call1(long), win_deep(long), win_back(long), win_data(long),
      win_round(long), win_tight(long), win_patient(long),
-     win_round_about(long);
+     win_round_about(long), win_way0(long), win_way1(long), win_way2(long),
+     win_way3(long), win_way4(long), win_into0(long), win_into1(long),
+     win_into2(long), win_into3(long), win_into4(long);
+static long (*const ways[])(long) = {win_way0, win_way1, win_way2, win_way3,
+                                     win_way4};
+static long (*const into[])(long) = {win_into0, win_into1, win_into2,
+                                     win_into3, win_into4};
 extern char win_call_return[];
 
 static long call_nap(void *function, long number, long a, long b, long c,
@@ -133,6 +157,9 @@ static void *work(void *argument)
             for (int n = 0; n < 20; n++)
                 if (win_tight(n) != n + 1 || win_round_about(n) != n + 3)
                     wrong("win_tight");
+            for (int n = 0; n < 100; n++)
+                if (ways[n % 5](n) != n + 1 || into[n % 5](n) != n + 3)
+                    wrong("win_way%d", n % 5);
             if (win_patient(i) != i + 77)
                 wrong("win_patient");
             n_slow++;
