@@ -1180,21 +1180,21 @@ class Int3(unittest.TestCase):
             for how in ("caught", "not"):
                 with self.subTest(what, how=how), live.Target(
                         "masks", how, "3", way, flags=flags) as process:
-                    self.masked_by(process, "btmsewa" if flags
-                                   else "bftmnjsoewarkd")
+                    with ubp.attach(process.pid) as target:
+                        self.masked_by(target, process, "btmsewa" if flags
+                                       else "bftmnjsoewarkd")
+                        self.assertEqual([], target.notes)
                     self.unchanged(process)
                     process.quit()
 
-    def masked_by(self, process, commands):
-        with ubp.attach(process.pid) as target:
-            probe = target.probe("exe:step", ubp.Count(), strategy="int3")
-            n = 0
-            for command in commands:
-                answer = process.ask(command)
-                n += answer["n"]
-                self.assertEqual((n, 0), (probe.read(), answer["wrong"]),
-                                 command + ": " + process.stderr())
-            self.assertEqual([], target.notes)
+    def masked_by(self, target, process, commands):
+        probe = target.probe("exe:step", ubp.Count(), strategy="int3")
+        n = 0
+        for command in commands:
+            answer = process.ask(command)
+            n += answer["n"]
+            self.assertEqual((n, 0), (probe.read(), answer["wrong"]),
+                             command + ": " + process.stderr())
 
     # what hostile.c is told | what it does with SIGTRAP, round calls
     UNUSUAL = """
@@ -1319,6 +1319,28 @@ class Int3(unittest.TestCase):
             self.assertIn("called too often", str(target.notes))
             self.unchanged(process)
             process.quit()
+
+    def test_int3s_of_ones_own_at_what_tells_of_sigtrap(self):
+        """At each instruction; they count, however often that is called."""
+        for way, functions in (
+                ("c", ("__pthread_sigmask", "__libc_sigaction")),
+                ("s", ("syscall",)), ("r", ("raw_any",))):
+            with self.subTest(way), live.Target(
+                    "masks", "caught", "3", way,
+                    flags=("-static",)) as process:
+                with ubp.attach(process.pid) as target:
+                    where = self.sites_of(process.path, functions)
+                    every = target.probe(where, ubp.Count(), strategy="int3")
+                    self.masked_by(target, process, "bta")
+                    process.ask("u")
+                    self.assertLessEqual({r.rule for r in every.refused},
+                                         {"unreachable"})
+                    self.assertGreater(max(every.counts().values()), 500)
+                    with self.assertRaises(ubp.ProbeError) as caught:
+                        target.probe(where[-2], ubp.Count())
+                    self.assertIn("int3", str(caught.exception))
+                self.unchanged(process)
+                process.quit()
 
     def test_syscall_is_not_slowed_for_long_once_it_told_of_sigtrap(self):
         """Unless it tells again before there were too many others."""
