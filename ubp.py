@@ -14093,7 +14093,8 @@ class Ward:
             self._learn_sites(keeper)
             if arenas or watches:
                 keeper.learn_action(timeout)
-            refused = arm(keeper, [], changes, timeout)
+            # The request may have waited, and others have cleaned up since.
+            refused = arm(keeper, self.arenas, changes, timeout)
             keeper.is_new = False
             if self.lacking:
                 raise ProbeError(

@@ -1359,6 +1359,22 @@ class Int3(unittest.TestCase):
             self.unchanged(process)
             process.quit()
 
+    def test_no_int3_is_written_when_its_arena_has_gone(self):
+        """A front end that is killed may leave a request to arm: by the time
+        the guardian reads it, a clean has taken out what the other left."""
+        with live.Target("traps", "later") as process:
+            target = ubp.attach(process.pid)
+            target.probe("exe:step", ubp.Count(), strategy="int3")
+            guardian, traps = target._guardian, target._installer.traps()
+            guardian.call("rest", 5)
+            ubp.clean(process.pid, all=True)
+            with self.assertRaises(ubp.TraceeGone):
+                guardian.call("arm", traps, 5, float("inf"))
+            self.assertEqual(0, process.ask("c")["wrong"], process.stderr())
+            self.unchanged(process)
+            target.close()
+            process.quit()
+
     def test_sigtrap_ignored_later_ends_the_int3s(self):
         with live.Target("traps", "later") as process:
             with ubp.attach(process.pid) as target:
