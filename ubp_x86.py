@@ -3799,18 +3799,21 @@ def _refuse_unreachable(analysis, site, limits):
         if starts[place] in analysis.targets:
             return
         place -= 1
-    vaddr = starts[place]
-    if (place <= 0 or vaddr in analysis.targets
-            or vaddr in analysis.function.entries
-            or vaddr in analysis.function.words):
+    vaddr, last = starts[place], place
+    while starts[last] < site and _is_nop(analysis, last):
+        last += 1               # where a label is aligned, it is behind them
+    labels = set(starts[place:last + 1])
+    if place <= 0 or not (labels.isdisjoint(analysis.targets)
+                          and labels.isdisjoint(analysis.function.entries)
+                          and labels.isdisjoint(analysis.function.words)):
         return
     is_unknown = bool(analysis.strays)
     for owner in _family(analysis, branches):
         jumps = resolve_jumps(owner, limits.read, limits.is_executable)
-        if vaddr in jumps.targets:
+        if not labels.isdisjoint(jumps.targets):
             return
         is_unknown |= bool(jumps.unresolved)
-    if branches.entering(vaddr, vaddr + 1):
+    if any(branches.entering(label, label + 1) for label in labels):
         return
     # What a jump to an unknown place might lead to is code, unless somebody
     # takes its address or reads it: it may be a table just as well.
@@ -4010,6 +4013,14 @@ def _neighbours(analysis, low, high, branches):
             continue
 
 
+def _is_nop(analysis, place):
+    """Tell whether an instruction is one that assemblers pad with."""
+    form, at = analysis.forms[place], (analysis.starts[place]
+                                       - analysis.function.vaddr)
+    return form.opcode in _NOP_OPCODES and _PADDING.fullmatch(
+        analysis.function.code, at, at + form.size) is not None
+
+
 def _nops_within(analysis, low, high):
     """Yield the (first, last) of nops and int3s in a function that touch
     [low, high), that a jump or ret stands before, with room for a jump."""
@@ -4017,9 +4028,7 @@ def _nops_within(analysis, low, high):
     place = bisect.bisect_left(analysis.starts, low - PAGE_SIZE // 16)
     for place in range(place, len(analysis.starts)):
         form, vaddr = analysis.forms[place], analysis.starts[place]
-        at = vaddr - analysis.function.vaddr
-        if form.opcode in _NOP_OPCODES and _PADDING.fullmatch(
-                analysis.function.code, at, at + form.size):
+        if _is_nop(analysis, place):
             if not first and flow in _ENDS:
                 first = vaddr
         else:

@@ -197,6 +197,11 @@ table behind a ret    | < 488d0501000000 c3 @ b801000000 c3 > | unreachable
  ... or code, a jump  | < 488d0502000000 ffe0 @ b801000000 c3 > | unreachable
  ... of a neighbour   | < c3 @ b801000000 c3 > < 488d05f3ffffff c3 > \
                       | unreachable
+a label behind nops   | < c3 9090 @ b801000000 c3 > < ebf8 >  | 3+5 1
+ ... before the nops  | < c3 9090 @ b801000000 c3 > < ebf6 >  | 3+5 1
+ ... and the nops     | < c3 @ 9090 b801000000 c3 > < ebf8 >  | unreachable
+ ... behind int3      | < c3 cccc ! @ b801000000 c3 >         | 3+5 1
+ ... not behind data  | < c3 31c0 ! @ b801000000 c3 >         | unreachable
 its own address       | <@ 488d0502000000 53 4157 c3 >       | 0+7 1
 an address within     | < 488d0502000000 @ 53 4889e5 4157 c3 > | entry in window
 nobody comes          | < eb05 @ 9090909090 c3 >             | unreachable
