@@ -6354,6 +6354,9 @@ def check_target(pid):
     _check_access(pid, tids)
 
 
+_FOREIGN = "it is a 32-bit or foreign program; ubp knows x86-64 only"
+
+
 def _check_access(pid, tids):
     """May we trace it, and is it a 64-bit program? Raises AttachError."""
     for tid in [pid] + tids:        # the leader may be a zombie
@@ -6370,8 +6373,7 @@ def _check_access(pid, tids):
         raise _refusal_to_attach(pid, "open of /proc/%d/mem" % pid, failure)
     if head[:5] == b"\x7fELF\x01" or head[18:20] not in (b"\x3e\0", b""):
         raise AttachError(
-            "attach to", "pid %d (%s)" % (pid, comm(pid)),
-            "it is a 32-bit or foreign program; ubp knows x86-64 only")
+            "attach to", "pid %d (%s)" % (pid, comm(pid)), _FOREIGN)
 
 
 # ---- 6  Arena -------------------------------------------------------------
@@ -17395,6 +17397,9 @@ class Launch:
         self.child.exec_error()
         self.tracer.birth = start_time(tid)
         thread, auxv, entry = self.look()
+        if ubp_x86.is_32bit(thread.regs):
+            os.kill(tid, signal.SIGKILL)    # none of it has run
+            raise AttachError("start", comm(tid), _FOREIGN)
         self.tracer.held = True
         if entry != ubp_x86.program_counter(thread.regs):
             self._through_loader(thread, auxv, entry)
@@ -17615,6 +17620,7 @@ def launch(argv, timeout=5, follow_exec=False):
             raise _cannot_run(argv[0], failed)
     except UbpError:
         target.close()
+        target.wait(1)              # reaped, if it was not to run
         raise
     target._tracer.forget_gadgets()     # the loader has mapped more since
     return target

@@ -95,6 +95,15 @@ class Whole:
                 for change in changes(text, now.get(start, b""), start)]
 
 
+def stat_of(pid):
+    """[name, pid of the parent] of a process; [] if there is none."""
+    try:
+        found = live.status(pid)
+        return [found["Name"], found["PPid"]]
+    except (OSError, KeyError):
+        return []
+
+
 def changes(old, new, start):
     """The first bytes that differ: [(vaddr, old, new)]."""
     if old == new:
@@ -1453,6 +1462,17 @@ class Refusals(Case):
             finally:
                 process.kill()
                 process.wait()
+            for options in (), ("--follow-exec", "--strategy", "int3"):
+                status, out, err = run("count", *options + (
+                    "exe:*", "--", program))
+                self.assertEqual((125, ""), (status, out), err)
+                self.assertIn("32-bit", err)
+            with self.assertRaises(ubp.AttachError):
+                ubp.launch([program])
+            self.assertEqual([], [         # none of ours runs, or is left
+                pid for pid in map(int, filter(str.isdigit, os.listdir(
+                    "/proc"))) if stat_of(pid)[:2] == ["program",
+                                                       str(os.getpid())]])
 
     def test_a_kernel_thread(self):
         try:
