@@ -9684,7 +9684,8 @@ class Planner:
 
     def settle(self, plans):
         """Plans as they are when all are made: a later one may have taken
-        the window of an earlier one into its own. -> [SitePlan]"""
+        the window of an earlier one into its own, or its slot, for which it
+        got another. -> [SitePlan]"""
         settled = [self._settled(plan) for plan in plans]
         self._pages = {}
         self._turn += 1             # from now on they stay as they are

@@ -1873,8 +1873,8 @@ class Window(NamedTuple):
     is_loop: bool = False   # a branch of the function leads back to site:
     #                         hits count passes, not only calls
     is_trap: bool = False   # an int3, not a jump, is written to site
-    kept: tuple = ()        # Insns in front of site that stay in place, the
-    #                         probed one first: the body runs behind them
+    kept: tuple = ()        # Insns in front of site that stay in place, from
+    #                         the first probed one on: bodies run behind them
     lender: Optional["Window"] = None   # the slot is in bytes that this one
     #                         displaces: neither may be armed without it
 
