@@ -1363,20 +1363,21 @@ class Unwind:
 
     def _parse(self, vaddr):
         """The Fde at a vaddr of .eh_frame, or None."""
-        cursor = Cursor(self._read(vaddr, 64), vaddr)
-        parts = self._parts(cursor)
+        data = self._read(vaddr, 64)
+        parts = self._usual_parts(data, vaddr) or self._parts(
+            Cursor(data, vaddr))
         if parts is None:
             return None
         fde, _, behind = parts
-        end = 4 + int.from_bytes(cursor.data[:4], "little")
+        end = 4 + int.from_bytes(data[:4], "little")
         if behind < end <= MAX_FRAME_ENTRY and (
-                self._read(vaddr + behind, 1) in _SETS_CFA):
+                data[behind:behind + 1] or self._read(vaddr + behind, 1)
+                ) in _SETS_CFA:
             return fde._replace(is_part=True)
         return fde
 
-    def _usual_parts(self, cursor):
+    def _usual_parts(self, data, vaddr):
         """_parts() of what almost every FDE looks like; None: not so."""
-        data, vaddr = cursor.data, cursor.vaddr
         if len(data) < _FDE.size:
             return None
         size, distance, start, length, behind = _FDE.unpack_from(data)
@@ -1392,9 +1393,6 @@ class Unwind:
 
     def _parts(self, cursor):
         """(Fde, Cie, where its program begins) of an FDE, or None."""
-        usual = self._usual_parts(cursor)
-        if usual:
-            return usual
         try:
             size, cie_distance = cursor.number(4), cursor.number(4)
             if size == 0xffffffff or cie_distance == 0:
@@ -1490,16 +1488,29 @@ class Unwind:
             return fde
         return None
 
-    def within(self, low, high):
-        """The Fdes that overlap [low, high)."""
-        starts, fdes = self._index
+    def all(self):
+        """Every Fde that can be read, sorted."""
+        return sorted(filter(None, map(self._fde, self._index[1])))
+
+    @_Lazy
+    def _guarding(self):
+        """(starts, Fdes) of those that have an exception table."""
+        fdes = [fde for fde in self.all() if fde.lsda]
+        return [fde.vaddr for fde in fdes], fdes
+
+    def guarding(self, low, high, is_one_of_many=False):
+        """The Fdes that overlap [low, high) and have an exception table."""
+        starts, fdes = self._guarding if is_one_of_many else self._index
         first = max(0, bisect.bisect_right(starts, low) - 1)
         last = bisect.bisect_left(starts, high, first)
         if last - first > MAX_HEADERS:
             raise SymbolError("read", self.elf.name, "%d frames overlap "
                               "0x%x" % (last - first, low))
-        return [fde for fde in map(self._fde, fdes[first:last])
-                if fde and fde.vaddr < high and low < fde.vaddr + fde.size]
+        fdes = fdes[first:last]
+        return [fde for fde in (fdes if is_one_of_many
+                                else map(self._fde, fdes))
+                if fde and fde.lsda
+                and fde.vaddr < high and low < fde.vaddr + fde.size]
 
     def landing_pads(self, fde):
         """Where exceptions may land, from the call-site table of its LSDA.
@@ -1545,6 +1556,9 @@ class Unwind:
                           % self.elf.name)
             found.add((fde.vaddr, fde.vaddr + fde.size, 0))
         return found
+
+
+_FEW = 500                      # questions; for more, tables pay
 
 
 class Functions:
@@ -1612,11 +1626,23 @@ class Functions:
             return min(fde.vaddr + fde.size, code[1]) - start
         return self.next_mark(start + 1) - start
 
+    @property
+    def _marks(self):
+        """Sorted lists of where symbols and FDEs begin; one, if it pays."""
+        if self._n_asked > _FEW:
+            return self._all_marks
+        return [c[2] for c in self.columns] + [self.unwind.starts]
+
+    @_Lazy
+    def _all_marks(self):
+        return [sorted(set(self.unwind.starts).union(
+            *[c[2] for c in self.columns]))]
+
     def next_mark(self, vaddr):
         """The next symbol, FDE or end of code, at or behind a vaddr."""
         code = _range_at(self.ranges, vaddr)
         marks = [code[1] if code else vaddr]
-        for values in [c[2] for c in self.columns] + [self.unwind.starts]:
+        for values in self._marks:
             at = bisect.bisect_left(values, vaddr)
             marks += values[at:at + 1]
         return min(marks)
@@ -1628,7 +1654,7 @@ class Functions:
         before the last are tried as well.
         """
         self._n_asked += 1
-        if self._n_asked > 500:         # a pattern: a table pays
+        if self._n_asked > _FEW:        # a pattern: a table pays
             starts, ends, reaches = self._extents
             at = bisect.bisect_right(starts, vaddr) - 1
             while at >= 0 and vaddr < reaches[at]:
@@ -1648,7 +1674,7 @@ class Functions:
         """Where the function begins that ends before vaddr, without any
         symbol, FDE or end of code between. None if there is no such one."""
         code, marks = _range_at(self.ranges, vaddr), []
-        for values in [c[2] for c in self.columns] + [self.unwind.starts]:
+        for values in self._marks:
             at = bisect.bisect_right(values, vaddr)
             marks += values[max(0, at - 1):at]
         start = self.start_of(max(marks, default=0)) if code else None
@@ -1669,7 +1695,16 @@ class Functions:
 
     @_Lazy
     def _extents(self):
-        """(starts, ends, the furthest end up to each) of all symbols."""
+        """_sorted() of all symbols and of the _lone_fdes."""
+        starts, ends, _ = self._symbol_extents
+        alone = self._lone_fdes
+        return self._sorted(
+            starts + [fde.vaddr for fde in alone],
+            ends + [min(fde.vaddr + fde.size, _range_at(
+                self.ranges, fde.vaddr)[1]) for fde in alone])
+
+    @_Lazy
+    def _symbol_extents(self):
         sizes = {}
         for table, order, _ in self.columns:
             for index in order:
@@ -1683,8 +1718,27 @@ class Functions:
             ends.append(start + self.size(start, ()) if not sizes[start]
                         else min(start + sizes[start], code[1]) if code
                         else start)
-        reaches = list(itertools.accumulate(ends, max))
-        return starts, ends, reaches
+        return self._sorted(starts, ends)
+
+    @_Lazy
+    def _lone_fdes(self):
+        """The Fdes that begin in no symbol's function."""
+        starts, ends, reaches = self._symbol_extents
+        found = []
+        for fde in self.unwind.all():
+            at = bisect.bisect_right(starts, fde.vaddr) - 1
+            if (at < 0 or fde.vaddr >= reaches[at]) and _range_at(
+                    self.ranges, fde.vaddr):
+                found.append(fde)
+        return found
+
+    @staticmethod
+    def _sorted(starts, ends):
+        """(starts, ends, the furthest end up to each), by start."""
+        pairs = sorted(zip(starts, ends))
+        ends = [end for _, end in pairs]
+        return ([start for start, _ in pairs], ends,
+                list(itertools.accumulate(ends, max)))
 
     def named(self, name):
         """Starts of the functions of exactly that name (bytes)."""
@@ -1712,23 +1766,24 @@ class Functions:
         of another function (where frames do not begin)."""
         plt = [(s.vaddr, s.vaddr + s.size) for s in self.elf.sections
                if s.name.startswith(b".plt")][:8]
-        return [start for start in self.unwind.starts
-                if _range_at(self.ranges, start)
-                and not any(low <= start < high for low, high in plt)
-                and self.start_of(start) == start
-                and not self.aliases(start)
-                and not self.unwind.is_part(start)]
+        return [fde.vaddr for fde in self._lone_fdes
+                if not fde.is_part
+                and not any(low <= fde.vaddr < high for low, high in plt)
+                and not self.aliases(fde.vaddr)]
 
     def entries(self, low, high):
-        """Symbols and landing pads in [low, high)."""
+        """Symbols, FDEs and landing pads in [low, high)."""
         entries = set()
-        for _, _, values in self.columns:
+        for values in self._marks:
             entries.update(_between(values, low, high))
-        for fde in self.unwind.within(low, high):
-            entries.add(fde.vaddr)
-            if fde.lsda:
-                entries |= self.unwind.landing_pads(fde)
-        return {entry for entry in entries if low <= entry < high}
+        for fde in self.guarding(low, high):
+            entries.update(pad for pad in self.unwind.landing_pads(fde)
+                           if low <= pad < high)
+        return entries
+
+    def guarding(self, low, high):
+        """The Fdes in [low, high) that have an exception table."""
+        return self.unwind.guarding(low, high, self._n_asked > _FEW)
 
 
 def code_pointers(elf):
@@ -2872,11 +2927,10 @@ class Module:
     def guarded(self, low, high):
         """((low, high), …) of the code in [low, high) where a fault may
         become an exception that the function, or its caller, catches."""
-        unwind, bias, found = self._functions.unwind, self.bias, set()
-        for fde in unwind.within(low - bias, high - bias):
-            if fde.lsda:
-                found.update((first + bias, last + bias) for first, last, _
-                             in unwind.call_sites(fde))
+        functions, bias, found = self._functions, self.bias, set()
+        for fde in functions.guarding(low - bias, high - bias):
+            found.update((first + bias, last + bias) for first, last, _
+                         in functions.unwind.call_sites(fde))
         return tuple(sorted(found))
 
     def entries_in(self, low, high):
@@ -9526,18 +9580,31 @@ def _fitted(spec, n_shards, ring):
 def assemble(window, vaddr, parts):
     """The trampoline of [(Spec, Place)] at a window. -> Trampoline"""
     parts = [part for part in parts if part[0] != _LEND]
-    if (len(parts) == 1 and parts[0][0] == _PLAIN_COUNT
-            and not parts[0][1].at):
+    if _is_count(parts):
         (_, place), = parts
         return ubp_x86.count_trampoline(window, vaddr, place.block // 8,
                                         place.shards)
     return ubp_x86.trampoline(window, vaddr, parts)
 
 
+def _is_count(parts):
+    """Is this [(Spec, Place)] of one body that only counts?"""
+    return (len(parts) == 1 and parts[0][0] == _PLAIN_COUNT
+            and not parts[0][1].at)
+
+
+def _size_of(window, vaddr, parts):
+    """The size of assemble() of that."""
+    if _is_count(parts):            # most plans are of these
+        return ubp_x86.count_size(window, vaddr, parts[0][1].shards)
+    return len(assemble(window, vaddr, parts).code)
+
+
 _ALL_OFFERS = ubp_x86.Place(_DUMMY_SHARDS, 0, tid_offset=_TID_OFFSETS[0],
                             tsc=(1 << 32, 0))
 
 
+@functools.lru_cache(maxsize=64)        # sites on one page share it
 def _dummy_place(vaddr, offers=None, **others):
     """A Place like any near vaddr: what is made for it has its size.
 
@@ -9571,7 +9638,8 @@ class Planner:
 
     def __init__(self, pid, read, n_sites=1):
         self.pid, self.read, self._is_for_many = pid, read, n_sites > 8
-        self.taken = {}             # module -> ByteRanges
+        # module -> ByteRanges
+        self.taken = collections.defaultdict(ubp_x86.ByteRanges)
         self.offers = None          # Place: what the target offers to bodies
         self.windows = {}           # vaddr of each displaced insn, and of
         #                             those that one keeps: Window
@@ -9665,7 +9733,7 @@ class Planner:
     def _fitted(self, plan):
         """A SitePlan with what its window says: place, size, old bytes."""
         site, window, spec, at = plan.site, plan.window, plan.spec, 0
-        dead = (0, False)
+        dead, parts = (0, False), []
         _refuse_changed_inputs(window, site.vaddr, spec)
         if plan.is_taken or site.vaddr > window.site:
             at = site.vaddr
@@ -9673,12 +9741,13 @@ class Planner:
                 site.module).analysis(self.function(site.module, at)), at)
             dead = registers & ~self._named, flags
         vaddr = (window.site & -PAGE) - PAGE
-        parts = [body.part_in(window) for patch in patches_in(
-            self.patches, window) for body in patch.bodies]
+        if self.patches:
+            parts = [body.part_in(window) for patch in patches_in(
+                self.patches, window) for body in patch.bodies]
         place = _dummy_place(vaddr, self.offers, at=at, dead=dead,
                              is_taken=plan.is_taken,
                              can_stack=plan.can_stack)
-        size = len(assemble(window, vaddr, parts + [(spec, place)]).code)
+        size = _size_of(window, vaddr, parts + [(spec, place)])
         return plan._replace(at=at, dead=dead, trampoline_size=size,
                              old=self._text_before(site.module, window))
 
@@ -9714,14 +9783,15 @@ class Planner:
         """Keep a new window, for the site at vaddr; absorbed: those that it
         takes the place of. None: it is for no site, it lends a slot."""
         before = tuple([self._drop(other.site) for other in absorbed])
-        vaddrs = {vaddr}.union(insn.vaddr for insn in window.insns
-                               ) if vaddr is not None else set()
-        self._add(module, window, vaddrs.union(
-            *(vaddrs for _, _, vaddrs, _ in before)), self._turn)
+        vaddrs = {vaddr, *[insn.vaddr for insn in window.insns]
+                  } if vaddr is not None else set()
+        for _, _, others, _ in before:
+            vaddrs.update(others)
+        self._add(module, window, vaddrs, self._turn)
         self._undo.append((window.site, before))
 
     def _add(self, module, window, vaddrs, turn=-1):
-        taken = self.taken.setdefault(module, ubp_x86.ByteRanges())
+        taken = self.taken[module]
         for low, high in window.ranges:
             taken.add(low, high)
         self._kept[window.site] = module, window, tuple(vaddrs), turn
@@ -9760,7 +9830,7 @@ class Planner:
         return ubp_x86.plan_trap(
             site.vaddr, self.function(module, site.vaddr), self.scan(module),
             self._cancellation(module), self._seccomp,
-            self.taken.setdefault(module, ubp_x86.ByteRanges()))
+            self.taken[module])
 
     def _plan_either(self, strategies, *what):
         """_plan_one by the first strategy that does not refuse."""
@@ -9867,7 +9937,8 @@ class Planner:
 
     def keep_only(self, patches):
         """Give back the bytes of every window but those of {…: Patch}."""
-        self.taken, self.windows, self._kept = {}, {}, {}
+        self.taken.clear()
+        self.windows, self._kept = {}, {}
         self._slots, self._stuck = {}, set()
         self.patches, self._undo, self._pages = patches, [], {}
         self._borrowers = [patch for patch in patches.values()
@@ -9913,7 +9984,7 @@ class Planner:
         """
         module = site.module
         starts, refusal = [site.vaddr], None
-        taken = self.taken.setdefault(module, ubp_x86.ByteRanges())
+        taken = self.taken[module]
 
         def plan(vaddr, through=0, may_borrow=False):
             window = ubp_x86.plan_window(
@@ -10087,6 +10158,9 @@ class Planner:
         if bounds is None:
             return None
         start, size, end = bounds
+        at = bisect.bisect_left(starts, start)
+        if starts[at:at + 1] == [start]:
+            return known[at]            # vaddr is in its padding
         end = min(max(end, start + size), start + size + PAGE)
         code = _cut(self._text_of(module), start, end - start)
         if len(code) < size:
@@ -10095,10 +10169,8 @@ class Planner:
             start, size, code, tuple(module.entries_in(start + 1, end)),
             module.guarded(start, start + size),
             tuple(module.words_in(start + 1, end)))
-        at = bisect.bisect_left(starts, start)
-        if starts[at:at + 1] != [start]:
-            starts.insert(at, start)
-            known.insert(at, function)
+        starts.insert(at, start)
+        known.insert(at, function)
         return function
 
     def _text_of(self, module):
@@ -10174,6 +10246,8 @@ class Planner:
         """The target's memory. Sites that are planned together look at the
         same pages: each is read once, until settle() or keep_only()."""
         first, data = vaddr & -PAGE, b""
+        if first + PAGE >= vaddr + size and first in self._pages:
+            return self._pages[first][vaddr - first:vaddr - first + size]
         for page in range(first, vaddr + size, PAGE):
             if page not in self._pages:
                 self._pages[page] = self.read(page, PAGE)
@@ -10189,10 +10263,11 @@ class Planner:
         text, old = self._text_of(module), []
         undo = [(vaddr, b"", data) for patch in patches_in(
             self.patches, window) + self._borrowers
-            for vaddr, data in patch.old.items()]
-        for low, high in window.ranges + ((
-                (window.slot, window.slot + ubp_x86.JUMP_SIZE),)
-                if window.lender else ()):
+            for vaddr, data in patch.old.items()] if self.patches else ()
+        ranges = window.ranges
+        if window.lender:
+            ranges += (window.slot, window.slot + ubp_x86.JUMP_SIZE),
+        for low, high in ranges:
             n_patched = 2 if window.slot and low == window.site else 5
             memory = self._memory(low, max(high - low, n_patched))
             if undo:
@@ -10203,7 +10278,8 @@ class Planner:
                 raise RefusalError(
                     "changed text", "the text at 0x%x differs from its file: "
                     "%s" % (low, _who_changed(self.pid, memory)), low)
-            if _is_under_uprobe(module, low, high, self._uprobes):
+            if self._uprobes and _is_under_uprobe(module, low, high,
+                                                  self._uprobes):
                 raise RefusalError("uprobe", "a kernel uprobe is set there",
                                    low)
         return tuple(reversed(old))     # a slot's jump is written first

@@ -1093,8 +1093,9 @@ _IN_32_BIT = {byte: cell for opcodes, cell in _lines(IN_32_BIT)
 # pure Python. One idea: an instruction's *head* (prefixes, opcode, modrm,
 # sib) settles all but the values of its displacement and immediate, and few
 # heads make up a program. A head is decoded once, by the tables above, into a
-# Form; Forms hang in a trie of dicts keyed by the head's bytes, and an Insn
-# is a Form at a vaddr. Invariant: the trie only remembers; it never decides.
+# Form; Forms hang in a trie of dicts, keyed by the first two bytes, then by
+# one byte each, and an Insn is a Form at a vaddr. Invariant: the trie only
+# remembers; it never decides.
 
 # Form.prefixes: which prefixes stand before the opcode.
 O16, A32, LOCK, REPZ, REPNZ, CS, SEGMENT = 1, 2, 4, 8, 16, 32, 64
@@ -1106,6 +1107,7 @@ _INT32 = struct.Struct("<i").unpack_from
 _INT64 = struct.Struct("<q").unpack_from
 _UINT32 = struct.Struct("<I").unpack_from
 _MAX_FORMS = 1 << 16                          # or hostile code fills memory
+_SIZE_OF = operator.itemgetter(0)             # of a Form
 
 # What follows modrm under 32- or 64-bit addressing, SDM table 2-2: whether a
 # sib byte, and the size of the displacement but for sib.base = 5.
@@ -1396,47 +1398,63 @@ def _learn(code, pos, vaddr, bits):
         if _PAGES[0x0f][code[form.imm_offset]] == "--":
             raise _undefined(code, form.size, vaddr)
         return form
-    node = _TRIES[bits]
+    trie = _TRIES[bits]
     if _N_FORMS[bits] >= _MAX_FORMS:
-        node.clear()
+        trie.clear()
         _N_FORMS[bits] = 0
     _N_FORMS[bits] += 1
-    for byte in code[:head - 1]:
-        node = node.setdefault(byte, {})
-    node[code[head - 1]] = form
+    first = code[0]
+    if head == 1:                             # whatever is behind it
+        trie.update(dict.fromkeys(range(first, first + 0x10000, 0x100),
+                                  form))
+    elif head == 2:
+        trie[first | code[1] << 8] = form
+    else:
+        node = trie.setdefault(first | code[1] << 8, {})
+        for byte in code[2:head - 1]:
+            node = node.setdefault(byte, {})
+        node[code[head - 1]] = form
     return form
 
 
-class _Walk:
-    """Code, decoded from end to end: lists of what begins where.
+def _pairs(code):
+    """Return an array of each byte of code with the next one, or with 0."""
+    pairs = bytearray(2 * len(code))
+    pairs[::2], pairs[1::2] = code, code[1:] + b"\0"[:len(code)]
+    return array.array("H", bytes(pairs))
 
-    starts, forms     the vaddr and the Form of each instruction
-    marks, marked     offset and Form of those whose Form is_marked
-    Raises DecodeError at the first byte that begins no instruction.
+
+def _walk(code, vaddr, bits=64):
+    """Return the Forms of all instructions of code, from end to end.
+
+    Raises DecodeError at the first byte that begins none.
     """
-
-    def __init__(self, code, vaddr, bits=64):
-        self.starts, self.forms, self.marks, self.marked = [], [], [], []
-        pos, end, trie, node = 0, len(code), _TRIES[bits], dict
-        add_start, add_form = self.starts.append, self.forms.append
-        while pos < end:            # each name that is local here saves time
-            try:
-                at, form = pos, trie[code[pos]]
+    forms, pos, end, trie, node = [], 0, len(code), _TRIES[bits], dict
+    add, pairs = forms.append, _pairs(code)
+    while pos < end:                # each name that is local here saves time
+        try:
+            form = trie[pairs[pos]]
+            if type(form) is node:
+                form, at = form[code[pos + 2]], pos + 3
                 while type(form) is node:
-                    at += 1
                     form = form[code[at]]
-            except (KeyError, IndexError):
-                form = _learn(code, pos, vaddr + pos, bits)
-            add_start(vaddr + pos)
-            add_form(form)
-            if form[-1]:
-                self.marks.append(pos)
-                self.marked.append(form)
-            pos += form[0]
-        if pos > end:
-            pos -= form[0]
-            raise _undefined(code[pos:], 15, vaddr + pos,
-                             "the bytes end within it")
+                    at += 1
+        except (KeyError, IndexError):
+            form = _learn(code, pos, vaddr + pos, bits)
+        add(form)
+        pos += form[0]
+    if pos > end:
+        pos -= form[0]
+        raise _undefined(code[pos:], 15, vaddr + pos,
+                         "the bytes end within it")
+    return forms
+
+
+def _starts(forms, vaddr):
+    """Yield where each of forms begins, and where the last one ends, if
+    the first is at vaddr."""
+    return itertools.accumulate(itertools.chain(
+        (vaddr,), map(_SIZE_OF, forms)))
 
 
 def sweep(code, vaddr, bits=64):
@@ -1444,8 +1462,8 @@ def sweep(code, vaddr, bits=64):
 
     Raises DecodeError if there is a byte that begins none.
     """
-    walk = _Walk(code, vaddr, bits)
-    return zip(map((-vaddr).__add__, walk.starts), walk.forms)
+    forms = _walk(code, vaddr, bits)
+    return zip(_starts(forms, 0), forms)
 
 
 def aim(form, code, pos, vaddr):
@@ -1469,10 +1487,11 @@ def decode(code, vaddr, bits=64):
     bits   64, or 32 for compatibility and protected mode
     Raises DecodeError for what the tables do not define, and where code ends.
     """
-    code, at, form = bytes(code[:15]), 0, _TRIES[bits]
+    code, at = bytes(code[:15]), 2
     if not code:
         raise DecodeError("no bytes", vaddr)
     try:
+        form = _TRIES[bits][int.from_bytes(code[:2], "little")]
         while form.__class__ is dict:
             form = form[code[at]]
             at += 1
@@ -1967,6 +1986,12 @@ def _byte_class(low, high, shift):
                               for value in range(first, last + 1))
 
 
+def _halves(keys):
+    """Return the lower and the upper halves of 64-bit keys, as arrays."""
+    halves = array.array("I", array.array("Q", keys).tobytes())
+    return halves[::2], halves[1::2]    # x86 has the lower one first
+
+
 class BranchScan:
     """All direct branches that a module's executable bytes could hold.
 
@@ -2062,7 +2087,7 @@ class BranchScan:
 
     def make_tables(self):
         """Return the sorted tables, for scans of the same text elsewhere."""
-        return self._build() if self.segments else (array.array("q"),) * 2
+        return self._build() if self.segments else (_halves(()),) * 2
 
     def take_tables(self, tables):
         """Use what make_tables() of a scan of an equal text has returned."""
@@ -2070,34 +2095,37 @@ class BranchScan:
 
     def _between(self, table, low, high, own=range(0)):
         """Return [(source, target)] of a sorted table, without own."""
-        base = self._base
-        first = bisect.bisect_left(table, (low - base) << 32)
-        last = bisect.bisect_left(table, (high - base) << 32, first)
-        start, stop = own.start - base, own.stop - base
-        return [((key & 0xffffffff) + base, (key >> 32) + base)
-                for key in table[first:last]
-                if not start <= key & 0xffffffff < stop]
+        (sources, targets), base = table, self._base
+        first = bisect.bisect_left(targets, low - base)
+        last = bisect.bisect_left(targets, high - base, first)
+        found, start, stop = (sources[first:last], own.start - base,
+                              own.stop - base)
+        if not found or start <= min(found) and max(found) < stop:
+            return []               # as of most functions
+        return [(source + base, target + base)
+                for source, target in zip(found, targets[first:last])
+                if not start <= source < stop]
 
     def _build(self):
-        """Return the sorted arrays of target << 32 | source: of branches,
-        and of operands."""
+        """Return the sorted tables, of branches and of operands: an array
+        of sources and one of targets, relative to the first segment."""
         last, code = self.segments[-1]
         span = last + len(code) - self._base
         if span >= 1 << 31:
             raise UbpError("scan", "0x%x" % self._base, "2 GiB of code")
         tail = b"(?=..%s%s)" % (_byte_class(-span, span, 16),
                                 _byte_class(-span, span, 24))
-        branches, operands = (self._sorted(kinds, tail, span) for kinds in (
-            _REL32, [(re.escape(_RIP_MODRM[n:n + 1]), 1) for n in range(8)]))
         words = [(value - self._base << 32) + place - self._base
                  for place, value in self._words(self._base,
                                                  self._base + span)]
-        return branches, array.array("q", sorted(operands.tolist() + words)
-                                     ) if words else operands
+        return (self._sorted(_REL32, tail, span),
+                self._sorted([(re.escape(_RIP_MODRM[n:n + 1]), 1)
+                              for n in range(8)], tail, span, words))
 
-    def _sorted(self, kinds, tail, span):
-        """Return the array of all that _REL32's like of kinds lead to."""
-        keys = []
+    def _sorted(self, kinds, tail, span, keys=()):
+        """Return the table of all that _REL32's like of kinds lead to, and
+        of other keys: each is target << 32 | source."""
+        keys = list(keys)
         for vaddr, code in self.segments:
             here = vaddr - self._base
             for opcode, size in kinds:
@@ -2110,8 +2138,7 @@ class BranchScan:
                          + start + source for start in starts]
         keys.sort()
         first = bisect.bisect_left(keys, 0)
-        return array.array("q", keys[first:bisect.bisect_left(
-            keys, span << 32)])
+        return _halves(keys[first:bisect.bisect_left(keys, span << 32)])
 
     def _words(self, low, high):
         """Return [(vaddr, value)] of the 32-bit words at any offset that are
@@ -2150,26 +2177,22 @@ class BranchScan:
         return tuple([each for each in kind if low <= each[1] < high]
                      for kind in found)
 
-    def _short(self, low, high):
-        """Return [(source, target)] of the rel8 branches."""
+    def _short(self, low, high, own=range(0)):
+        """Return [(source, target)] of the rel8 branches, without own."""
         found, width = [], high - low
-        for base, code in self.segments:
-            start = max(low - 129 - base, 0)
-            near = code[start:max(high + 128 - base, 0)]
-            skip = low - base - start - 2 + 128
-            for at in itertools.compress(range(len(near) - 1),
-                                         near.translate(_IS_REL8)):
-                to = at + (near[at + 1] ^ 128) - skip
-                if 0 <= to < width:
-                    found.append((base + start + at, low + to))
+        first, last = low - 129, high + 127     # sources are within these
+        for first, last in ((first, min(last, own.start)), (
+                max(first, own.stop), last)) if own else ((first, last),):
+            for base, code in self.segments if first < last else ():
+                start = max(first - base, 0)
+                near = code[start:max(last + 1 - base, 0)]
+                skip = low - base - start - 2 + 128
+                for at in itertools.compress(range(len(near) - 1),
+                                             near.translate(_IS_REL8)):
+                    to = at + (near[at + 1] ^ 128) - skip
+                    if 0 <= to < width:
+                        found.append((base + start + at, low + to))
         return found
-
-    def is_conditional(self, source):
-        """Tell whether the rel32 branch at source begins with 0f, a jcc."""
-        for base, code in self.segments:
-            if base <= source < base + len(code):
-                return code[source - base] == 0x0f
-        return False
 
     # -- Proofs: what the functions round a candidate say of it.
 
@@ -2181,6 +2204,32 @@ class BranchScan:
             self._analyses[function.vaddr] = known
         return known
 
+    def links(self, analysis):
+        """Return far() of a function and its padding, but of the branches
+        to its first byte only the jccs, which begin with 0f: no calls."""
+        if analysis.links is None:
+            low = analysis.function.vaddr
+            to_low = self.far(low, low + 1, analysis.own)
+            analysis.links = [
+                (source, low) for base, code in self.segments
+                for source, _ in to_low if base <= source < base + len(code)
+                and code[source - base] == 0x0f] + self.far(
+                    low + 1, analysis.padding_end, analysis.own)
+        return analysis.links
+
+    def arriving(self, analysis, low, high):
+        """Return entering(low, high), which is within a function and behind
+        its first byte. What it has itself is known, if it is entered nowhere
+        else: only bytes outside of it need be looked at."""
+        covered, strays = self._proved(analysis.function)
+        own = analysis.own
+        if (not covered or strays or not own
+                or not analysis.inside.isdisjoint(range(low, high))):
+            return self.entering(low, high)
+        return [(source, target) for source, target in
+                self._short(low, high, own) + self.links(analysis)
+                if low <= target < high and not self.is_refuted(source)]
+
     def is_refuted(self, source):
         """Tell whether the bytes at source are proven to be no branch.
 
@@ -2191,14 +2240,11 @@ class BranchScan:
         function = self.function_at(source)
         if function is None:
             return False
-        sources, covered, _ = self._proved(function)
+        covered, strays = self._proved(function)
         if source < covered:
-            return not _has(sources, source)
+            return not self.analysis(function).has_branch(source, strays)
         reached = self._behind_it(function, covered, source)
-        return reached is not None and not any(
-            insn.target is not None
-            and insn.vaddr + insn.opcode_offset == source
-            for insn in reached)
+        return reached is not None and not _is_branch(reached, source)
 
     def _behind_it(self, function, covered, vaddr):
         """Return _reached_behind(function), made once; None if unknown, or
@@ -2219,24 +2265,17 @@ class BranchScan:
         return proof
 
     def _proof(self, function):
-        """Return (sorted sources of branches, end of what they cover, Insns
-        on ways that enter it in the middle of an instruction)."""
-        low, end = function.vaddr, function.vaddr + function.size
+        """Return (end of what is known, Insns on ways that enter it in the
+        middle of an instruction)."""
         try:
             analysis = self.analysis(function)
-            own = analysis.own
             insns = analysis.follow([
-                target for source, target in self.far(low + 1, end, own)
+                target for source, target in self.links(analysis)
                 if analysis.is_middle(target)
                 and self._is_branch_of_another(function, source)])
         except RefusalError:
-            return array.array("Q"), 0, ()
-        strays = analysis.strays + insns
-        if not insns:
-            return analysis.sources, analysis.padding_end, strays
-        return array.array("Q", sorted(analysis.sources.tolist() + [
-            insn.vaddr + insn.opcode_offset for insn in insns
-            if insn.target is not None])), analysis.padding_end, strays
+            return 0, ()
+        return analysis.padding_end, analysis.strays + insns
 
     def _reached_behind(self, function):
         """Return [Insn] of all behind a function, up to the end of its
@@ -2284,7 +2323,7 @@ class BranchScan:
         at place, or None if it is proven that there is none."""
         function = self.function_at(place)
         if function is not None:
-            _, covered, strays = self._proved(function)
+            covered, strays = self._proved(function)
             if place < covered:
                 analysis = self.analysis(function)
                 at = bisect.bisect_right(analysis.starts, place) - 1
@@ -2343,7 +2382,8 @@ class BranchScan:
         if other.vaddr == function.vaddr:
             return False
         try:
-            return _has(self.analysis(other).sources, source)
+            analysis = self.analysis(other)
+            return analysis.has_branch(source, analysis.strays)
         except RefusalError:
             return True
 
@@ -2410,6 +2450,12 @@ def _up_to(read, vaddr, size):
     return (read(vaddr, size) if size else None) or b""
 
 
+def _is_branch(insns, vaddr):
+    """Tell whether the opcode of a direct branch of insns is at vaddr."""
+    return any(insn.target is not None
+               and insn.vaddr + insn.opcode_offset == vaddr for insn in insns)
+
+
 def _has(vaddrs, vaddr):
     """Tell whether the sorted array holds vaddr."""
     index = bisect.bisect_left(vaddrs, vaddr)
@@ -2454,10 +2500,9 @@ def _has_rseq(code):
 
 _ENDS = frozenset((RET, JMP, JMP_IND))       # control does not go on
 _IS_MARKED = operator.itemgetter(Form._fields.index("is_marked"))
-_MARKS_OF = operator.itemgetter(slice(7))
-assert _MARKS_OF(Form._fields) == (
-    "size", "flow", "aim", "aim_offset", "aim_size", "opcode",
-    "opcode_offset")
+_MARKS_OF = operator.itemgetter(slice(6))
+assert _SIZE_OF(Form._fields) == "size" and _MARKS_OF(Form._fields) == (
+    "size", "flow", "aim", "aim_offset", "aim_size", "opcode")
 
 
 class Analysis:
@@ -2477,8 +2522,6 @@ class Analysis:
     own          vaddrs that no other function can hold
     targets      vaddrs inside that its own direct branches lead to
     inside       the same, those of its calls too, but not of strays
-    sources      sorted vaddrs of the opcodes of all its direct branches,
-                 strays included
     padding_end  end of the function and of the padding behind it
 
     There are as many as functions, so what is empty is a constant: each
@@ -2487,17 +2530,19 @@ class Analysis:
 
     __slots__ = (
         "function end forms starts padding_end indirect data entries own "
-        "strays targets inside sources last_flow jumps family rseq known "
-        "tables stored parts is_guessed references _ways _named").split()
+        "strays targets inside last_flow jumps family rseq known "
+        "tables stored parts links is_guessed references _ways _named").split()
 
-    def __init__(self, function, walk):
+    def __init__(self, function, forms):
         low, end = function.vaddr, function.vaddr + function.size
-        self.function, self.end, self.forms = function, end, walk.forms
-        self.starts = array.array("Q", walk.starts)
+        self.function, self.end, self.forms = function, end, forms
+        starts = list(_starts(forms, low))
+        starts.pop()                                # the end
+        self.starts = array.array("Q", starts)
         self.padding_end = low + _PADDING.match(
             function.code, function.size).end()
         data, taken = set(), set()
-        sources, targets, astray = self._marks(walk, data, taken)
+        targets, astray = self._marks(starts, data, taken)
         words = [word for word in function.words
                  if not self._is_nothing(word)]
         taken.update(function.entries)
@@ -2509,16 +2554,15 @@ class Analysis:
         self.own = range(low, low if self.entries else end)
         self.strays = self.follow(firm, words)
         for insn in self.strays:
-            if insn.target is not None:
-                sources.append(insn.vaddr + insn.opcode_offset)
-                if insn.flow != CALL and low <= insn.target < end:
-                    targets.append(insn.target)
+            if (insn.target is not None and insn.flow != CALL
+                    and low <= insn.target < end):
+                targets.append(insn.target)
         self.targets = frozenset(targets)
         if self.targets == self.inside:
             self.inside = self.targets
-        self.sources = array.array("Q", sorted(sources))
-        self.last_flow = walk.forms[-1].flow if walk.forms else NEXT
-        self.family = self.rseq = self.parts = None     # when asked for
+        self.last_flow = forms[-1].flow if forms else NEXT
+        # When asked for:
+        self.family = self.rseq = self.parts = self.links = None
         self.jumps = self.references = self._ways = self._named = None
         self.known = self.tables = self.stored = ()
         self.is_guessed = False
@@ -2526,42 +2570,49 @@ class Analysis:
             self.known, self.tables = {}, collections.OrderedDict()
             self.stored = set()
 
-    def _marks(self, walk, data, taken):
+    def _marks(self, starts, data, taken):
         """Look at the instructions that have an aim or jump indirectly.
 
-        -> (vaddrs of the opcodes of direct branches, their targets within
-        the function, those of them and of calls that are no instruction).
-        What is read or whose address is taken, in its padding too, is put
-        into data and taken.
+        -> (targets of direct branches within the function, those of them
+        and of calls that are no instruction). What is read or whose address
+        is taken, in its padding too, is put into data and taken.
         """
         code, low = self.function.code, self.function.vaddr
-        sources, targets, inside, indirect = [], [], [], []
-        n_padded = self.padding_end - low
-        target, call, n_bytes = _TARGET, CALL, self.function.size
-        for pos, (size, flow, kind, offset, width, opcode, skip) in zip(
-                walk.marks, map(_MARKS_OF, walk.marked)):
-            # Offsets instead of vaddrs, as small numbers are cheaper.
+        targets, called, indirect = [], [], []
+        n_padded, n_bytes = self.padding_end - low, self.function.size
+        target, call = _TARGET, CALL
+        is_marked = list(map(_IS_MARKED, self.forms))
+        for vaddr, (size, flow, kind, offset, width, opcode) in zip(
+                itertools.compress(starts, is_marked),
+                map(_MARKS_OF, itertools.compress(self.forms, is_marked))):
+            pos = vaddr - low       # small numbers are cheaper
             if width == 4:
                 to = pos + size + _INT32(code, pos + offset)[0]
             elif width == 1:
                 to = pos + size + (code[pos + offset] ^ 128) - 128
             else:
-                indirect.append(low + pos)
+                indirect.append(vaddr)
                 continue
             if kind == target:
-                sources.append(low + pos + skip)
                 if 0 <= to < n_bytes:
-                    inside.append(low + to)
-                    if flow != call:
-                        targets.append(low + to)
+                    (called if flow == call else targets).append(low + to)
                 continue
             if flow == JMP_IND:
-                indirect.append(low + pos)
+                indirect.append(vaddr)
             if 0 <= to < n_padded:
                 (taken if opcode == 0x8d else data).add(low + to)
-        self.inside, self.indirect = frozenset(inside), tuple(indirect)
-        astray = self.inside.difference(walk.starts) if inside else ()
-        return sources, targets, [to for to in inside if to in astray]
+        self.inside, self.indirect = frozenset(targets + called), tuple(
+            indirect)
+        return targets, sorted(self.inside.difference(starts)
+                               ) if self.inside else []
+
+    def has_branch(self, vaddr, strays):
+        """Tell whether a direct branch of the function, or one of strays,
+        has its opcode at vaddr."""
+        place = bisect.bisect_right(self.starts, vaddr) - 1
+        form = self.forms[place]
+        return (form.aim == _TARGET and vaddr == self.starts[place]
+                + form.opcode_offset or _is_branch(strays, vaddr))
 
     def place(self, vaddr):
         """Return the place in starts of vaddr, -1 if none starts there."""
@@ -2704,10 +2755,10 @@ def analyse(function):
     Raises RefusalError ("unknown instruction") unless all of it decodes.
     """
     try:
-        walk = _Walk(function.code[:function.size], function.vaddr)
+        forms = _walk(function.code[:function.size], function.vaddr)
     except DecodeError as error:
         raise _unknown(function, error) from error
-    return Analysis(function, walk)
+    return Analysis(function, forms)
 
 
 def _unknown(function, error):
@@ -3346,7 +3397,7 @@ def _indirect_exit(analysis, vaddr, family, branches):
 _FLAGS_AT = 16                  # flags share a mask with the registers
 _ALL = ALL_FLAGS << _FLAGS_AT | ALL_GPRS
 _N_LIVENESS = 128               # instructions looked at per site
-_masks = {}     # id of a Form -> (reads, what it keeps, does it branch, Form)
+_masks = {}     # id of a Form -> (reads, leaves, does it branch, Form)
 _known_effects = {}             # Form -> Effects
 
 
@@ -3369,16 +3420,17 @@ def _effects_of(insn):
     return known
 
 
-def _reads_and_keeps(insn):
-    """Return what insn reads and what it does not overwrite, as two masks;
-    whether it branches; and its Form, which keeps the id from another."""
+def _reads_and_leaves(insn):
+    """Return what insn reads and what it neither reads nor overwrites, as
+    two masks; whether it branches; and its Form, which keeps the id from
+    another."""
     form = insn.form
     reads, writes, flags_read, flags_written = effects(insn)
     known = (reads | flags_read << _FLAGS_AT,
-             ~(writes | flags_written << _FLAGS_AT),
+             ~(reads | writes | (flags_read | flags_written) << _FLAGS_AT),
              form.is_marked and form.flow in (JCC, JMP), form)
     if form.flow not in (NEXT, JCC, JMP):
-        known = _ALL, -1, False, form
+        known = _ALL, 0, False, form
     if not _depends_on_count(form):
         if len(_masks) > 50000:
             _masks.clear()
@@ -3398,23 +3450,26 @@ def liveness(analysis, site):
     pending = [(analysis.place(site), _ALL)]
     while pending:
         place, open_ = pending.pop()
-        while True:
-            before = seen[place] if place in seen else 0
-            open_ &= ~(live | before)
-            if not open_:
-                break
+        open_ &= ~live
+        while open_:
+            if place in seen:
+                open_ &= ~seen[place]
+                if not open_:
+                    break
+                seen[place] |= open_
+            else:
+                seen[place] = open_
             n_left -= 1
             if n_left < 0 or not 0 <= place < n_forms:
                 live |= open_
                 break
-            seen[place] = before | open_
             try:
-                reads, keeps, is_branch, form = known[id(forms[place])]
+                reads, leaves, is_branch, form = known[id(forms[place])]
             except KeyError:
-                reads, keeps, is_branch, form = _reads_and_keeps(
+                reads, leaves, is_branch, form = _reads_and_leaves(
                     analysis.insn(place))
             live |= open_ & reads
-            open_ &= keeps
+            open_ &= leaves
             if is_branch:
                 target = analysis.place(
                     analysis.aim(form, analysis.starts[place])[0])
@@ -4221,7 +4276,7 @@ def _refuse_arrivals(analysis, site, end, n_insns, limits, inner=()):
                                "function leads to 0x%x, in the middle of an "
                                "instruction" % insn.vaddr, site)
     family = _family(analysis, limits.branches)
-    for source, target in limits.branches.entering(site + 1, end):
+    for source, target in limits.branches.arriving(analysis, site + 1, end):
         if (source, target) not in inner:
             raise RefusalError(
                 "branch into window", "the branch at 0x%x leads to 0x%x in "
@@ -4255,9 +4310,8 @@ def _family(analysis, branches):
     conditional one to it, that is not refuted. Calls of it are neither.
     """
     if analysis.family is None:
-        analysis.family = _kin(analysis, branches, branches.far(
-            analysis.function.vaddr, analysis.padding_end, analysis.own),
-            _INDIRECT.search)
+        analysis.family = _kin(analysis, branches, branches.links(analysis),
+                               _INDIRECT.search)
     return analysis.family
 
 
@@ -4267,9 +4321,9 @@ def _parts(analysis, branches):
     if analysis.parts is None:
         low, end = analysis.function.vaddr, analysis.padding_end
         analysis.parts = _kin(
-            analysis, branches, branches.into(low, min(low + 128, end))
-            + branches.into(max(low, end - 128), end)
-            + branches.far(low, end, analysis.own), bool)
+            analysis, branches, branches.into(low + 1, min(low + 128, end))
+            + branches.into(max(low + 1, end - 128), end)
+            + branches.links(analysis), bool)
     return analysis.parts
 
 
@@ -4277,11 +4331,9 @@ def _kin(analysis, branches, candidates, is_wanted):
     """Return [analysis] and the Analyses of those parts of it that branch
     into it by one of candidates and whose code is_wanted."""
     family, seen = [analysis], {analysis.function.vaddr}
-    low = analysis.function.vaddr
     own = analysis.own
-    for source, target in candidates:
-        if (source in own or target == low
-                and not branches.is_conditional(source)):
+    for source, _ in candidates:
+        if source in own:
             continue
         other = branches.function_at(source)
         if (other is None or other.vaddr in seen
@@ -7838,6 +7890,13 @@ def count_trampoline(window, vaddr, index, shards):
     """
     return _with_copies(window, vaddr,
                         count_body(window, vaddr, index, shards))
+
+
+def count_size(window, vaddr, shards):
+    """Return the size of count_trampoline(). Raises RelocationError."""
+    move = relocate_trapped if window.is_trap else relocate
+    return sum([len(move(insn, vaddr)) for insn in window.insns],
+               len(count_body(window, vaddr, 0, shards)) + JUMP_SIZE)
 
 
 def _with_copies(window, vaddr, code):
