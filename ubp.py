@@ -1641,11 +1641,12 @@ class Functions:
     def next_mark(self, vaddr):
         """The next symbol, FDE or end of code, at or behind a vaddr."""
         code = _range_at(self.ranges, vaddr)
-        marks = [code[1] if code else vaddr]
+        mark = code[1] if code else vaddr
         for values in self._marks:
             at = bisect.bisect_left(values, vaddr)
-            marks += values[at:at + 1]
-        return min(marks)
+            if at < len(values) and values[at] < mark:
+                mark = values[at]
+        return mark
 
     def start_of(self, vaddr):
         """Where the function that holds vaddr begins, or None.
@@ -2908,15 +2909,15 @@ class Module:
         tells. The padding ends where the next symbol, FDE or section
         begins; whether it is padding, its bytes must show.
         """
-        table = self._functions
-        start = table.start_of(vaddr - self.bias)
+        table, bias = self._functions, self.bias
+        start = table.start_of(vaddr - bias)
         if start is None:
-            start = table.last_start(vaddr - self.bias)
+            start = table.last_start(vaddr - bias)
         if start is None:
             return None
         size = table.size(start)
-        end = table.next_mark(start + max(size, 1))
-        return start + self.bias, size, end + self.bias
+        return start + bias, size, bias + table.next_mark(
+            start + max(size, 1))
 
     def fde(self, vaddr):
         """The Fde that holds a vaddr, with vaddrs of the process, or None."""
@@ -9650,6 +9651,7 @@ class Planner:
         self._undo = []             # [(Window.site, [what it replaced])]
         self._through = 0           # what the next window must hold, too
         self._named = 0             # mask of registers that probes read
+        self._spec = None           # the last one whose are among them
         self.patches = {}           # {window.site: Patch} that are armed
         self._borrowers = []        # those whose window has a lender
         # () -> the Sites that have a debug register; vaddrs that will have
@@ -9694,7 +9696,9 @@ class Planner:
         spec names no body planned from now on may change, even where the
         program needs it no more: a later site would see what it left.
         """
-        self._named |= ubp_x86.input_registers(spec)
+        if spec is not self._spec:
+            self._named |= ubp_x86.input_registers(spec)
+            self._spec = spec
         window, absorbed = self.windows.get(site.vaddr), None
         if window is not None and is_trap and (
                 site.vaddr not in self._kept[window.site][2]):
@@ -9734,7 +9738,8 @@ class Planner:
         """A SitePlan with what its window says: place, size, old bytes."""
         site, window, spec, at = plan.site, plan.window, plan.spec, 0
         dead, parts = (0, False), []
-        _refuse_changed_inputs(window, site.vaddr, spec)
+        if window.kept:
+            _refuse_changed_inputs(window, site.vaddr, spec)
         if plan.is_taken or site.vaddr > window.site:
             at = site.vaddr
             registers, flags = ubp_x86.liveness(self.scan(
@@ -10107,10 +10112,11 @@ class Planner:
 
     def _refuse_watched(self, window):
         """Refuse to displace what a debug register of ours waits for."""
-        there = self._to_watch.union(site.vaddr for site in self.watched())
-        displaced = window.insns[1:] + (
-            window.lender.insns if window.lender else ())
-        for insn in displaced if there else ():
+        there = self._to_watch.union([site.vaddr for site in self.watched()])
+        if not there:
+            return
+        for insn in window.insns[1:] + (
+                window.lender.insns if window.lender else ()):
             if insn.vaddr in there:
                 raise RefusalError("overlap", "a debug register of ubp waits "
                                    "for 0x%x" % insn.vaddr, window.site)
@@ -10152,7 +10158,7 @@ class Planner:
             self._known[module] = [], []
         starts, known = self._known[module]
         at = bisect.bisect_right(starts, vaddr) - 1
-        if at >= 0 and vaddr < starts[at] + known[at].size:
+        if at >= 0 and vaddr - starts[at] < known[at].size:
             return known[at]
         bounds = module.bounds(vaddr)
         if bounds is None:
@@ -10325,7 +10331,7 @@ def _starts_before(analysis, vaddr):
 def _refuse_changed_inputs(window, site, spec):
     """Refuse a body behind instructions that change what it reads; and one
     that may do something else instead of them."""
-    if not window.kept or site >= window.site:
+    if site >= window.site:
         return
     registers, is_written = ubp_x86.kept_changes(window, site)
     if (registers & ubp_x86.input_registers(spec) or spec.action == "call"

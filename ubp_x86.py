@@ -1139,7 +1139,7 @@ class Form(NamedTuple):
     imm_offset: int
     imm_size: int        # 0: none
     bits: int            # 64 or 32
-    is_marked: bool      # it has an aim, or is an indirect jump
+    mark: tuple          # what an Analysis looks at, or (): see _mark_of
 
 
 class Insn(NamedTuple):
@@ -1351,8 +1351,22 @@ def _read_form(code, vaddr, bits):
     return Form(imm_offset + size, flow, aim, aim_offset, aim_size, opcode,
                 start, prefixes, pp, rex, vvvv, modrm, sib,
                 disp_offset if disp_size else 0, disp_size,
-                imm_offset if size else 0, size, bits,
-                aim > 0 or flow == JMP_IND), head_size
+                imm_offset if size else 0, size, bits, _mark_of(
+                    imm_offset + size, flow, aim, aim_offset, aim_size,
+                    opcode)), head_size
+
+
+_JUMPS, _CALLS, _READS, _TAKES = range(4)     # what a mark says is done
+
+
+def _mark_of(size, flow, aim, offset, width, opcode):
+    """(width of the displacement or 0 for an indirect jump, its offset, the
+    size of all, what is done) of what has an aim or jumps indirectly."""
+    if flow == JMP_IND:
+        return 0, offset, size, _READS
+    what = (_READS + (opcode == 0x8d) if aim == _RIP       # lea
+            else _CALLS if flow == CALL else _JUMPS)
+    return (width, offset, size, what) if aim else ()
 
 
 def _disagreement(head, modrm, flow, bits):
@@ -1974,6 +1988,7 @@ _RIP_MODRM = b"\x05\x0d\x15\x1d\x25\x2d\x35\x3d"     # SDM table 2-7
 _IS_REL8 = bytes(byte >> 4 == 7 or byte >> 2 == 0x38 or byte == 0xeb
                  for byte in range(256))      # jcc; loop, jrcxz; jmp
 _BLOCK = 0x10000
+_INDIRECT = re.compile(rb"\xff[\xe0-\xe7\x20-\x27\x60-\x67\xa0-\xa7]")
 _N_STREAMS = 6      # passes that cost less than the sorted table
 
 
@@ -2022,6 +2037,7 @@ class BranchScan:
         self._n_streams = 0 if is_for_many else _N_STREAMS
         # By Function.vaddr:
         self._analyses, self._proofs, self._behind = {}, {}, {}
+        self._may_jump = {}
         self.has_rseq = any(_has_rseq(code) for _, code in self.segments)
 
     def forget(self):
@@ -2029,6 +2045,7 @@ class BranchScan:
         self._analyses.clear()
         self._proofs.clear()
         self._behind.clear()
+        self._may_jump.clear()
 
     def is_executable(self, vaddr):
         """Tell whether vaddr is in one of the segments."""
@@ -2216,6 +2233,15 @@ class BranchScan:
                 and code[source - base] == 0x0f] + self.far(
                     low + 1, analysis.padding_end, analysis.own)
         return analysis.links
+
+    def may_jump(self, function):
+        """Tell whether the bytes of a function hold an indirect jump, at
+        any offset."""
+        known = self._may_jump.get(function.vaddr)
+        if known is None:
+            known = self._may_jump[function.vaddr] = bool(
+                _INDIRECT.search(function.code))
+        return known
 
     def arriving(self, analysis, low, high):
         """Return entering(low, high), which is within a function and behind
@@ -2499,10 +2525,10 @@ def _has_rseq(code):
 # -- Analysis: one function, decoded once for all its sites.
 
 _ENDS = frozenset((RET, JMP, JMP_IND))       # control does not go on
-_IS_MARKED = operator.itemgetter(Form._fields.index("is_marked"))
-_MARKS_OF = operator.itemgetter(slice(6))
-assert _SIZE_OF(Form._fields) == "size" and _MARKS_OF(Form._fields) == (
-    "size", "flow", "aim", "aim_offset", "aim_size", "opcode")
+_MARK_OF = operator.itemgetter(Form._fields.index("mark"))
+_WORDS_OF = operator.itemgetter(slice(13, 17))
+assert _SIZE_OF(Form._fields) == "size" and _WORDS_OF(Form._fields) == (
+    "disp_offset", "disp_size", "imm_offset", "imm_size")
 
 
 class Analysis:
@@ -2541,18 +2567,17 @@ class Analysis:
         self.starts = array.array("Q", starts)
         self.padding_end = low + _PADDING.match(
             function.code, function.size).end()
-        data, taken = set(), set()
-        targets, astray = self._marks(starts, data, taken)
+        targets, astray, data, taken = self._marks(starts)
         words = [word for word in function.words
                  if not self._is_nothing(word)]
-        taken.update(function.entries)
-        firm = astray + sorted(taken)
-        taken.update(words)
-        self.data, self.entries = tuple(sorted(data)), tuple(sorted(
-            vaddr for vaddr in taken if low < vaddr < self.padding_end))
+        firm = astray + sorted({*taken, *function.entries})
+        self.data = tuple(sorted(set(data)))
+        self.entries = tuple(sorted({
+            vaddr for vaddr in taken + words + list(function.entries)
+            if low < vaddr < self.padding_end}))
         # Another function that begins within it has an entry there.
         self.own = range(low, low if self.entries else end)
-        self.strays = self.follow(firm, words)
+        self.strays = self.follow(firm, words) if firm or words else ()
         for insn in self.strays:
             if (insn.target is not None and insn.flow != CALL
                     and low <= insn.target < end):
@@ -2570,41 +2595,37 @@ class Analysis:
             self.known, self.tables = {}, collections.OrderedDict()
             self.stored = set()
 
-    def _marks(self, starts, data, taken):
+    def _marks(self, starts):
         """Look at the instructions that have an aim or jump indirectly.
 
         -> (targets of direct branches within the function, those of them
-        and of calls that are no instruction). What is read or whose address
-        is taken, in its padding too, is put into data and taken.
+        and of calls that are no instruction, what is read, and what has its
+        address taken, also in its padding)
         """
         code, low = self.function.code, self.function.vaddr
-        targets, called, indirect = [], [], []
-        n_padded, n_bytes = self.padding_end - low, self.function.size
-        target, call = _TARGET, CALL
-        is_marked = list(map(_IS_MARKED, self.forms))
-        for vaddr, (size, flow, kind, offset, width, opcode) in zip(
-                itertools.compress(starts, is_marked),
-                map(_MARKS_OF, itertools.compress(self.forms, is_marked))):
+        n_padded, indirect, int32 = self.padding_end - low, [], _INT32
+        found = jumps, calls, reads, taken = [], [], [], []
+        marks = list(map(_MARK_OF, self.forms))
+        for vaddr, (width, offset, size, what) in zip(
+                itertools.compress(starts, marks), filter(None, marks)):
             pos = vaddr - low       # small numbers are cheaper
             if width == 4:
-                to = pos + size + _INT32(code, pos + offset)[0]
+                to = pos + size + int32(code, pos + offset)[0]
             elif width == 1:
                 to = pos + size + (code[pos + offset] ^ 128) - 128
             else:
                 indirect.append(vaddr)
-                continue
-            if kind == target:
-                if 0 <= to < n_bytes:
-                    (called if flow == call else targets).append(low + to)
-                continue
-            if flow == JMP_IND:
-                indirect.append(vaddr)
+                if not offset:
+                    continue
+                to = pos + size + int32(code, pos + offset)[0]
             if 0 <= to < n_padded:
-                (taken if opcode == 0x8d else data).add(low + to)
-        self.inside, self.indirect = frozenset(targets + called), tuple(
-            indirect)
-        return targets, sorted(self.inside.difference(starts)
-                               ) if self.inside else []
+                found[what].append(low + to)
+        targets = [to for to in jumps if to < self.end]
+        self.inside = frozenset(targets + [to for to in calls
+                                           if to < self.end])
+        self.indirect = tuple(indirect)
+        return targets, sorted(self.inside.difference(
+            starts)) if self.inside else [], reads, taken
 
     def has_branch(self, vaddr, strays):
         """Tell whether a direct branch of the function, or one of strays,
@@ -2623,8 +2644,10 @@ class Analysis:
 
     def at(self, vaddr):
         """Return the Insn that starts at vaddr, None if none does."""
-        place = self.place(vaddr)
-        return None if place < 0 else self.insn(place)
+        place = bisect.bisect_left(self.starts, vaddr)
+        if place == len(self.starts) or self.starts[place] != vaddr:
+            return None
+        return self.insn(place)
 
     def before(self, vaddr):
         """Return the Insn in front of the one at vaddr, or None."""
@@ -2650,12 +2673,13 @@ class Analysis:
         """Return the vaddrs that instructions of the function name, as a
         rip-relative operand or a 32-bit constant."""
         code, low, found = self.function.code, self.function.vaddr, set()
-        for form, vaddr in zip(self.forms, self.starts):
-            if form.disp_size == 4:
-                found.add(_UINT32(code, vaddr - low + form.disp_offset)[0])
+        for form, vaddr, (disp_offset, disp_size, imm_offset, imm_size) in zip(
+                self.forms, self.starts, map(_WORDS_OF, self.forms)):
+            if disp_size == 4:
+                found.add(_UINT32(code, vaddr - low + disp_offset)[0])
                 found.add(aim(form, code, vaddr - low, vaddr)[1])
-            if form.imm_size == 4:
-                found.add(_UINT32(code, vaddr - low + form.imm_offset)[0])
+            if imm_size == 4:
+                found.add(_UINT32(code, vaddr - low + imm_offset)[0])
         return found - {None}
 
     def can_name(self, low, end):
@@ -2681,8 +2705,7 @@ class Analysis:
         if is_aim and self._ways is None:
             self._ways = collections.defaultdict(list)
             for form, source in itertools.compress(
-                    zip(self.forms, self.starts), map(_IS_MARKED,
-                                                      self.forms)):
+                    zip(self.forms, self.starts), map(_MARK_OF, self.forms)):
                 target = self.aim(form, source)[0]
                 if target is not None:
                     self._ways[target].append(source)
@@ -2886,14 +2909,14 @@ def resolve_jumps(analysis, read, is_executable):
 
 def _confirm(analysis):
     """Forget the tables found with jumps unknown that are not the same with
-    all of them known."""
+    all of them known; and stored pointers, to which tables add ways."""
     if len(analysis.known) < len(analysis.indirect):
         return
     tables = list(analysis.tables.items())
     for vaddr, table in tables if analysis.is_guessed else tables[:-1]:
         if _table_of(analysis, analysis.at(vaddr)) != table:
             del analysis.known[vaddr]
-    for vaddr in list(analysis.stored):
+    for vaddr in list(analysis.stored if tables else ()):
         if not _is_stored(analysis, analysis.at(vaddr)):
             analysis.stored.remove(vaddr)
             del analysis.known[vaddr]
@@ -3248,6 +3271,15 @@ def _run_of_code(vaddr, entry_size, count, read, is_executable):
     return found
 
 
+def _sizes_of_entries(vaddr, read, is_executable):
+    """Return the sizes of which the first word at vaddr leads to code."""
+    word = read(vaddr, 8)
+    if not word:
+        return (8, 4)                           # four there may be
+    return ((8,) * is_executable(_INT64(word)[0])
+            + (4,) * is_executable(vaddr + _INT32(word)[0]))
+
+
 def _refers_into(analysis, low, high, read, is_executable,
                  but_known=False):
     """Return whether the function names [low, high), or a table that leads
@@ -3264,7 +3296,8 @@ def _refers_into(analysis, low, high, read, is_executable,
         if but_known and analysis.tables:
             names -= {table.vaddr for table in analysis.tables.values()}
         references = analysis.references[but_known] = names.union(
-            target for name in names for size in (8, 4)
+            target for name in names for size in _sizes_of_entries(
+                name, read, is_executable)
             for target in _run_of_code(name, size, _N_ENTRIES, read,
                                        is_executable))
     return any(vaddr in references for vaddr in range(low, high))
@@ -3428,7 +3461,7 @@ def _reads_and_leaves(insn):
     reads, writes, flags_read, flags_written = effects(insn)
     known = (reads | flags_read << _FLAGS_AT,
              ~(reads | writes | (flags_read | flags_written) << _FLAGS_AT),
-             form.is_marked and form.flow in (JCC, JMP), form)
+             form.flow in (JCC, JMP), form)
     if form.flow not in (NEXT, JCC, JMP):
         known = _ALL, 0, False, form
     if not _depends_on_count(form):
@@ -3648,19 +3681,21 @@ def plan_window(function, site, branches, read=None, is_executable=None,
     limits = _Limits(branches, read or branches.read,
                      is_executable or branches.is_executable,
                      tuple(forbidden), seccomp, catches,
-                     ByteRanges() if taken is None else taken, through,
-                     is_go=is_go, may_borrow=may_borrow and not is_go)
+                     ByteRanges() if taken is None else taken, through, 0,
+                     is_go, may_borrow and not is_go)
     return _plan_window(branches.analysis(function), site, limits)
 
 
 def _plan_window(analysis, site, limits):
     """plan_window(), where limits are known."""
-    branches, insn = limits.branches, analysis.at(site)
-    if insn is None:
+    branches, place = limits.branches, analysis.place(site)
+    if place < 0:
         raise RefusalError("no instruction", "0x%x is not the start of an "
                            "instruction of its function" % site, site)
-    _refuse_unreachable(analysis, site, limits)
-    if insn.code == ENDBR64:
+    if place:
+        _refuse_unreachable(analysis, place, limits)
+    if analysis.function.code.startswith(ENDBR64,
+                                         site - analysis.function.vaddr):
         site = _behind_endbr64(analysis, site, branches)
     limits = _without_rseq(analysis, limits)
     try:
@@ -3668,9 +3703,8 @@ def _plan_window(analysis, site, limits):
     except RefusalError as refusal:
         window = _behind_kept(analysis, site, limits, refusal)
     dead_regs, flags_dead = liveness(analysis, window.site)
-    return Window(window.site, window.size, window.insns, window.slot,
-                  dead_regs, flags_dead, site in analysis.targets,
-                  kept=window.kept, lender=window.lender)
+    return window._replace(dead_regs=dead_regs, flags_dead=flags_dead,
+                           is_loop=site in analysis.targets)
 
 
 def _without_rseq(analysis, limits):
@@ -3839,17 +3873,17 @@ def _refuse_data(site, function, limits):
     except RefusalError:
         return                          # it does not decode: nobody knows
     if analysis and analysis.at(site):
-        _refuse_unreachable(analysis, site, limits)
+        _refuse_unreachable(analysis, analysis.place(site), limits)
         if (_data_in(analysis, site, site + 1) or limits.branches.use(
                 site + 1, site + 1, analysis.function, site)):
             raise RefusalError("data", "0x%x is read as data" % site, site)
 
 
-def _refuse_unreachable(analysis, site, limits):
+def _refuse_unreachable(analysis, place, limits):
     """Refuse a site that no way leads to: bytes behind a jump or ret that
     decode may be data of the function, which a patch would change."""
-    place, starts = analysis.place(site), analysis.starts
-    branches = limits.branches
+    branches, starts = limits.branches, analysis.starts
+    site = starts[place]
     while place > 0 and analysis.forms[place - 1].flow not in _ENDS:
         if starts[place] in analysis.targets:
             return
@@ -4114,12 +4148,12 @@ def _may_arrive(analysis, first, last, limits):
 
 def _window(analysis, site, jump_size, limits):
     """Return the Window for a jump of jump_size bytes at site, no slot."""
-    insns, end = [], site
+    insns, end, place = [], site, analysis.place(site)
     while end < site + jump_size or end <= limits.through:
-        insn = analysis.at(end)
-        if insn is None:
+        if end >= analysis.end:
             end = _into_padding(analysis, insns, site, jump_size)
             break
+        insn = analysis.insn(place + len(insns))
         insns.append(insn)
         end += insn.size
         if insn.flow in _ENDS and end == analysis.end:
@@ -4227,6 +4261,7 @@ def _refuse_insns(analysis, insns, limits, most):
     if len(insns) > most:
         raise RefusalError("too many", "a window of %d instructions"
                            % len(insns), insns[0].vaddr)
+    is_watched = limits.catches or analysis.function.guarded
     for insn in insns:
         if insn.flow in (CALL, CALL_IND) and insn is not insns[-1]:
             raise RefusalError("call not last", "%s would return into the "
@@ -4238,7 +4273,7 @@ def _refuse_insns(analysis, insns, limits, most):
             raise RefusalError("syscall under seccomp", "%s: the filter may "
                                "look at its address" % _shown(insn),
                                insn.vaddr)
-        if _is_watched(analysis, insn, limits):
+        if is_watched and _is_watched(analysis, insn, limits):
             raise RefusalError("may fault", "%s may fault, and a handler "
                                "look at its address" % _shown(insn),
                                insn.vaddr)
@@ -4299,9 +4334,6 @@ def _refuse_arrivals(analysis, site, end, n_insns, limits, inner=()):
                                else "reads", used.vaddr), site)
 
 
-_INDIRECT = re.compile(rb"\xff[\xe0-\xe7\x20-\x27\x60-\x67\xa0-\xa7]")
-
-
 def _family(analysis, branches):
     """Return the Analyses of all functions whose jump tables may lead into
     this one: itself, and what it was split from or into (gcc's .cold).
@@ -4311,7 +4343,7 @@ def _family(analysis, branches):
     """
     if analysis.family is None:
         analysis.family = _kin(analysis, branches, branches.links(analysis),
-                               _INDIRECT.search)
+                               branches.may_jump)
     return analysis.family
 
 
@@ -4329,15 +4361,14 @@ def _parts(analysis, branches):
 
 def _kin(analysis, branches, candidates, is_wanted):
     """Return [analysis] and the Analyses of those parts of it that branch
-    into it by one of candidates and whose code is_wanted."""
+    into it by one of candidates and is_wanted: Function -> bool."""
     family, seen = [analysis], {analysis.function.vaddr}
     own = analysis.own
     for source, _ in candidates:
         if source in own:
             continue
         other = branches.function_at(source)
-        if (other is None or other.vaddr in seen
-                or not is_wanted(other.code)
+        if (other is None or other.vaddr in seen or not is_wanted(other)
                 or branches.is_refuted(source)):
             continue
         seen.add(other.vaddr)
