@@ -15770,9 +15770,11 @@ class Target:
         try:
             return self._tracer.read(vaddr, size)
         except OSError as error:
-            raise TraceeGone("read 0x%x of" % vaddr,
-                             "pid %d (%s)" % (self.pid, self.comm),
-                             error.strerror)
+            raise TraceeGone(
+                "read 0x%x of" % vaddr, "pid %d (%s)" % (self.pid, self.comm),
+                "nothing that can be read is mapped there: a library that "
+                "was closed?" if error.errno == errno.EFAULT
+                else error.strerror)
 
     def _get_modules(self, anew=False):
         if self._modules is None or anew:

@@ -2026,6 +2026,24 @@ class Hook(unittest.TestCase):
                     self.assertEqual(calls, self.counted(probe))
             self.left_as_it_was(process)
 
+    def test_a_library_that_goes_while_it_is_planned_is_told(self):
+        """As one that is closed and opened all the time."""
+        library = live.build_library("shared_lib")
+        find = ubp.Target._sites
+
+        def late(target, where):
+            found = find(target, where)
+            process.ask("u")
+            return found
+        with live.Target("dl", library) as process, mock.patch.object(
+                ubp.Target, "_sites", late):
+            with ubp.attach(process.pid) as target:
+                with self.assertRaises(ubp.ProbeError) as caught:
+                    target.probe("shared_hot", ubp.Count())
+            self.assertIn("a library that was closed",
+                          str(caught.exception))
+            self.assertEqual([], live.changed_text(process.pid))
+
     def test_another_library_in_its_place_is_no_other_tool(self):
         """It came when nobody looked; its text is that of its file."""
         folder = tempfile.mkdtemp()
