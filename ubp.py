@@ -5802,11 +5802,15 @@ class Injection:
         self._is_suspended = False  # its filters are, while it is traced
         self._mask = ctypes.create_string_buffer(8)
         self._all_blocked = ctypes.create_string_buffer(_ALL_SIGNALS, 8)
-        self._find_code()
+        if not self._finds_code():      # a patch may cover it by now
+            self.tracer.forget_gadgets()
+            if not self._finds_code():
+                self.tracer.forget_gadgets()
+                raise Again("the code for injections has changed")
         self._choose()
 
-    def _find_code(self):
-        """The gadgets to use, checked: a patch may cover them by now."""
+    def _finds_code(self):
+        """Are the gadgets to use still what they were?"""
         found, read = self.tracer.find_gadgets(), self.tracer.read
         self._gadget, self._pop_rax = found.syscall_ret, 0
         self._restorer = found.restorers[0] if found.restorers else 0
@@ -5818,15 +5822,12 @@ class Injection:
                 "the program has no `syscall; ret`, or nothing that could "
                 "return from a signal")
         try:
-            is_good = (read(self._gadget, 3) == ubp_x86.SYSCALL_RET and (
+            return read(self._gadget, 3) == ubp_x86.SYSCALL_RET and (
                 read(self._pop_rax, 2) == ubp_x86.POP_RAX_RET
                 if self._pop_rax else
-                read(self._restorer, 9).startswith(ubp_x86.RESTORERS)))
+                read(self._restorer, 9).startswith(ubp_x86.RESTORERS))
         except OSError:
-            is_good = False
-        if not is_good:
-            self.tracer.forget_gadgets()
-            raise Again("the code for injections has changed")
+            return False
 
     def _choose(self):
         why = "no thread is stopped"

@@ -1320,6 +1320,20 @@ class Int3(unittest.TestCase):
             self.unchanged(process)
             process.quit()
 
+    def test_an_int3_where_injections_took_their_code_from(self):
+        """At the program's own `syscall; ret`, which comes first: what is
+        pending is put back all the same."""
+        with live.Target("masks", "caught", "1") as process:
+            for _ in range(3):
+                with ubp.attach(process.pid) as target:
+                    probe = target.probe("exe:step", ubp.Count(),
+                                         strategy="int3")
+                    answer = process.ask("z")
+                    self.assertEqual((answer["n"], 0), (
+                        probe.read(), answer["wrong"]), process.stderr())
+            self.unchanged(process)
+            process.quit()
+
     def test_int3s_of_ones_own_at_what_tells_of_sigtrap(self):
         """At each instruction; they count, however often that is called."""
         for way, functions in (

@@ -16,7 +16,8 @@
  * is for one signal; k a child that forks; v posix_spawn; d children that
  * SIGTRAP ends; i SIGTRAP is ignored, then not; u many masks that have
  * nothing to do with it, for two seconds; g other system calls through the
- * C library's syscall(), as long; q quit.
+ * C library's syscall(), as long; z one that is pending, if it is caught; q
+ * quit.
  * Each answers with the calls that it made, n. */
 #include "target.h"
 #include <setjmp.h>
@@ -272,6 +273,19 @@ static void by_all_others(void)
     while_blocked("all others, then all");
     sig_mask(SIG_SETMASK, &old, NULL);
     while_free("all others, then all", before);
+}
+
+/* The first call finds one pending. */
+static void by_pending(void)
+{
+    long before = n_caught;
+    set_mask(SIG_BLOCK, NULL);
+    raise(SIGTRAP);
+    call();
+    if (!is_pending())
+        wrong("SIGTRAP is not pending any more");
+    set_mask(SIG_UNBLOCK, NULL);
+    while_free("pending", before);
 }
 
 static void on_masked(int signo)
@@ -627,6 +641,7 @@ int main(int argc, char **argv)
         case 'r': in_threads(by_one_shot, 1); break;
         case 'u': by_many(); break;
         case 'g': by_others(); break;
+        case 'z': in_threads(by_pending, 1); break;
         case 'v': in_threads(by_spawn, 1); break;
         case 'd': in_threads(by_ending, 1); break;
         case 'm': in_threads(by_handler, THREADS); break;
