@@ -16905,6 +16905,7 @@ class Target:
                 # Those the guardian has put back.
                 pages = {v & -PAGE for v in traps} - {
                     v & -PAGE for v in others}
+                pages = _pages_of_text(self.pid, pages)
                 self.removal += Removal(
                     len(traps), len(pages), _n_equal(self._tracer, pages),
                     0, (self.pid,), ())
@@ -17312,6 +17313,13 @@ def _restore_one(tracer, arenas, limit, last_look):
     return Removal(done.n_restored, len(done.pages),
                    _n_equal(tracer, done.pages), n_arenas,
                    (tracer.tgid,), tuple(notes))
+
+
+def _pages_of_text(pid, pages):
+    """Those of them that are text still: a library may have gone."""
+    maps = read_maps(memory_tid(pid))
+    return {page for page in pages if any(
+        m.start <= page < m.end and "x" in m.perms for m in maps)}
 
 
 def _n_equal(tracer, pages):

@@ -2058,6 +2058,19 @@ class Hook(unittest.TestCase):
                           str(caught.exception))
             self.assertEqual([], live.changed_text(process.pid))
 
+    def test_pages_of_a_library_that_has_gone_are_not_told(self):
+        """Nobody has looked since: they do not differ from their file."""
+        library = live.build_library("shared_lib")
+        with live.Target("dl", library) as process, mock.patch.object(
+                ubp.Target, "_look_for_libraries"):
+            with ubp.attach(process.pid) as target:
+                target.probe(["shared_hot", "exe:main"], ubp.Count(),
+                             strategy="int3")
+                process.ask("u")
+            self.assertGreater(target.removal.n_pages, 0)
+            self.assertEqual(target.removal.n_pages, target.removal.n_equal)
+            self.assertEqual([], live.changed_text(process.pid))
+
     def test_another_library_in_its_place_is_no_other_tool(self):
         """It came when nobody looked; its text is that of its file."""
         folder = tempfile.mkdtemp()
