@@ -5188,7 +5188,7 @@ class Tracer:
         Waited for, several that vfork all the time would not be seen out of
         it together; nor would one whose child we have stopped.
         """
-        if thread.state == INTERRUPTED and (
+        if thread.state == INTERRUPTED and thread.is_wanted and (
                 thread.in_vfork or thread.polls % 4 == 2):
             regs, child = _look_into_vfork(thread)
             thread.in_vfork = bool(child)
@@ -5247,6 +5247,7 @@ class Tracer:
             # is one that is ignored, no EINTR must come of it.
             if not event:
                 self._repaired(thread)
+            thread.is_wanted = True
             self._resume(thread.tid, PTRACE_INTERRUPT)
             self._resume(thread.tid, PTRACE_CONT, signo if not event else 0)
             return False
@@ -5677,6 +5678,7 @@ class Tracer:
         if low < block < mapping.end and block - low <= _STACK_LIMIT:
             return block
         limit = (_STACK_LIMIT if mapping.path == "[stack]"
+                 or thread.state != STOPPED     # in vfork: no block is known
                  else _SMALL_STACK_LIMIT)
         return min(mapping.end, low + limit)
 
@@ -5805,7 +5807,6 @@ class Injection:
         if not self._finds_code():      # a patch may cover it by now
             self.tracer.forget_gadgets()
             if not self._finds_code():
-                self.tracer.forget_gadgets()
                 raise Again("the code for injections has changed")
         self._choose()
 
@@ -13805,7 +13806,7 @@ class Keeper(Tracer):
                         self._repaired(thread)
                         self._deliver(thread)
                         if not self._is_held(thread):
-                            self._resume(tid, PTRACE_INTERRUPT)
+                            self._ask_again(thread)
                         return False
             elif not event and signo == SYSCALL_EVENT_SIGNAL:
                 self._note_syscall(tid)
@@ -13813,6 +13814,7 @@ class Keeper(Tracer):
             elif event == PTRACE_EVENT_STOP and self._has_trapped(tid):
                 # Asked again before it goes on it would stop here again,
                 # and never for that SIGTRAP, which is its next stop.
+                thread.is_wanted = False
                 self._go(tid)
                 return False
             elif not event:
@@ -13830,9 +13832,14 @@ class Keeper(Tracer):
             if done and thread.state == STOPPED:
                 self._look_at_handler(tid)
             return done
-        self._resume(tid, PTRACE_INTERRUPT)
+        self._ask_again(thread)
         self._go(tid, answer)
         return False
+
+    def _ask_again(self, thread):
+        """A stop has used up its interrupt, or it has none."""
+        self._resume(thread.tid, PTRACE_INTERRUPT)
+        thread.is_wanted = True
 
     def _has_stopped(self, thread):
         """What _hold() has taken is to be looked at, too."""
@@ -13845,15 +13852,17 @@ class Keeper(Tracer):
     def _has_trapped(self, tid):
         """Has it run an int3 of ours, whose SIGTRAP is still to come?
 
-        A stop that was asked for is reported before any signal is.
+        A stop that was asked for is reported before any signal is. One that
+        is blocked is none of ours.
         """
         if (ubp_x86.program_counter(self.get_regs(tid)) - 1
                 not in self.sites and not (tid in self.equipped and ptrace(
                     PTRACE_PEEKUSER, tid, ubp_x86.DEBUG_STATUS) & 15)):
             return False
-        pending = re.search(rb"^SigPnd:\s*([0-9a-f]+)",
-                            read_proc("/proc/%d/status" % tid), re.M)
-        return bool(pending and int(pending.group(1), 16) & _TRAP_BIT)
+        status = read_status(tid)
+        pending, blocked = (int(status.get(name, "0"), 16) & _TRAP_BIT
+                            for name in ("SigPnd", "SigBlk"))
+        return bool(pending and not blocked)
 
     def _release(self):
         stopped = sorted([t for t in self.threads.values()
@@ -14332,6 +14341,7 @@ class Guard:
         self.outbox = queue.Queue()     # what to tell
         self.is_left = False        # on purpose: the front end has gone
         self._next_look, self.exit_status = 0.0, 0
+        self._is_slow = False       # was the last look, at what is ignored
         self.stopped = collections.deque()  # (tgid, since) in their execs
         self.waiting = {}           # {tgid: (its stub or 0, since)}
         self.served = 0.0           # when the front end has last done one
@@ -14391,10 +14401,21 @@ class Guard:
     def _look_at_actions(self):
         """Let go of programs that ignore SIGTRAP by now."""
         now = time.monotonic()
-        if now < self._next_look and not any(ward.is_ignored
-                                             for ward in self.wards):
+        if now < self._next_look and (self._is_slow or not any(
+                ward.is_ignored for ward in self.wards)):
             return
-        self._next_look = now + _ACTION_EACH_S
+        try:
+            self._take_out_ignored()
+        except UbpError as error:           # the next look tries again
+            log.debug("%s", error)
+        # One that cannot be stopped must not keep all others waiting.
+        took = time.monotonic() - now
+        self._is_slow = took > _ACTION_EACH_S and any(
+            ward.is_ignored for ward in self.wards)
+        self._next_look = now + (10 * took if self._is_slow
+                                 else _ACTION_EACH_S)
+
+    def _take_out_ignored(self):
         for ward in list(self.wards):
             if ward.look_at_actions():
                 if ward.tgid == self.tgid:
@@ -14617,9 +14638,10 @@ class Guard:
             for ward in wards:
                 ward.do_rest(5)
             limit = time.monotonic() + 5
+            self._await_late(limit)
             time.sleep(_ASIDE_S)
-            while wards and tracer_of(self.tgid) and (
-                    time.monotonic() < limit):
+            while wards and time.monotonic() < limit and (
+                    tracer_of(self.tgid) not in (0, os.getpid())):
                 time.sleep(0.002)
             for ward in wards:
                 ward.rearm()
@@ -14662,7 +14684,9 @@ class Guard:
         while self.keepers:
             for ward in list(self.wards):
                 ward.do_rest(timeout)
-        self.is_over = True
+        # What is in debug registers would outlive us, and end the target.
+        self.is_left = any(keeper.equipped for keeper in self.late)
+        self.is_over = not self.is_left
         return done
 
     def _abandoned(self):
@@ -14678,9 +14702,20 @@ class Guard:
                 log.debug("%s", error)
                 for keeper in self.keepers:
                     keeper.run(0.05)
+        self._await_late(limit, lambda keeper: keeper.equipped)
+
+    def _await_late(self, limit, is_awaited=lambda keeper: True):
+        """Let go of the threads in vfork that come meanwhile."""
+        while any(map(is_awaited, self.late)) and time.monotonic() < limit:
+            for keeper in list(self.late):
+                keeper.run(0.005)
+                if not keeper.threads:
+                    self.late.remove(keeper)
 
     def _take_out_arenas(self):
         """What the front end has left, if nobody else is there too."""
+        # clean() would wait for who traces the target.
+        self._await_late(time.monotonic() + _LAST_RESORT_S)
         for tgid in {ward.tgid for ward in self.wards}:
             owners = [view.header.owner_pid for view in find_arenas(tgid)
                       if view.header is not None]

@@ -555,6 +555,24 @@ class Traced(unittest.TestCase):
     mem:exe:counter/8:rw   | wr
     """
 
+    def test_a_thread_in_a_long_vfork_keeps_no_debug_registers(self):
+        """The guardian stays for it, as long as that takes."""
+        with live.Target("spawners", "1", "5000") as process:
+            with ubp.attach(process.pid) as target:
+                probe = target.probe("exe:step", ubp.Count(),
+                                     strategy="hw-ptrace")
+                process.send("g")
+                self.assertTrue(live.settled(lambda: probe.hits == 2, 4))
+                target.close(timeout=1)
+            self.assertTrue(live.settled(
+                lambda: not live.tracers(process.pid), 20))
+            found = process.ask("p")
+            self.assertGreater(found["steps"], 2)
+            self.assertEqual((found["tried"], 0), (
+                found["good"], found["wrong"]), process.stderr())
+            process.send("g")
+            process.quit()
+
     def test_a_stack_that_ends_soon_is_told_to_its_end(self):
         """A thread's has less above it than is asked for."""
         with live.Target("busy", 2) as process, \
@@ -1470,6 +1488,30 @@ class Int3(unittest.TestCase):
             time.sleep(0.1)
             begin = time.monotonic()
         self.assertLess(time.monotonic() - begin, 5)
+
+    def test_a_guardian_that_is_left_alone_waits_for_a_long_vfork(self):
+        """What it has to take out of the target waits for who traces it."""
+        with live.Target("spawners", "1", "3000") as process:
+            with live.python(
+                    "t = ubp.attach(%d)\n"
+                    "t.probe('exe:step', ubp.Count())\n"
+                    "t.probe('exe:main', ubp.Count(), strategy='int3')\n"
+                    "print('armed', flush=True)\n"
+                    "time.sleep(60)\n" % process.pid) as tracer:
+                self.assertEqual("armed", tracer.line())
+                process.send("g")
+                time.sleep(0.5)             # the second child sleeps
+                tracer.kill()
+            self.assertTrue(live.settled(
+                lambda: not ubp.status(process.pid), 20))
+            self.assertTrue(live.settled(
+                lambda: not live.tracers(process.pid), 5))
+            found = process.ask("p")
+            self.assertEqual((found["tried"], 0), (
+                found["good"], found["wrong"]), process.stderr())
+            self.unchanged(process)
+            process.send("g")
+            process.quit()
 
     def test_children_that_come_and_go_are_none_missed(self):
         for mode in ("storm", "spawn"):
