@@ -13249,7 +13249,7 @@ class Keeper(Tracer):
         self.backlog = collections.deque()  # (Thread, status), stopped
         self._n_looked = 0          # threads whose masks were looked at,
         self._in_vain = set()       # and masks of no more than one syscall
-        self.equipped = set()       # tids whose debug registers are ours
+        self.equipped = {}          # {tid: watches in its debug registers}
         self.action = b""           # of SIGTRAP, if there is a handler
         self.theirs = {}            # {tid: the same} of children of vfork
         self.is_ignored = False     # SIGTRAP, as soon as the int3s are out
@@ -13434,7 +13434,9 @@ class Keeper(Tracer):
                        watch[0])
             ptrace(PTRACE_POKEUSER, tid, ubp_x86.DEBUG_CONTROL,
                    ubp_x86.debug_control([each[:3] for each in watches]))
-            (self.equipped.add if watches else self.equipped.discard)(tid)
+            self.equipped[tid] = watches
+            if not watches:
+                del self.equipped[tid]
         except OSError as error:
             if error.errno != errno.ESRCH:
                 self.ward.lacking = error
@@ -13876,10 +13878,9 @@ class Keeper(Tracer):
 
     def _free(self, thread):
         """Let it run, traced; for good only when the text is back."""
-        if thread.tid in self.equipped if self.is_leaving else (
-                self.ward.watches and thread.tid not in self.equipped):
-            self._equip(thread.tid, () if self.is_leaving
-                        else self.ward.watches)
+        watches = () if self.is_leaving else self.ward.watches
+        if self.equipped.get(thread.tid, ()) != watches:
+            self._equip(thread.tid, watches)
         if self.is_leaving:
             super()._free(thread)
             return
@@ -13898,7 +13899,7 @@ class Keeper(Tracer):
         self.theirs.pop(tid, None)
         self.queued.pop(tid, None)
         self.entering.pop(tid, None)
-        self.equipped.discard(tid)
+        self.equipped.pop(tid, None)
         super().lose(tid)
 
     def _await_transfers(self, tids, limit):
@@ -14471,9 +14472,13 @@ class Guard:
         return self.wards[-1]
 
     def keeper(self, tgid, ward):
-        """A new Keeper; what an earlier one still traces is its."""
-        self.late = [keeper for keeper in self.late if keeper.tgid != tgid]
-        return Keeper(tgid, ward)
+        """A new Keeper; what an earlier one still traces is its, and what
+        that has in debug registers."""
+        keeper = Keeper(tgid, ward)
+        for late in [each for each in self.late if each.tgid == tgid]:
+            keeper.equipped.update(late.equipped)
+            self.late.remove(late)
+        return keeper
 
     def tell(self, *what):
         """Say to the front end what it did not ask for. Does not wait."""

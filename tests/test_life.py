@@ -573,6 +573,21 @@ class Traced(unittest.TestCase):
             process.send("g")
             process.quit()
 
+    def test_nor_does_one_whose_guardian_has_other_work_by_then(self):
+        with live.Target("spawners", "1", "6000") as process:
+            with ubp.attach(process.pid, follow_exec=True) as target:
+                probe = target.probe("exe:step", ubp.Count(),
+                                     strategy="hw-ptrace")
+                process.send("g")
+                self.assertTrue(live.settled(lambda: probe.hits == 2, 4))
+                probe.remove(timeout=1)
+                target.probe("exe:main", ubp.Count(), strategy="int3")
+                self.assertTrue(live.settled(
+                    lambda: process.ask("r")["steps"] > 4, 20))
+                self.assertEqual(0, process.ask("p")["wrong"])
+                process.send("g")
+            process.quit()
+
     def test_a_stack_that_ends_soon_is_told_to_its_end(self):
         """A thread's has less above it than is asked for."""
         with live.Target("busy", 2) as process, \
