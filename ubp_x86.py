@@ -1076,12 +1076,21 @@ def _parse_effects(name):
     return table
 
 
+def _parse_told_by_rm(name):
+    """The set of opcodes of which modrm.rm tells register forms apart."""
+    number = MAP_NUMBERS[name]
+    return {key[0] for key in [*_REGISTER_FORMS[number], *(
+        key for key in _FLOWS[number]
+        if isinstance(key, tuple) and key[1] == "=")]}
+
+
 _PREFIXED = _ByMap(_parse_prefixed)
 _GROUPS = _ByMap(_parse_groups)
 _REGISTER_FORMS = _ByMap(_parse_register_forms)
 _LIMITS = _ByMap(_parse_limits)
 _LOCKABLE = _ByMap(_parse_lockable)
 _FLOWS = _ByMap(_parse_flows)
+_TOLD_BY_RM = _ByMap(_parse_told_by_rm)
 _EFFECTS = _ByMap(_parse_effects)
 _IN_32_BIT = {byte: cell for opcodes, cell in _lines(IN_32_BIT)
               for byte in _numbers(opcodes)}
@@ -1397,12 +1406,54 @@ def _disagreement(head, modrm, flow, bits):
 _TRIES = {64: {}, 32: {}}
 _N_FORMS = collections.Counter()
 
+# All in front of modrm is the *stem*. Heads of one stem that differ only in
+# which registers modrm.rm and sib name have Forms that differ in no more:
+# {(stem, mod and reg, is there a sib, size of the displacement): what
+# _read_form returned for the first of them}.
+_ALIKE = {}
+_STEM = re.compile(rb"[%s]*[\x40-\x4f]?(?:\x0f[\x38\x3a]?)?." % b"".join(
+    re.escape(bytes((byte,))) for byte in sorted(_PREFIX_BITS)), re.DOTALL)
+_MODRM_AT = Form._fields.index("modrm")
+assert Form._fields[_MODRM_AT + 1] == "sib"
+
+
+def _read_alike(code, vaddr):
+    """Return what _read_form does for 64 bits, but by the tables only for
+    the first of those that are alike.
+
+    What the bytes look like is not trusted: a Form is kept if the tables
+    found modrm and sib of a legacy opcode where they were looked for here,
+    and nothing of it hangs on modrm.rm itself.
+    """
+    padded = code + b"\0\0"          # one that ends within it is told by size
+    stem = _STEM.match(padded).group()
+    head, modrm = len(stem) + 1, padded[len(stem)]
+    has_sib, disp_size = _MODRM[modrm]
+    sib = padded[head] if has_sib else -1
+    if has_sib:
+        head, disp_size = head + 1, (
+            4 if modrm < 0x40 and sib & 7 == 5 else disp_size)
+    key = stem, modrm >> 3, has_sib, disp_size
+    known = _ALIKE.get(key)
+    if known is None:
+        form, size = known = _read_form(code, vaddr, 64)
+        number = form.opcode >> 8
+        if ((size, modrm, sib) == (head, form.modrm, form.sib)
+                and number < 4 and (modrm < 0xc0 or form.opcode
+                                    not in _TOLD_BY_RM[number])):
+            _ALIKE[key] = known
+        return known
+    form = known[0]
+    return tuple.__new__(Form, form[:_MODRM_AT] + (modrm, sib)
+                         + form[_MODRM_AT + 2:]), head
+
 
 def _learn(code, pos, vaddr, bits):
     """Decode the head at pos by the tables and remember its Form."""
     code = code[pos:pos + 15]
     try:
-        form, head = _read_form(code, vaddr, bits)
+        form, head = (_read_alike(code, vaddr) if bits == 64
+                      else _read_form(code, vaddr, bits))
     except IndexError:
         form, head = None, 0
     if form is None or form.size > len(code):
@@ -1415,6 +1466,7 @@ def _learn(code, pos, vaddr, bits):
     trie = _TRIES[bits]
     if _N_FORMS[bits] >= _MAX_FORMS:
         trie.clear()
+        _ALIKE.clear()
         _N_FORMS[bits] = 0
     _N_FORMS[bits] += 1
     first = code[0]
