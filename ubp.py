@@ -1234,14 +1234,6 @@ class SymbolTable:
                 if offset in wanted]
 
 
-def _range_at(ranges, vaddr):
-    """The (low, high) of sorted ranges that holds vaddr, or None."""
-    index = bisect.bisect_right(ranges, (vaddr, VADDR_END)) - 1
-    if index >= 0 and ranges[index][0] <= vaddr < ranges[index][1]:
-        return ranges[index]
-    return None
-
-
 class Fde(NamedTuple):
     """What .eh_frame says of a function, or of a part of one."""
     vaddr: int
@@ -1501,16 +1493,18 @@ class Unwind:
     def guarding(self, low, high, is_one_of_many=False):
         """The Fdes that overlap [low, high) and have an exception table."""
         starts, fdes = self._guarding if is_one_of_many else self._index
+        if not starts:
+            return []
         first = max(0, bisect.bisect_right(starts, low) - 1)
         last = bisect.bisect_left(starts, high, first)
         if last - first > MAX_HEADERS:
             raise SymbolError("read", self.elf.name, "%d frames overlap "
                               "0x%x" % (last - first, low))
         fdes = fdes[first:last]
-        return [fde for fde in (fdes if is_one_of_many
-                                else map(self._fde, fdes))
-                if fde and fde.lsda
-                and fde.vaddr < high and low < fde.vaddr + fde.size]
+        if not is_one_of_many:
+            fdes = [fde for fde in map(self._fde, fdes) if fde and fde.lsda]
+        return [fde for fde in fdes
+                if fde.vaddr < high and low < fde.vaddr + fde.size]
 
     def landing_pads(self, fde):
         """Where exceptions may land, from the call-site table of its LSDA.
@@ -1570,11 +1564,19 @@ class Functions:
     def __init__(self, elf, tables, unwind):
         self.elf, self.unwind = elf, unwind
         self.ranges, self._n_asked = elf.code_ranges, 0
+        self._lows = [low for low, _ in self.ranges]
         self._sizes = {}                # what size() has found
         self.columns = []               # (table, indices, values), by value
         for table in tables:
             values, order = table.in_code(self.ranges)
             self.columns.append((table, order, values))
+
+    def _code_at(self, vaddr):
+        """The (low, high) of the code that holds vaddr, or None."""
+        at = bisect.bisect_right(self._lows, vaddr) - 1
+        if at >= 0 and vaddr < self.ranges[at][1]:
+            return self.ranges[at]
+        return None
 
     def is_function(self, table, index):
         """Is it a function? Of untyped symbols those with their own FDE."""
@@ -1614,7 +1616,7 @@ class Functions:
             at = bisect.bisect_left(starts, start)
             if at < len(starts) and starts[at] == start:
                 return ends[at] - start
-        code = _range_at(self.ranges, start)
+        code = self._code_at(start)
         if not code:
             return 0
         size = max((table.sizes[index] for table, index
@@ -1640,7 +1642,7 @@ class Functions:
 
     def next_mark(self, vaddr):
         """The next symbol, FDE or end of code, at or behind a vaddr."""
-        code = _range_at(self.ranges, vaddr)
+        code = self._code_at(vaddr)
         mark = code[1] if code else vaddr
         for values in self._marks:
             at = bisect.bisect_left(values, vaddr)
@@ -1667,14 +1669,14 @@ class Functions:
             if start is not None:
                 return start
         fde = self.unwind.at(vaddr)
-        if fde and _range_at(self.ranges, fde.vaddr):
+        if fde and self._code_at(fde.vaddr):
             return fde.vaddr
         return None
 
     def last_start(self, vaddr):
         """Where the function begins that ends before vaddr, without any
         symbol, FDE or end of code between. None if there is no such one."""
-        code, marks = _range_at(self.ranges, vaddr), []
+        code, marks = self._code_at(vaddr), []
         for values in self._marks:
             at = bisect.bisect_right(values, vaddr)
             marks += values[max(0, at - 1):at]
@@ -1701,8 +1703,8 @@ class Functions:
         alone = self._lone_fdes
         return self._sorted(
             starts + [fde.vaddr for fde in alone],
-            ends + [min(fde.vaddr + fde.size, _range_at(
-                self.ranges, fde.vaddr)[1]) for fde in alone])
+            ends + [min(fde.vaddr + fde.size, self._code_at(
+                fde.vaddr)[1]) for fde in alone])
 
     @_Lazy
     def _symbol_extents(self):
@@ -1715,7 +1717,7 @@ class Functions:
                                        table.sizes[index])
         starts, ends = sorted(sizes), []
         for start in starts:
-            code = _range_at(self.ranges, start)
+            code = self._code_at(start)
             ends.append(start + self.size(start, ()) if not sizes[start]
                         else min(start + sizes[start], code[1]) if code
                         else start)
@@ -1728,8 +1730,8 @@ class Functions:
         found = []
         for fde in self.unwind.all():
             at = bisect.bisect_right(starts, fde.vaddr) - 1
-            if (at < 0 or fde.vaddr >= reaches[at]) and _range_at(
-                    self.ranges, fde.vaddr):
+            if (at < 0 or fde.vaddr >= reaches[at]) and self._code_at(
+                    fde.vaddr):
                 found.append(fde)
         return found
 
@@ -1745,7 +1747,7 @@ class Functions:
         """Starts of the functions of exactly that name (bytes)."""
         return {table.values[index] for table, order, _ in self.columns
                 for index in table.named(name)
-                if _range_at(self.ranges, table.values[index])
+                if self._code_at(table.values[index])
                 and table.infos[index] >> 16
                 and self.is_function(table, index)}
 
@@ -1759,7 +1761,7 @@ class Functions:
                      and is_match(name(index))]
             starts.update(values[at] for at in found
                           if self.is_function(table, order[at])
-                          and _range_at(self.ranges, values[at]))
+                          and self._code_at(values[at]))
         return starts
 
     def nameless(self):
@@ -1774,12 +1776,12 @@ class Functions:
 
     def entries(self, low, high):
         """Symbols, FDEs and landing pads in [low, high)."""
-        entries = set()
+        entries = []
         for values in self._marks:
-            entries.update(_between(values, low, high))
+            entries += _between(values, low, high)
         for fde in self.guarding(low, high):
-            entries.update(pad for pad in self.unwind.landing_pads(fde)
-                           if low <= pad < high)
+            entries += [pad for pad in self.unwind.landing_pads(fde)
+                        if low <= pad < high]
         return entries
 
     def guarding(self, low, high):
@@ -2928,8 +2930,11 @@ class Module:
     def guarded(self, low, high):
         """((low, high), …) of the code in [low, high) where a fault may
         become an exception that the function, or its caller, catches."""
-        functions, bias, found = self._functions, self.bias, set()
-        for fde in functions.guarding(low - bias, high - bias):
+        functions, bias = self._functions, self.bias
+        fdes, found = functions.guarding(low - bias, high - bias), set()
+        if not fdes:
+            return ()
+        for fde in fdes:
             found.update((first + bias, last + bias) for first, last, _
                          in functions.unwind.call_sites(fde))
         return tuple(sorted(found))
@@ -2938,9 +2943,10 @@ class Module:
         """Sorted vaddrs in [low, high) that control may come to from afar:
         symbols, landing pads, and what relocations point to."""
         low, high = low - self.bias, high - self.bias
-        entries = self._functions.entries(low, high)
-        entries.update(_between(self._pointers, low, high))
-        return [entry + self.bias for entry in sorted(entries)]
+        entries = self._functions.entries(low, high) + _between(
+            self._pointers, low, high)
+        return [entry + self.bias for entry in sorted(set(entries))
+                ] if entries else entries
 
     def words_in(self, low, high):
         """Sorted vaddrs in [low, high) that words of data may point to, in
@@ -2968,6 +2974,8 @@ class Module:
 def _between(values, low, high):
     """Those of sorted values that are in [low, high)."""
     first = bisect.bisect_left(values, low)
+    if first == len(values) or values[first] >= high:
+        return []                   # as of most functions
     return values[first:bisect.bisect_left(values, high, first)]
 
 
@@ -9659,7 +9667,8 @@ class Planner:
         # () -> the Sites that have a debug register; vaddrs that will have
         self.watched, self._to_watch = tuple, set()
         self._scans = {}
-        self._known = {}            # module -> (starts, Functions), sorted
+        # module -> (sorted starts of functions, {start: Function})
+        self._known = collections.defaultdict(lambda: ([], {}))
         self._texts, self._forbidden = {}, {}
         self._pages = {}            # vaddr -> the page of memory, for a while
         status = read_status(pid)
@@ -10156,19 +10165,18 @@ class Planner:
 
     def function(self, module, vaddr):
         """The ubp_x86.Function round a vaddr, or None."""
-        if module not in self._known:
-            self._known[module] = [], []
         starts, known = self._known[module]
-        at = bisect.bisect_right(starts, vaddr) - 1
-        if at >= 0 and vaddr - starts[at] < known[at].size:
-            return known[at]
+        function = known.get(vaddr)
+        if function is None and starts:
+            function = known[starts[bisect.bisect_right(starts, vaddr) - 1]]
+        if function is not None and 0 <= vaddr - function[0] < function[1]:
+            return function
         bounds = module.bounds(vaddr)
         if bounds is None:
             return None
         start, size, end = bounds
-        at = bisect.bisect_left(starts, start)
-        if starts[at:at + 1] == [start]:
-            return known[at]            # vaddr is in its padding
+        if start in known:
+            return known[start]         # vaddr is in its padding
         end = min(max(end, start + size), start + size + PAGE)
         code = _cut(self._text_of(module), start, end - start)
         if len(code) < size:
@@ -10177,8 +10185,8 @@ class Planner:
             start, size, code, tuple(module.entries_in(start + 1, end)),
             module.guarded(start, start + size),
             tuple(module.words_in(start + 1, end)))
-        starts.insert(at, start)
-        known.insert(at, function)
+        bisect.insort(starts, start)
+        known[start] = function
         return function
 
     def _text_of(self, module):

@@ -1946,6 +1946,13 @@ class Function(NamedTuple):
     words: Tuple[int, ...] = ()     # the same, if a word of data that
     #                                 happens to look so is a pointer
 
+    @property
+    def own(self):
+        """Return the range of its vaddrs that no other function can hold:
+        one that begins within it has an entry there."""
+        return range(self.vaddr, min([self.vaddr + self.size,
+                                      *self.entries]))
+
 
 class Window(NamedTuple):
     """Bytes that a patch may overwrite, and what they hold."""
@@ -2627,8 +2634,7 @@ class Analysis:
         self.entries = tuple(sorted({
             vaddr for vaddr in taken + words + list(function.entries)
             if low < vaddr < self.padding_end}))
-        # Another function that begins within it has an entry there.
-        self.own = range(low, low if self.entries else end)
+        self.own = function.own
         self.strays = self.follow(firm, words) if firm or words else ()
         for insn in self.strays:
             if (insn.target is not None and insn.flow != CALL
@@ -4420,8 +4426,12 @@ def _kin(analysis, branches, candidates, is_wanted):
         if source in own:
             continue
         other = branches.function_at(source)
-        if (other is None or other.vaddr in seen or not is_wanted(other)
-                or branches.is_refuted(source)):
+        if other is None:
+            continue
+        if other.vaddr in seen or not is_wanted(other):
+            own = other.own         # most branches of a part lie close
+            continue
+        if branches.is_refuted(source):
             continue
         seen.add(other.vaddr)
         try:
