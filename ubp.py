@@ -5255,8 +5255,7 @@ class Tracer:
             # is one that is ignored, no EINTR must come of it.
             if not event:
                 self._repaired(thread)
-            thread.is_wanted = True
-            self._resume(thread.tid, PTRACE_INTERRUPT)
+            self._ask_again(thread)
             self._resume(thread.tid, PTRACE_CONT, signo if not event else 0)
             return False
         thread.group_stop = signo != signal.SIGTRAP
@@ -5361,8 +5360,13 @@ class Tracer:
         # If no handler runs, it stops again with that count, and goes on.
         thread.state = INTERRUPTED
         self._resume(thread.tid, PTRACE_CONT, signo)
-        self._resume(thread.tid, PTRACE_INTERRUPT)
+        self._ask_again(thread)
         return False
+
+    def _ask_again(self, thread):
+        """A stop has used up its interrupt, or it has none."""
+        self._resume(thread.tid, PTRACE_INTERRUPT)
+        thread.is_wanted = True
 
     def finish_late(self):
         """Let go of late threads and of transfers. -> are any left?
@@ -13846,11 +13850,6 @@ class Keeper(Tracer):
         self._go(tid, answer)
         return False
 
-    def _ask_again(self, thread):
-        """A stop has used up its interrupt, or it has none."""
-        self._resume(thread.tid, PTRACE_INTERRUPT)
-        thread.is_wanted = True
-
     def _has_stopped(self, thread):
         """What _hold() has taken is to be looked at, too."""
         for held in self.backlog:
@@ -14727,8 +14726,14 @@ class Guard:
 
     def _take_out_arenas(self):
         """What the front end has left, if nobody else is there too."""
-        # clean() would wait for who traces the target.
-        self._await_late(time.monotonic() + _LAST_RESORT_S)
+        # clean() would wait for who traces the target. Whoever asks us to go
+        # meanwhile does the rest.
+        limit = time.monotonic() + _LAST_RESORT_S
+        while self.requests.empty() and self.late and (
+                time.monotonic() < limit):
+            self._await_late(time.monotonic() + _ACTION_EACH_S)
+        if self.late:
+            return
         for tgid in {ward.tgid for ward in self.wards}:
             owners = [view.header.owner_pid for view in find_arenas(tgid)
                       if view.header is not None]
