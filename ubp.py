@@ -1328,7 +1328,7 @@ class Unwind:
             size, cie = struct.unpack_from("<II", data, at)
             if size == 0 or size == 0xffffffff:      # the end; 64-bit DWARF
                 break
-            fde = self._parse(section.vaddr + at) if cie else None
+            fde = self._fde(section.vaddr + at) if cie else None
             if fde:
                 pairs.append((fde.vaddr, section.vaddr + at))
             at += 4 + size
@@ -1336,13 +1336,13 @@ class Unwind:
 
     def _fde(self, vaddr):
         """_parse(vaddr), remembered: a plan asks for each several times."""
-        try:
-            return self._fdes[vaddr]
-        except KeyError:
+        if vaddr not in self._fdes:
             if len(self._fdes) > 1 << 17:
                 self._fdes.clear()
-            fde = self._fdes[vaddr] = self._parse(vaddr)
-            return fde
+            data = self._read(vaddr, 64)
+            self._fdes[vaddr] = (self._usual(data, vaddr)
+                                 or self._parse(data, vaddr))
+        return self._fdes[vaddr]
 
     def _read(self, vaddr, size):
         """Up to size bytes of .eh_frame. Neighbours are asked for next, so
@@ -1353,11 +1353,9 @@ class Unwind:
             self._block = start, data = vaddr, data
         return data[vaddr - start:vaddr - start + size]
 
-    def _parse(self, vaddr):
-        """The Fde at a vaddr of .eh_frame, or None."""
-        data = self._read(vaddr, 64)
-        parts = self._usual_parts(data, vaddr) or self._parts(
-            Cursor(data, vaddr))
+    def _parse(self, data, vaddr):
+        """The Fde whose data begin at a vaddr of .eh_frame, or None."""
+        parts = self._parts(Cursor(data, vaddr))
         if parts is None:
             return None
         fde, _, behind = parts
@@ -1368,20 +1366,22 @@ class Unwind:
             return fde._replace(is_part=True)
         return fde
 
-    def _usual_parts(self, data, vaddr):
-        """_parts() of what almost every FDE looks like; None: not so."""
-        if len(data) < _FDE.size:
+    def _usual(self, data, vaddr):
+        """_parse() of what almost every FDE looks like; None: not so."""
+        if len(data) <= _FDE.size:
             return None
         size, distance, start, length, behind = _FDE.unpack_from(data)
         cie = self._cies.get(vaddr + 4 - distance)
-        if (size == 0xffffffff or not distance or cie is None
-                or cie.encoding != _EH_PE_PCREL_SDATA4 or not cie.is_augmented
-                or behind or not start or length <= 0):
+        if (not _FDE.size < size + 4 <= MAX_FRAME_ENTRY or not distance
+                or cie is None or cie.encoding != _EH_PE_PCREL_SDATA4
+                or not cie.is_augmented or behind or not start
+                or length <= 0):
             return None
         start = (vaddr + 8 + start) % (1 << 64)
         if start + length > VADDR_END:
             return None
-        return Fde(start, length, 0), cie, _FDE.size
+        return Fde(start, length, 0,
+                   data[_FDE.size:_FDE.size + 1] in _SETS_CFA)
 
     def _parts(self, cursor):
         """(Fde, Cie, where its program begins) of an FDE, or None."""
@@ -1590,6 +1590,9 @@ class Functions:
 
     def aliases(self, start):
         """[(table, index)] of the functions that begin at a vaddr."""
+        if "_symbol_extents" in self.__dict__ and (
+                start not in self._symbol_starts):
+            return []
         found = []
         for table, order, values in self.columns:
             first = bisect.bisect_left(values, start)
@@ -1629,9 +1632,15 @@ class Functions:
         return self.next_mark(start + 1) - start
 
     @property
-    def _marks(self):
+    def is_for_many(self):
+        """Are so many functions asked for, as of a pattern, that tables of
+        all pay?"""
+        return self._n_asked > _FEW
+
+    @property
+    def marks(self):
         """Sorted lists of where symbols and FDEs begin; one, if it pays."""
-        if self._n_asked > _FEW:
+        if self.is_for_many:
             return self._all_marks
         return [c[2] for c in self.columns] + [self.unwind.starts]
 
@@ -1644,7 +1653,7 @@ class Functions:
         """The next symbol, FDE or end of code, at or behind a vaddr."""
         code = self._code_at(vaddr)
         mark = code[1] if code else vaddr
-        for values in self._marks:
+        for values in self.marks:
             at = bisect.bisect_left(values, vaddr)
             if at < len(values) and values[at] < mark:
                 mark = values[at]
@@ -1657,7 +1666,7 @@ class Functions:
         before the last are tried as well.
         """
         self._n_asked += 1
-        if self._n_asked > _FEW:        # a pattern: a table pays
+        if self.is_for_many:
             starts, ends, reaches = self._extents
             at = bisect.bisect_right(starts, vaddr) - 1
             while at >= 0 and vaddr < reaches[at]:
@@ -1677,7 +1686,7 @@ class Functions:
         """Where the function begins that ends before vaddr, without any
         symbol, FDE or end of code between. None if there is no such one."""
         code, marks = self._code_at(vaddr), []
-        for values in self._marks:
+        for values in self.marks:
             at = bisect.bisect_right(values, vaddr)
             marks += values[max(0, at - 1):at]
         start = self.start_of(max(marks, default=0)) if code else None
@@ -1722,6 +1731,10 @@ class Functions:
                         else min(start + sizes[start], code[1]) if code
                         else start)
         return self._sorted(starts, ends)
+
+    @_Lazy
+    def _symbol_starts(self):
+        return frozenset(self._symbol_extents[0])
 
     @_Lazy
     def _lone_fdes(self):
@@ -1777,7 +1790,7 @@ class Functions:
     def entries(self, low, high):
         """Symbols, FDEs and landing pads in [low, high)."""
         entries = []
-        for values in self._marks:
+        for values in self.marks:
             entries += _between(values, low, high)
         for fde in self.guarding(low, high):
             entries += [pad for pad in self.unwind.landing_pads(fde)
@@ -1786,7 +1799,7 @@ class Functions:
 
     def guarding(self, low, high):
         """The Fdes in [low, high) that have an exception table."""
-        return self.unwind.guarding(low, high, self._n_asked > _FEW)
+        return self.unwind.guarding(low, high, self.is_for_many)
 
 
 def code_pointers(elf):
@@ -1814,15 +1827,22 @@ def code_words(elf):
     if elf.type != ET_EXEC or sum(s.size for s in elf.loads) >= MAX_TABLE:
         return []
     low, high, found = elf.code_loads[0][0], elf.code_loads[-1][1], set()
-    # The highest byte in which two of them differ rules most words out.
+    # The highest byte in which two of them differ, and the one above it in
+    # which they do not, rule most words out.
     place = max(0, (low ^ high - 1).bit_length() - 1) // 8
-    first, last = (vaddr >> 8 * place & 255 for vaddr in (low, high - 1))
-    may_be = bytes(first <= byte <= last for byte in range(256))
+    tables = [bytes(low >> shift & 255 <= byte <= high - 1 >> shift & 255
+                    for byte in range(256))
+              for shift in (8 * place, 8 * place + 8)]
     for load in elf.loads:
         data = elf.read_vaddr(load.vaddr, load.size)
-        words = itertools.compress(_column(data, "Q", 0, 1),
-                                   data[place::8].translate(may_be))
-        found.update(word for word in words if low <= word < high)
+        words = _column(data, "Q", 0, 1)
+        one, other = [int.from_bytes(
+            data[place + n:8 * len(words):8].translate(table), "little")
+            for n, table in enumerate(tables)]
+        may_be = (one & other).to_bytes(len(words), "little")
+        found.update([word for word in [
+            words[match.start()] for match in re.finditer(b"\1", may_be)]
+            if low <= word < high])
     return sorted(found)
 
 
@@ -2953,6 +2973,26 @@ class Module:
         a program that has no relocations to tell."""
         return [word + self.bias for word in _between(
             self._words, low - self.bias, high - self.bias)]
+
+    @_Lazy
+    def _places(self):
+        """All that entries_in and words_in could tell, but landing pads."""
+        return sorted({*self._pointers, *self._words,
+                       *itertools.chain(*self._functions.marks)})
+
+    def inside(self, start, size, end):
+        """(entries, guarded, words) of a function: what entries_in and
+        words_in tell of all behind its first byte, up to end, and guarded
+        of itself. Tuples."""
+        functions, low, high = (self._functions, start - self.bias,
+                                end - self.bias)
+        if functions.is_for_many and not (
+                _between(self._places, low + 1, high)
+                or functions.guarding(low, high)):
+            return (), (), ()           # as of most
+        return (tuple(self.entries_in(start + 1, end)),
+                self.guarded(start, start + size),
+                tuple(self.words_in(start + 1, end)))
 
     def read_file(self, vaddr, size):
         """The file's bytes at a vaddr of the process; fewer at the end of
@@ -10186,9 +10226,7 @@ class Planner:
         if len(code) < size:
             return None
         function = ubp_x86.Function(
-            start, size, code, tuple(module.entries_in(start + 1, end)),
-            module.guarded(start, start + size),
-            tuple(module.words_in(start + 1, end)))
+            start, size, code, *module.inside(start, size, end))
         bisect.insort(starts, start)
         known[start] = function
         return function

@@ -2182,11 +2182,13 @@ class BranchScan:
         """Return [(source, target)] of a sorted table, without own."""
         (sources, targets), base = table, self._base
         first = bisect.bisect_left(targets, low - base)
+        if first == len(targets) or targets[first] >= high - base:
+            return []
         last = bisect.bisect_left(targets, high - base, first)
         found, start, stop = (sources[first:last], own.start - base,
                               own.stop - base)
-        if not found or start <= min(found) and max(found) < stop:
-            return []               # as of most functions
+        if start <= min(found) and max(found) < stop:
+            return []
         return [(source + base, target + base)
                 for source, target in zip(found, targets[first:last])
                 if not start <= source < stop]
@@ -2294,12 +2296,13 @@ class BranchScan:
         to its first byte only the jccs, which begin with 0f: no calls."""
         if analysis.links is None:
             low = analysis.function.vaddr
-            to_low = self.far(low, low + 1, analysis.own)
+            found = self.far(low, analysis.padding_end, analysis.own)
+            to_low = [source for source, target in found if target == low]
             analysis.links = [
                 (source, low) for base, code in self.segments
-                for source, _ in to_low if base <= source < base + len(code)
-                and code[source - base] == 0x0f] + self.far(
-                    low + 1, analysis.padding_end, analysis.own)
+                for source in to_low if base <= source < base + len(code)
+                and code[source - base] == 0x0f] + [
+                    branch for branch in found if branch[1] != low]
         return analysis.links
 
     def may_jump(self, function):
