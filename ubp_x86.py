@@ -1118,6 +1118,7 @@ _INT64 = struct.Struct("<q").unpack_from
 _UINT32 = struct.Struct("<I").unpack_from
 _MAX_FORMS = 1 << 16                          # or hostile code fills memory
 _SIZE_OF = operator.itemgetter(0)             # of a Form
+_new = tuple.__new__                          # of one: half of its own time
 
 # What follows modrm under 32- or 64-bit addressing, SDM table 2-2: whether a
 # sib byte, and the size of the displacement but for sib.base = 5.
@@ -1358,12 +1359,12 @@ def _read_form(code, vaddr, bits):
         aim, aim_offset, aim_size = _TARGET, imm_offset, size
     elif bits == 64 and modrm & 0xc7 == 5 and cell[0] != "R":
         aim, aim_offset, aim_size = _RIP, disp_offset, 4
-    return Form(imm_offset + size, flow, aim, aim_offset, aim_size, opcode,
-                start, prefixes, pp, rex, vvvv, modrm, sib,
-                disp_offset if disp_size else 0, disp_size,
-                imm_offset if size else 0, size, bits, _mark_of(
-                    imm_offset + size, flow, aim, aim_offset, aim_size,
-                    opcode)), head_size
+    return _new(Form, (
+        imm_offset + size, flow, aim, aim_offset, aim_size, opcode, start,
+        prefixes, pp, rex, vvvv, modrm, sib, disp_offset if disp_size else 0,
+        disp_size, imm_offset if size else 0, size, bits, _mark_of(
+            imm_offset + size, flow, aim, aim_offset, aim_size, opcode)
+    )), head_size
 
 
 _JUMPS, _CALLS, _READS, _TAKES = range(4)     # what a mark says is done
@@ -1446,8 +1447,8 @@ def _read_alike(code, vaddr):
             _ALIKE[key] = known
         return known
     form = known[0]
-    return tuple.__new__(Form, form[:_MODRM_AT] + (modrm, sib)
-                         + form[_MODRM_AT + 2:]), head
+    return _new(Form, form[:_MODRM_AT] + (modrm, sib)
+                + form[_MODRM_AT + 2:]), head
 
 
 def _learn(code, pos, vaddr, bits):
@@ -1543,11 +1544,10 @@ def sweep(code, vaddr, bits=64):
 
 def aim(form, code, pos, vaddr):
     """(target, rip_relative) of the form that stands at code[pos], vaddr."""
-    size, _, kind, offset, width = form[:5]
+    kind, start, width = form[2], pos + form[3], form[4]
     if not kind:
         return None, None
-    start = pos + offset
-    value = vaddr + size + (
+    value = vaddr + form[0] + (
         _INT32(code, start)[0] if width == 4 else int.from_bytes(
             code[start:start + width], "little", signed=True))
     narrow = form.bits == 32 or kind == _RIP and form.prefixes & A32
@@ -1580,13 +1580,13 @@ def decode(code, vaddr, bits=64):
 
 def decode_all(code, vaddr, bits=64):
     """Return the Insns of code, to its end. Raises DecodeError."""
-    code, insns, new = bytes(code), [], tuple.__new__
+    code, insns = bytes(code), []
     for pos, form in sweep(code, vaddr, bits):
         size, flow, kind = form[:3]
         here = vaddr + pos
         target, rip_relative = aim(form, code, pos, here) if kind else (None,
                                                                        None)
-        insns.append(new(Insn, (here, size, code[pos:pos + size], flow,
+        insns.append(_new(Insn, (here, size, code[pos:pos + size], flow,
                                 target, rip_relative, form)))
     return insns
 
@@ -2648,7 +2648,7 @@ class Analysis:
             vaddr for vaddr in entries.union(words)
             if low < vaddr < self.padding_end)) if entries or words else ()
         self.own = function.own
-        self.strays = self.follow(firm, words) if firm or words else ()
+        self.strays = self.follow(firm, words)
         for insn in self.strays:
             if (insn.target is not None and insn.flow != CALL
                     and low <= insn.target < end):
@@ -2708,17 +2708,14 @@ class Analysis:
 
     def place(self, vaddr):
         """Return the place in starts of vaddr, -1 if none starts there."""
-        place = bisect.bisect_left(self.starts, vaddr)
-        if place == len(self.starts) or self.starts[place] != vaddr:
-            return -1
-        return place
+        starts = self.starts
+        place = bisect.bisect_left(starts, vaddr)
+        return place if place < len(starts) and starts[place] == vaddr else -1
 
     def at(self, vaddr):
         """Return the Insn that starts at vaddr, None if none does."""
-        place = bisect.bisect_left(self.starts, vaddr)
-        if place == len(self.starts) or self.starts[place] != vaddr:
-            return None
-        return self.insn(place)
+        place = self.place(vaddr)
+        return self.insn(place) if place >= 0 else None
 
     def before(self, vaddr):
         """Return the Insn in front of the one at vaddr, or None."""
@@ -2732,13 +2729,13 @@ class Analysis:
 
     def insn(self, place):
         """Return the Insn at a place in starts."""
-        form, vaddr = self.forms[place], self.starts[place]
-        code, at = self.function.code, vaddr - self.function.vaddr
-        size, flow, kind = form[:3]
-        target, rip_relative = aim(form, code, at, vaddr) if kind else (None,
-                                                                       None)
-        return tuple.__new__(Insn, (vaddr, size, code[at:at + size], flow,
-                                    target, rip_relative, form))
+        form, vaddr, function = (self.forms[place], self.starts[place],
+                                 self.function)
+        size, code, at = form[0], function.code, vaddr - function.vaddr
+        target, rip_relative = (aim(form, code, at, vaddr) if form[2]
+                                else (None, None))
+        return _new(Insn, (vaddr, size, code[at:at + size], form[1],
+                           target, rip_relative, form))
 
     def names(self):
         """Return the vaddrs that instructions of the function name, as a
@@ -2793,8 +2790,10 @@ class Analysis:
 
     def is_middle(self, vaddr):
         """Tell whether vaddr is inside the function but no instruction."""
-        return (self.function.vaddr < vaddr < self.end
-                and not _has(self.starts, vaddr))
+        if not self.function.vaddr < vaddr < self.end:
+            return False
+        starts = self.starts
+        return starts[bisect.bisect_right(starts, vaddr) - 1] != vaddr
 
     def _is_nothing(self, vaddr):
         """Tell whether control that came to vaddr would surely fault.
@@ -2820,6 +2819,8 @@ class Analysis:
         RefusalError where bytes on the way do not decode; not on one from a
         word of data, as control that came there would fault.
         """
+        if not targets and not words:
+            return ()
         strays = {}
         for starts, is_word in (targets, False), (words, True):
             pending = [vaddr for vaddr in starts if self.is_middle(vaddr)]
@@ -3318,10 +3319,13 @@ def _table_targets(analysis, table, limit, read, is_executable):
     return found or None
 
 
-def _run_of_code(vaddr, entry_size, count, read, is_executable):
+def _run_of_code(vaddr, entry_size, count, read, is_executable, first=()):
     """Return the targets of the words at vaddr, up to count of them, as
-    far as they are vaddrs of code: 8-byte words, or 4 relative to vaddr."""
-    found = []
+    far as they are vaddrs of code: 8-byte words, or 4 relative to vaddr.
+
+    first   those known to begin the run
+    """
+    found = list(first)
     while len(found) < count:           # most words lead nowhere: look at
         n_more = min(count - len(found), 64 if found else 1)    # one first
         here = vaddr + len(found) * entry_size
@@ -3342,13 +3346,15 @@ def _run_of_code(vaddr, entry_size, count, read, is_executable):
     return found
 
 
-def _sizes_of_entries(vaddr, read, is_executable):
-    """Return the sizes of which the first word at vaddr leads to code."""
+def _first_entries(vaddr, read, is_executable):
+    """Return [(size, targets)] of what may be a run of code at vaddr, by its
+    first word: the targets are that one's."""
     word = read(vaddr, 8)
     if not word:
-        return (8, 4)                           # four there may be
-    return ((8,) * is_executable(_INT64(word)[0])
-            + (4,) * is_executable(vaddr + _INT32(word)[0]))
+        return [(8, ()), (4, ())]               # four there may be
+    targets = (8, _INT64(word)[0]), (4, vaddr + _INT32(word)[0])
+    return [(size, (target,)) for size, target in targets
+            if is_executable(target)]
 
 
 def _refers_into(analysis, low, high, read, is_executable,
@@ -3367,10 +3373,10 @@ def _refers_into(analysis, low, high, read, is_executable,
         if but_known and analysis.tables:
             names -= {table.vaddr for table in analysis.tables.values()}
         references = analysis.references[but_known] = names.union(
-            target for name in names for size in _sizes_of_entries(
+            target for name in names for size, first in _first_entries(
                 name, read, is_executable)
             for target in _run_of_code(name, size, _N_ENTRIES, read,
-                                       is_executable))
+                                       is_executable, first))
     return any(vaddr in references for vaddr in range(low, high))
 
 
