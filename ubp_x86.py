@@ -1581,13 +1581,13 @@ def decode(code, vaddr, bits=64):
 def decode_all(code, vaddr, bits=64):
     """Return the Insns of code, to its end. Raises DecodeError."""
     code, insns = bytes(code), []
+    add, new = insns.append, _new
     for pos, form in sweep(code, vaddr, bits):
-        size, flow, kind = form[:3]
-        here = vaddr + pos
-        target, rip_relative = aim(form, code, pos, here) if kind else (None,
-                                                                       None)
-        insns.append(_new(Insn, (here, size, code[pos:pos + size], flow,
-                                target, rip_relative, form)))
+        size, here = form[0], vaddr + pos
+        target, rip_relative = (aim(form, code, pos, here) if form[2]
+                                else (None, None))
+        add(new(Insn, (here, size, code[pos:pos + size], form[1], target,
+                       rip_relative, form)))
     return insns
 
 
