@@ -2234,11 +2234,13 @@ class BranchScan:
         found = []
         if not self.is_absolute:
             return found
-        pattern = re.compile(b"%s(?=%s)" % (_byte_class(low, high, 16),
-                                            _byte_class(low, high, 24)),
-                             re.DOTALL)
+        third, fourth = (_byte_class(low, high, shift) for shift in (16, 24))
+        # First the one that is rarer: of a wide range, the fourth.
+        pattern, skip = (b"%s(?=%s)" % (third, fourth), 2) if (
+            high - low < 1 << 19) else (b"%s(?<=%s.)" % (fourth, third), 3)
+        pattern = re.compile(pattern, re.DOTALL)
         for base, code in self.segments:
-            places = [m.start() - 2 for m in pattern.finditer(code, 2)]
+            places = [m.start() - skip for m in pattern.finditer(code, skip)]
             found += [(base + place, value) for place, value in zip(
                 places, [_UINT32(code, place)[0] for place in places])
                 if low <= value < high]
