@@ -9764,10 +9764,10 @@ class Planner:
         elif window.is_trap != is_trap:
             raise RefusalError("overlap", "%s of ubp is there" % (
                 "an int3" if window.is_trap else "a jump"), site.vaddr)
-        plan = self._fitted(SitePlan(
-            site, "int3" if is_trap else "jump", window, 0, "", "", (), spec,
-            index, is_taken=leave is not None and leave.is_conditional,
-            can_stack=not site.module.elf.is_go))    # they have little
+        plan = self._fitted(
+            site, "int3" if is_trap else "jump", window, spec, index,
+            leave is not None and leave.is_conditional,
+            not site.module.elf.is_go)              # they have little stack
         lent = window.lender and self._plan_lender(plan)
         if absorbed is not None:
             self._put(site.module, window, site.vaddr, absorbed)
@@ -9786,16 +9786,15 @@ class Planner:
         function = module.function_at(lender.site)
         site = Site(lender.site, function, lender.site - (
             function.vaddr if function else lender.site), (), module)
-        return self._fitted(SitePlan(site, "jump", lender, 0, "", "", (),
-                                     _LEND, plan.index))
+        return self._fitted(site, "jump", lender, _LEND, plan.index)
 
-    def _fitted(self, plan):
-        """A SitePlan with what its window says: place, size, old bytes."""
-        site, window, spec, at = plan.site, plan.window, plan.spec, 0
-        dead, parts = (0, False), []
+    def _fitted(self, site, strategy, window, spec, index, is_taken=False,
+                can_stack=True):
+        """The SitePlan of a window: with place, size and old bytes."""
+        at, dead, parts = 0, (0, False), []
         if window.kept:
             _refuse_changed_inputs(window, site.vaddr, spec)
-        if plan.is_taken or site.vaddr > window.site:
+        if is_taken or site.vaddr > window.site:
             at = site.vaddr
             registers, flags = ubp_x86.liveness(self.scan(
                 site.module).analysis(self.function(site.module, at)), at)
@@ -9805,11 +9804,11 @@ class Planner:
             parts = [body.part_in(window) for patch in patches_in(
                 self.patches, window) for body in patch.bodies]
         place = _dummy_place(vaddr, self.offers, at=at, dead=dead,
-                             is_taken=plan.is_taken,
-                             can_stack=plan.can_stack)
+                             is_taken=is_taken, can_stack=can_stack)
         size = _size_of(window, vaddr, parts + [(spec, place)])
-        return plan._replace(at=at, dead=dead, trampoline_size=size,
-                             old=self._text_before(site.module, window))
+        return SitePlan(site, strategy, window, size, "", "",
+                        self._text_before(site.module, window), spec, index,
+                        at, dead, is_taken, can_stack)
 
     def settle(self, plans):
         """Plans as they are when all are made: a later one may have taken
@@ -9834,7 +9833,8 @@ class Planner:
                 or window == plan.window):
             return plan
         try:
-            return self._fitted(plan._replace(window=window))
+            return self._fitted(plan.site, plan.strategy, window, plan.spec,
+                                plan.index, plan.is_taken, plan.can_stack)
         except UbpError as error:
             return SitePlan(plan.site, "", None, 0, getattr(
                 error, "rule", "unreadable"), error.why, ())
