@@ -81,6 +81,7 @@ import ctypes                                                   # noqa: E402
 import errno                                                    # noqa: E402
 import functools                                                # noqa: E402
 import itertools                                                # noqa: E402
+import marshal                                                  # noqa: E402
 import mmap                                                     # noqa: E402
 import operator                                                 # noqa: E402
 import queue                                                    # noqa: E402
@@ -222,7 +223,7 @@ SYSCALL_EVENT_SIGNAL = signal.SIGTRAP | 0x80    # ptrace(2), TRACESYSGOOD
 # <asm/unistd_64.h>; those that are injected, and those libc may not wrap
 SYS_close, SYS_stat, SYS_mmap, SYS_munmap, SYS_madvise = 3, 4, 9, 11, 28
 SYS_rt_sigaction, SYS_rt_tgsigqueueinfo = 13, 297
-SYS_gettid, SYS_tgkill = 186, 234
+SYS_clone, SYS_gettid, SYS_tgkill = 56, 186, 234
 SYS_getdents64, SYS_kcmp, SYS_memfd_create = 217, 312, 319
 SYS_perf_event_open = 298
 SYS_prctl, SYS_process_vm_readv = 157, 310
@@ -230,7 +231,7 @@ SYS_futex, SYS_set_robust_list = 202, 273
 FUTEX_WAIT, FUTEX_WAKE, FUTEX_WAITERS = 0, 1, 0x80000000    # <linux/futex.h>
 FUTEX_WAIT_BITSET = 9
 SYS_clock_gettime = 228
-PR_GET_TSC, PR_TSC_ENABLE = 25, 1               # <linux/prctl.h>
+PR_GET_TSC, PR_TSC_ENABLE, PR_SET_PDEATHSIG = 25, 1, 1   # <linux/prctl.h>
 
 PERF_TYPE_SOFTWARE, PERF_TYPE_BREAKPOINT = 1, 5     # <linux/perf_event.h>
 PERF_COUNT_SW_DUMMY    = 9
@@ -9710,6 +9711,7 @@ class Planner:
         self._borrowers = []        # those whose window has a lender
         # () -> the Sites that have a debug register; vaddrs that will have
         self.watched, self._to_watch = tuple, set()
+        self.foreseen = {}          # {vaddr: what foresee() found there}
         self._scans = {}
         # module -> (sorted starts of functions, {start: Function})
         self._known = collections.defaultdict(lambda: ([], {}))
@@ -10015,6 +10017,9 @@ class Planner:
         if module.shared_text:
             raise RefusalError("shared text", "its text is mapped shared or "
                                "from huge pages", site.vaddr)
+        window = self._foreseen(module, site.vaddr)
+        if window is not None:
+            return window, []
         function = self.function(module, site.vaddr)
         if function is None:
             raise RefusalError("unknown bounds", "no symbol and no unwind "
@@ -10029,10 +10034,49 @@ class Planner:
             if self.read(insn.vaddr, insn.size) != insn.code:
                 raise RefusalError("changed text", "the text at 0x%x differs "
                                    "from its file" % insn.vaddr, insn.vaddr)
-        if window.dead_regs & self._named:
-            window = window._replace(dead_regs=window.dead_regs
-                                     & ~self._named)
-        return window, absorbed
+        return self._without_named(window), absorbed
+
+    def _without_named(self, window):
+        """A Window whose dead registers are none that a probe reads."""
+        return window._replace(
+            dead_regs=window.dead_regs & ~self._named
+        ) if window.dead_regs & self._named else window
+
+    def foresee(self, module, vaddr):
+        """(the Window at a vaddr if there were no other windows, what bytes
+        it would be another for if they were taken), or None."""
+        function = self.function(module, vaddr)
+        if function is None or module.shared_text:
+            return None
+        taken = _Asked()
+        try:
+            window = self._jump_window(function, module, vaddr, taken)
+            _refuse_signal_return(function, window)
+        except UbpError:
+            return None
+        return None if window.kept else (window, tuple(taken.asked))
+
+    def _foreseen(self, module, vaddr):
+        """The Window of foresee(), if it was asked and that holds."""
+        window, asked = self.foreseen.get(vaddr, (None, ()))
+        taken = self.taken[module]
+        if window is None or self._through or any(
+                [taken.overlap(low, high) for low, high in asked]):
+            return None
+        try:
+            self._refuse_watched(window)
+        except RefusalError:
+            return None
+        return self._without_named(window)
+
+    def _jump_window(self, function, module, vaddr, taken, through=0,
+                     may_borrow=False):
+        """ubp_x86.plan_window() of this process."""
+        return ubp_x86.plan_window(
+            function, vaddr, self.scan(module),
+            forbidden=self._cancellation(module), seccomp=self._seccomp,
+            catches=self._catches, taken=taken, through=through,
+            is_go=module.elf.is_go, may_borrow=may_borrow)
 
     def _plan_window(self, function, site):
         """(the Window at a site, [windows that it takes the place of]).
@@ -10047,11 +10091,8 @@ class Planner:
         taken = self.taken[module]
 
         def plan(vaddr, through=0, may_borrow=False):
-            window = ubp_x86.plan_window(
-                function, vaddr, self.scan(module),
-                forbidden=self._cancellation(module), seccomp=self._seccomp,
-                catches=self._catches, taken=taken, through=through,
-                is_go=module.elf.is_go, may_borrow=may_borrow)
+            window = self._jump_window(function, module, vaddr, taken,
+                                       through, may_borrow)
             self._refuse_watched(window)
             return window
         for vaddr in starts:
@@ -10222,7 +10263,7 @@ class Planner:
         if start in known:
             return known[start]         # vaddr is in its padding
         end = min(max(end, start + size), start + size + PAGE)
-        code = _cut(self._text_of(module), start, end - start)
+        code = _cut(self.text_of(module), start, end - start)
         if len(code) < size:
             return None
         function = ubp_x86.Function(
@@ -10231,7 +10272,7 @@ class Planner:
         known[start] = function
         return function
 
-    def _text_of(self, module):
+    def text_of(self, module):
         """[(vaddr, bytes)] of a module's text, from the file, read once."""
         if module not in self._texts:
             self._texts[module] = module.text_code()
@@ -10261,7 +10302,7 @@ class Planner:
     def scan(self, module):
         """The BranchScan of a module, made once."""
         if module not in self._scans:
-            text, pages = self._text_of(module), {}
+            text, pages = self.text_of(module), {}
 
             def page_at(vaddr):
                 # One that cannot be read is remembered too: most constants
@@ -10318,7 +10359,7 @@ class Planner:
         RefusalError if they differ from the file's: another tool, or
         another ubp, has been there.
         """
-        text, old = self._text_of(module), []
+        text, old = self.text_of(module), []
         undo = [(vaddr, b"", data) for patch in patches_in(
             self.patches, window) + self._borrowers
             for vaddr, data in patch.old.items()] if self.patches else ()
@@ -10341,6 +10382,162 @@ class Planner:
                 raise RefusalError("uprobe", "a kernel uprobe is set there",
                                    low)
         return tuple(reversed(old))     # a slot's jump is written first
+
+
+class _Asked:
+    """Stands for ByteRanges of which nothing is taken; notes what is asked.
+    """
+
+    def __init__(self):
+        self.asked = []
+
+    def overlap(self, low, high):
+        """Nothing does."""
+        self.asked.append((low, high))
+
+
+_CHUNK = 64                     # sites that are foreseen at a time
+_LEAST_TO_FORESEE, _MOST_CHILDREN = 1000, 3
+_OWN_EIGHTHS = 0, 3, 1, 0       # of the chunks, with so many children
+_FORESIGHT_ROOM = 8 * PAGE      # of a chunk; pages not written to cost nothing
+_SEAL = struct.Struct("<II")    # of what is there: size, with this, and CRC-32
+
+
+def _sealed(data):
+    """data behind what tells whether all of it is there."""
+    import binascii
+    return _SEAL.pack(_SEAL.size + len(data), binascii.crc32(data)) + data
+
+
+class Foresight:
+    """Fills Planner.foreseen for many sites, with the help of children.
+
+    A context manager round the planning of sites, in their order. What is
+    planned at one depends on the others only in that their bytes are taken.
+    So forked children foresee windows as if nothing were, a chunk of sites
+    at a time, and the planner goes from site to site as ever, but finds most
+    windows made. It begins with sites that nobody looks at, as for each it
+    has a quarter of the work left. It never waits: while the next chunk is
+    not there, it foresees the last one that is not, itself. So a child that
+    is slow, stuck or dead, or may not read the target, which is no child of
+    it (ptrace_scope 1), costs its help and nothing else. Nobody looks at
+    exits: most of their work is to find them, and is done where they are
+    planned.
+
+    There are children where sites are many, more than one CPU is usable,
+    and this process has one thread: a fork copies the locks of others. They
+    write numbers only to memory that all share, [how many chunks are left]
+    and then the chunks, each behind its checksum. The host knows nothing of
+    them: clone(2) without a signal sends no SIGCHLD and is not waited for by
+    wait(2). All their signals are blocked, and they end with us.
+    """
+
+    def __init__(self, planner, sites):
+        self._planner, self._sites = planner, sites
+        self._first, self._end = 0, -(-len(sites) // _CHUNK)
+        self._children, self._text, self._map = [], [], None
+
+    def __enter__(self):
+        try:
+            n = min(len(os.sched_getaffinity(0)) - 1, _MOST_CHILDREN)
+            if (n > 0 and sum(not site.is_return for site in self._sites)
+                    >= _LEAST_TO_FORESEE
+                    and len(os.listdir("/proc/self/task")) == 1):
+                self._start(n)
+        except (UbpError, OSError) as error:
+            log.debug("no children that help to plan: %s", error)
+            self.__exit__()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error):
+        self._planner.foreseen = {}
+        while self._children:
+            pid = self._children.pop()
+            os.kill(pid, signal.SIGKILL)
+            while _waitpid(pid, None, WALL) < 0 and (
+                    ctypes.get_errno() == errno.EINTR):
+                pass
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+
+    def _start(self, n):
+        """Start n children. What they all need is made before."""
+        for module in {site.module for site in self._sites}:
+            text = self._planner.text_of(module)
+            if text:
+                self._planner.scan(module).far(0, 0)    # it makes its tables
+            self._text += text
+        self._first = self._end * _OWN_EIGHTHS[n] // 8
+        self._map = mmap.mmap(-1, PAGE + self._end * _FORESIGHT_ROOM)
+        self._map[:8] = struct.pack("<Q", self._end)
+        us, mask = os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        try:
+            _block_signals()
+            for k in range(n):
+                pid = syscall(SYS_clone)
+                if not pid:
+                    try:
+                        self._help(us, self._first + k, n)
+                    finally:
+                        os._exit(0)
+                self._children.append(pid)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _help(self, parent, first, step):
+        """In a child: foresee every step-th chunk."""
+        syscall(SYS_prctl, PR_SET_PDEATHSIG, signal.SIGKILL)
+        gc.disable()
+        self._planner.read(self._sites[0].vaddr, 1)     # or raise
+        for chunk in range(first, self._end, step):
+            end, = struct.unpack_from("<Q", self._map)
+            if chunk >= end or os.getppid() != parent:
+                break
+            found = [(vaddr, asked, w.site, w.size, len(w.insns), w.slot,
+                      w.dead_regs, w.flags_dead, w.is_loop)
+                     for vaddr, (w, asked) in self._foresee(chunk)]
+            data = _sealed(marshal.dumps(found))[:_FORESIGHT_ROOM]
+            at = PAGE + chunk * _FORESIGHT_ROOM
+            self._map[at:at + len(data)] = data
+
+    def _foresee(self, chunk):
+        """Yield (vaddr, Planner.foresee()) of the sites in a chunk."""
+        for site in self._sites[chunk * _CHUNK:(chunk + 1) * _CHUNK]:
+            found = None if site.is_return else self._planner.foresee(
+                site.module, site.vaddr)
+            if found is not None:
+                yield site.vaddr, found
+
+    def reach(self, n):
+        """The n-th site is planned next: have what is foreseen of it."""
+        if self._map is None or n % _CHUNK or n // _CHUNK < self._first:
+            return
+        while n // _CHUNK < self._end and not self._take(n // _CHUNK):
+            self._end -= 1
+            self._map[:8] = struct.pack("<Q", self._end)
+            if not self._take(self._end):
+                self._planner.foreseen.update(self._foresee(self._end))
+
+    def _take(self, chunk):
+        """Have what a child has foreseen in a chunk, if it has. -> bool"""
+        at = PAGE + chunk * _FORESIGHT_ROOM
+        size, _ = _SEAL.unpack_from(self._map, at)
+        data = self._map[at:at + min(size, _FORESIGHT_ROOM)]
+        if size <= _SEAL.size or data != _sealed(data[_SEAL.size:]):
+            return False
+        for vaddr, asked, site, n_bytes, n, *rest in marshal.loads(
+                data[_SEAL.size:]):
+            insns, at = [], site
+            for _ in range(n):
+                insns.append(ubp_x86.decode(_cut(self._text, at, 15), at))
+                at += insns[-1].size
+            self._planner.foreseen[vaddr] = ubp_x86.Window(
+                site, n_bytes, tuple(insns), *rest), asked
+        return True
 
 
 _tables = {}                    # {text of a module: [uses, its tables]}
@@ -15854,7 +16051,8 @@ class Target:
             return _plan_site(planner, site, strategies, inside[
                 site.is_return] if site.offset else spec, n, entry)
         try:
-            return planner.settle(_by_address(sites, look, progress))
+            return planner.settle(_by_address(planner, sites, strategies,
+                                              look, progress))
         finally:
             planner.close()
 
@@ -15933,8 +16131,7 @@ class Target:
                 self._planner.watched = self._watched
             self._look([each for each in (spec, entry) if each], strategies,
                        timeout)
-            plans = _by_address(sites, lambda n, site: self._plan(
-                site, spec, n, len(sites), entry, strategies))
+            plans = self._plan_all(sites, spec, entry, strategies)
             probe._is_open = self._may_grow(where)
             try:
                 self._arm_plans(probe, plans, timeout, (probe,))
@@ -16321,7 +16518,7 @@ class Target:
         self._n_looked += most
         for patch in patches[first:first + most]:
             _, old, new = patch.records[-1][1].patches[-1]
-            text = self._text_of(patch)
+            text = self.text_of(patch)
             if text not in (None, old, new) and not self._has_become():
                 self._note("the code of %s was changed by the program or "
                            "by another tool: its hits may not be counted "
@@ -16335,13 +16532,13 @@ class Target:
         for arena in self._installer.arenas:
             if not (_is_mapped_still(self._tracer, arena)
                     or self._has_become() or not self.alive) and any(
-                        self._text_of(patch) == patch.records[-1][1]
+                        self.text_of(patch) == patch.records[-1][1]
                         .patches[-1][2] for patch in patches
                         if patch.records[-1][0] is arena):
                 self._note("it has unmapped ubp's memory at 0x%x: a hit of "
                            "what led there ends it" % arena.base)
 
-    def _text_of(self, patch):
+    def text_of(self, patch):
         """What is now where the last bytes of a patch are, or None."""
         vaddr, _, new = patch.records[-1][1].patches[-1]
         return _text_at(self._tracer, vaddr, len(new))
@@ -16846,6 +17043,12 @@ class Target:
                 direct=_steady_data(self._get_modules()))
         self._planner.offers = installer.offers
 
+    def _plan_all(self, sites, spec, entry, strategies):
+        """The SitePlans of a probe's sites."""
+        return _by_address(
+            self._planner, sites, strategies, lambda n, site: self._plan(
+                site, spec, n, len(sites), entry, strategies))
+
     def _plan(self, site, spec, index, n_sites, entry, strategies):
         """The SitePlan of one of a probe's sites.
 
@@ -17101,7 +17304,7 @@ class Target:
 
     def _remains(self):
         """What is left in it after a close() that failed, in words."""
-        n = sum(self._text_of(patch) == patch.records[-1][1].patches[-1][2]
+        n = sum(self.text_of(patch) == patch.records[-1][1].patches[-1][2]
                 for patch in self._users_patches() if patch.records)
         return ("keeps its probes at %s" % plural(n, "site") if n else
                 "is rid of its probes, but ubp's memory is still mapped")
@@ -17286,14 +17489,18 @@ def program_identity(pid):
     return read_proc("/proc/%d/auxv" % pid)
 
 
-def _by_address(sites, plan, progress=None):
+def _by_address(planner, sites, strategies, plan, progress=None):
     """[plan(n, site)] in the order of sites, but made in that of addresses:
     a site can share the window of one before it."""
     made = {}
-    for n in sorted(range(len(sites)), key=lambda n: sites[n].vaddr):
-        made[n] = plan(n, sites[n])
-        if progress is not None:
-            progress(len(made), len(sites))
+    order = sorted(range(len(sites)), key=lambda n: sites[n].vaddr)
+    with Foresight(planner, [sites[n] for n in order] if "jump" in strategies
+                   else ()) as foresight:
+        for n in order:
+            foresight.reach(len(made))
+            made[n] = plan(n, sites[n])
+            if progress is not None:
+                progress(len(made), len(sites))
     return [made[n] for n in range(len(sites))]
 
 
@@ -20409,47 +20616,37 @@ def plan_summary(plans):
 class Progress:
     """A line on a terminal's stderr while something takes its time.
 
-    A context manager. Drawn by a thread of its own, from the first second
-    on, four times a second; taken away at the end. With tell() it is a bar.
+    A context manager. A bar from the first second on, drawn by tell(), four
+    times a second, and taken away at the end. Not by a thread: beside one
+    Foresight does not fork.
     """
 
     def __init__(self, text):
-        self.text, self.done = escape(text), threading.Event()
-        self.thread, self.share = None, None
-        if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb":
-            self.thread = threading.Thread(target=self._draw, daemon=True)
+        self.text, self.began, self.drawn = escape(text), time.monotonic(), 0
+        self.is_seen = os.isatty(2) and os.environ.get("TERM",
+                                                       "dumb") != "dumb"
 
     def __enter__(self):
-        if self.thread:
-            self.thread.start()
         return self
 
     def __exit__(self, *error):
-        self.done.set()
-        if self.thread:
-            self.thread.join()
+        if self.drawn:
+            os.write(2, b"\r\x1b[K")
 
     def tell(self, n, n_all):
         """So many are done, of all."""
-        self.share = n / n_all
-
-    def _draw(self):
-        began, line = time.monotonic(), ""
-        while not self.done.wait(0.25 if line else 1):
-            share, seconds = self.share, time.monotonic() - began
-            line = "ubp: %s, %d s" % (self.text, seconds)
-            if share is not None:
-                line = "ubp: [%-20s] %3d %%, %d s: %s" % (
-                    "#" * int(20 * share), int(100 * share), seconds,
-                    self.text)
-            try:
-                width = os.get_terminal_size(2).columns or 80
-            except OSError:
-                width = 80
-            line = "\r\x1b[K" + line[:max(width - 1, 20)]
-            os.write(2, line.encode("ascii", "backslashreplace"))
-        if line:
-            os.write(2, b"\r\x1b[K")
+        seconds = time.monotonic() - self.began
+        if not self.is_seen or seconds < max(1, self.drawn + 0.25):
+            return
+        self.drawn, share = seconds, n / n_all
+        line = "ubp: [%-20s] %3d %%, %d s: %s" % (
+            "#" * int(20 * share), int(100 * share), seconds, self.text)
+        try:
+            width = os.get_terminal_size(2).columns or 80
+        except OSError:
+            width = 80
+        line = "\r\x1b[K" + line[:max(width - 1, 20)]
+        os.write(2, line.encode("ascii", "backslashreplace"))
 
 
 def strategies_told(probes):

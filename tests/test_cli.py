@@ -990,7 +990,7 @@ class Terminal(Live):
         self.assert_whole()
 
     def test_a_long_plan_shows_how_far_it_is(self):
-        self.open("libc:*", verb="plan")
+        self.open("libc:*", "libc:*%return", verb="plan")
         text = self.read(60, "sites: ")
         shares = [int(n) for n in re.findall(r"\[#* *\] +(\d+) %", text)]
         self.assertGreater(len(shares), 1, text[:300])

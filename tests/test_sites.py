@@ -6,14 +6,17 @@ runs in a call; and its text afterwards.
 """
 import contextlib
 import itertools
+import json
 import os
 import random
+import subprocess
 import sys
 import time
 import unittest
 from unittest import mock
 
 import live
+import servers
 import ubp
 
 ACTIONS = (ubp.Count, lambda: ubp.Hist("rdi"), lambda: ubp.Count(sum="rbx"),
@@ -513,6 +516,297 @@ class Planning(unittest.TestCase):
             with ubp.attach(process.pid) as other:
                 self.assertEqual(["changed text"] * 2,
                                  [plan.rule for plan in other.plan(where)])
+
+
+HELPED = r"""
+import gc, json, os, signal, subprocess, sys, threading, time
+sys.path.insert(0, %(root)r)
+import ubp
+
+CASES, us, n_forks, original = {}, os.getpid(), [0], ubp.syscall
+signals = []
+
+def case(function):
+    CASES[function.__name__] = function
+
+def counted(number, *args):
+    n_forks[0] += number == ubp.SYS_clone
+    return original(number, *args)
+
+def plan(target, what, cpus=(0, 1), **options):
+    os.sched_getaffinity = lambda pid: set(cpus)
+    return target.plan(what, **options)
+
+def small():
+    "It takes fewer sites."
+    ubp._LEAST_TO_FORESEE, ubp._CHUNK = 300, 16
+
+def help_by(work):
+    "Children do that instead."
+    ubp.Foresight._help = lambda self, *args: work(self, *args)
+
+@case
+def dies(*args):
+    os._exit(1)
+
+@case
+def is_killed_in_the_middle(self, *args):
+    foresee = self._foresee
+    def half(chunk):
+        for n, found in enumerate(foresee(chunk)):
+            if n == 9 and chunk > self._first + 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield found
+    self._foresee = half
+    helped(self, *args)
+
+@case
+def hangs(*args):
+    time.sleep(1000)
+
+@case
+def stops(*args):
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+@case
+def raises(*args):
+    raise RuntimeError("for nobody")
+
+@case
+def interrupts_itself(self, *args):
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1000)
+
+@case
+def says_rubbish(self, *args):
+    self._map[ubp.PAGE:] = os.urandom(len(self._map) - ubp.PAGE)
+
+@case
+def says_half_of_it(self, *args):
+    seal = ubp._sealed
+    ubp._sealed = lambda data: seal(data)[:-3]
+    helped(self, *args)
+
+@case
+def says_nothing_is_left(self, *args):
+    self._map[:8] = bytes(8)
+
+@case
+def may_not_read(self, *args):
+    def read(vaddr, size):
+        raise ubp.TraceeGone("read", "it", "EPERM")
+    self._planner.read = read
+    self._foresee = lambda chunk: [
+        (site.vaddr, (ubp.ubp_x86.Window(site.vaddr, 5, ()), ()))
+        for site in self._sites]        # told if it went on all the same
+    helped(self, *args)
+
+def left():
+    "Children, zombies too, and descriptors."
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open("/proc/%%s/stat" %% pid) as f:
+                if int(f.read().rpartition(")")[2].split()[1]) == us:
+                    found.append(int(pid))
+        except OSError:
+            pass
+    return sorted(found), sorted(os.listdir("/proc/self/fd"))
+
+def tell(name, *values):
+    print(json.dumps([name] + list(values)), flush=True)
+
+helped, ubp.syscall = ubp.Foresight._help, counted
+with ubp.attach(int(sys.argv[1])) as target:
+    %(code)s
+"""
+
+
+class Helped(unittest.TestCase):
+    """Plans that forked children help with: each must equal, in all fields,
+    what one process plans. The judge of what is left is /proc."""
+
+    def host(self, pid, code, *arguments):
+        """{case: values} of what a host of its own tells."""
+        code = HELPED % {"root": os.path.dirname(os.path.abspath(
+            ubp.__file__)), "code": code.strip().replace("\n", "\n    ")}
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code, "%d" % pid]
+            + list(arguments), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, timeout=200)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        return {name: values for name, *values in map(
+            json.loads, done.stdout.splitlines())}
+
+    def test_a_plan_is_that_of_one_process(self):
+        code = """
+what, how = sys.argv[2].split(), {}
+if len(what) > 1:
+    how["action"] = ubp.Hist("arg0")    # exits need something at the entry
+    small()
+one = plan(target, what, {0}, **how)
+before, forks = left(), n_forks[0]
+other = plan(target, what, range(int(sys.argv[3])), **how)
+tell("found", one == other, len(one), forks, n_forks[0], before == left())
+"""
+        for kind, what, n in ((live.Target, "libc:*", 3),
+                              (live.Target, "libc:s* libc:s*%return", 2),
+                              (servers.Redis, "exe:*", 2),
+                              (servers.Nginx, "exe:*", 6)):
+            if kind != live.Target and kind.missing():
+                continue
+            with self.subTest((kind, what)), kind(
+                    *["busy"] * (kind == live.Target)) as target:
+                is_equal, n_sites, *rest = self.host(
+                    target.pid, code, what, "%d" % n)["found"]
+                self.assertTrue(is_equal)
+                self.assertGreater(n_sites, 600)
+                self.assertEqual(rest, [0, min(n, 4) - 1, True])
+
+    def test_sites_that_share_windows_are_planned_as_by_one_process(self):
+        """What is foreseen of a site does not hold where the bytes have been
+        taken for another, and for one that has a debug register."""
+        code = """
+small()
+sites = []
+for each in plan(target, "libc:s*", {0}):
+    sites += [each.site._replace(vaddr=insn.vaddr, offset=insn.vaddr
+              - each.site.vaddr) for insn in (
+              each.window.insns[:3] if each.window else ())]
+def made(cpus, n_watched=0):
+    os.sched_getaffinity = lambda pid: set(cpus)
+    planner = ubp.Planner(target.pid, target._read, len(sites))
+    planner.watch([site.vaddr for site in sites[:n_watched]])
+    found = planner.settle(ubp._by_address(
+        planner, sites, ("jump",), lambda n, site: ubp._plan_site(
+            planner, site, ("jump",), index=n)))
+    planner.close()
+    return found
+for n_watched in 0, 300:
+    one, forks = made({0}, n_watched), n_forks[0]
+    tell(str(n_watched), one == made({0, 1}, n_watched), forks, n_forks[0],
+         len({each.rule for each in one}),
+         len({each.window and each.window.site for each in one}) < len(one))
+    n_forks[0] = 0
+"""
+        with live.Target("busy", 1, seconds=100) as child:
+            found = self.host(child.pid, code)
+        for name, n_rules in ("0", 1), ("300", 2):
+            self.assertEqual(found[name][:3] + found[name][4:],
+                             [True, 0, 1, True])
+            self.assertGreaterEqual(found[name][3], n_rules)
+
+    def test_a_child_that_fails_costs_its_help_and_nothing_else(self):
+        code = """
+small()
+one, before = plan(target, "libc:s*", {0}), left()
+for name, work in CASES.items():
+    help_by(work)
+    shares = []
+    other = plan(target, "libc:s*", progress=lambda n, n_all: shares.append(n))
+    tell(name, one == other, n_forks[0], before == left(),
+         shares == list(range(1, 1 + len(one))))
+    n_forks[0] = 0
+"""
+        with live.Target("busy", 1, seconds=100) as child:
+            found = self.host(child.pid, code)
+        self.assertEqual(len(found), 10)
+        for name, values in found.items():
+            self.assertEqual(values, [True, 1, True, True], name)
+
+    def test_where_a_fork_is_unsafe_or_not_worth_it_there_is_none(self):
+        code = """
+tell("few", len(plan(target, "libc:s*")) > 300, n_forks[0])
+small()
+for name, options in (("one cpu", {"cpus": (3,)}),
+                      ("no jump", {"strategy": "int3"})):
+    tell(name, len(plan(target, "libc:s*", **options)) > 300, n_forks[0])
+done = threading.Event()
+thread = threading.Thread(target=done.wait)
+thread.start()
+tell("a thread", len(plan(target, "libc:s*")) > 300, n_forks[0])
+done.set()
+thread.join()
+"""
+        with live.Target("busy", 1, seconds=100) as child:
+            found = self.host(child.pid, code)
+        self.assertEqual(found, dict.fromkeys(
+            ("few", "one cpu", "no jump", "a thread"), [True, 0]))
+
+    def test_the_host_does_not_notice_the_children(self):
+        """Not by SIGCHLD, at-fork hooks, wait(2) or what signals to the
+        whole group do to its handlers; its mask stays."""
+        code = """
+woken = os.pipe2(os.O_NONBLOCK)
+signal.set_wakeup_fd(woken[1])
+signal.signal(signal.SIGUSR1, lambda *args: None)
+os.register_at_fork(before=lambda: signals.append("fork"),
+                    after_in_child=lambda: signals.append("fork"))
+small()
+one = plan(target, "libc:s*", {0})
+for name, handler in (("ignored", signal.SIG_IGN),
+                      ("handled", lambda *args: signals.append("CHLD"))):
+    signal.signal(signal.SIGCHLD, handler)
+    before, found = left(), []
+    def look(n, n_all):
+        for pid in left()[0] if n == 1 else ():
+            os.kill(pid, signal.SIGUSR1)
+        try:
+            found.append(os.waitpid(-1, os.WNOHANG))
+        except ChildProcessError:
+            pass
+    same = one == plan(target, "libc:s*", progress=look)
+    try:
+        signals += os.read(woken[0], 99)
+    except BlockingIOError:
+        pass
+    tell(name, same, n_forks[0], signals, found, before == left(),
+         sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+    n_forks[0] = 0
+""" if sys.version_info >= (3, 7) else "tell('old')"
+        with live.Target("busy", 1, seconds=100) as child:
+            found = self.host(child.pid, code)
+        for values in found.values():
+            self.assertIn(values, ([], [True, 1, [], [], True, []]))
+
+    def test_an_interrupted_plan_leaves_no_child(self):
+        code = """
+plan(target, "libc:*printf")
+before = left()
+for name, at, error in ("Ctrl-C", 300, KeyboardInterrupt), (
+        "a bug of the host", 1500, ZeroDivisionError):
+    def stop(n, n_all):
+        if n == at:
+            raise error
+    try:
+        plan(target, "libc:*", progress=stop)
+    except error:
+        tell(name, n_forks[0], before == left())
+"""
+        with live.Target("busy", 1, seconds=100) as child:
+            self.assertEqual(self.host(child.pid, code), {
+                "Ctrl-C": [1, True], "a bug of the host": [2, True]})
+
+    def test_children_end_with_their_parent(self):
+        """kill -9 of it is no reason for them to stay."""
+        code = """
+def look(n, n_all):
+    if n == 1:
+        tell("children", left()[0])
+        os.kill(os.getpid(), signal.SIGKILL)
+help_by(lambda *args: (helped(*args), time.sleep(1000)))
+plan(target, "libc:*", progress=look)
+"""
+        code = HELPED % {"root": os.path.dirname(os.path.abspath(
+            ubp.__file__)), "code": code.strip().replace("\n", "\n    ")}
+        with live.Target("busy", 1, seconds=100) as child:
+            done = subprocess.run([sys.executable, "-c", code,
+                                   "%d" % child.pid], stdout=subprocess.PIPE,
+                                  timeout=60)
+        (_, (pid,)), = map(json.loads, done.stdout.splitlines())
+        self.assertTrue(live.settled(
+            lambda: not os.path.exists("/proc/%d/exe" % pid), 5))
 
 
 class Faults(unittest.TestCase):

@@ -391,6 +391,36 @@ def row_plan_python(is_quick):
                         python.pid, module + ":*", 1 if is_quick else 3)
 
 
+ECHO = "import sys\nfor line in sys.stdin:\n    print(line, flush=True)"
+
+
+def row_plan_both(is_quick):
+    """libc and the interpreter in one plan, with all CPUs and with one."""
+    walls, spent, alone, cpus = [], [], [], os.sched_getaffinity(0)
+    with Child(sys.executable, "-S", "-c", ECHO) as python:
+        python.ask("up")
+        what = ["libc:*"] + [m.name + ":*" for m in ubp.modules(python.pid)
+                             if m.is_exe or m.name.startswith("libpython")]
+        gc.disable()            # as the command does until it counts
+        for n in range(2 if is_quick else 6):
+            with ubp.attach(python.pid) as target:
+                os.sched_setaffinity(0, {min(cpus)} if n % 2 else cpus)
+                try:
+                    began = time.monotonic()
+                    seconds, _ = timed(target.plan, what)
+                    (alone if n % 2 else walls).append(
+                        time.monotonic() - began)
+                    spent += [] if n % 2 else [seconds]
+                finally:
+                    os.sched_setaffinity(0, cpus)
+        gc.enable()
+    wall, one, cpu = map(statistics.median, (walls, alone, spent))
+    return Result("plan-both", "plan all of libc and CPython", "s wall",
+                  walls, "<= 5", (
+                      Yardstick("s CPU, its children's too", cpu, wall / cpu),
+                      Yardstick("s wall, on one CPU", one, wall / one)))
+
+
 def row_plan_servers(is_quick):
     """The programs of three servers, as they run; the share that fits."""
     marks, times, rules = [], [], collections.Counter()
@@ -426,7 +456,7 @@ ROWS.update([
     ("import", row_import), ("decode", row_decode),
     ("elf-libc", row_elf_libc), ("elf-500k", row_elf_500k),
     ("plan-libc", row_plan_libc), ("plan-python", row_plan_python),
-    ("plan-servers", row_plan_servers)])
+    ("plan-both", row_plan_both), ("plan-servers", row_plan_servers)])
 ROWS.update(reading.ROWS)
 ROWS.update(loads.ROWS)
 WORDS = {True: "met", False: "MISSED", None: ""}
