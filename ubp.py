@@ -10397,9 +10397,11 @@ class _Asked:
 
 
 _CHUNK = 64                     # sites that are foreseen at a time
-_LEAST_TO_FORESEE, _MOST_CHILDREN = 1000, 3
+_LEAST_TO_FORESEE, _MOST_CHILDREN, _CHILD_NICE = 1000, 3, 10
 _OWN_EIGHTHS = 0, 3, 1, 0       # of the chunks, with so many children
 _FORESIGHT_ROOM = 8 * PAGE      # of a chunk; pages not written to cost nothing
+# A child takes some 75 MB for 10 000 sites; much more must be left for it.
+_CHILD_ROOM, _CHILD_ROOM_OF_SITE = 512 << 20, 32 << 10
 _SEAL = struct.Struct("<II")    # of what is there: size, with this, and CRC-32
 
 
@@ -10407,6 +10409,33 @@ def _sealed(data):
     """data behind what tells whether all of it is there."""
     import binascii
     return _SEAL.pack(_SEAL.size + len(data), binascii.crc32(data)) + data
+
+
+def memory_left():
+    """How many bytes this process could still take: what the machine has,
+    and what no limit of a memory cgroup that it is in forbids. (proc(5),
+    cgroups(7); Documentation/admin-guide/cgroup-v2.rst, memory.max)
+    """
+    found = re.search(rb"^MemAvailable:\s*(\d+)", read_proc("/proc/meminfo"),
+                      re.M)
+    left = [int(found.group(1)) << 10 if found else 0]
+    for line in os.fsdecode(read_proc("/proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        folder = "/sys/fs/cgroup" + "/memory" * bool(controllers)
+        if "memory" not in (controllers or "memory").split(","):
+            continue
+        parts = path.strip("/").split("/")
+        for n in range(len(parts) + 1):
+            at = "/".join([folder] + parts[:n])
+            for limit, usage in (("memory.max", "memory.current"),
+                                 ("memory.high", "memory.current"),
+                                 ("memory.limit_in_bytes",
+                                  "memory.usage_in_bytes")):
+                most, used = (read_proc(at + "/" + name).strip()
+                              for name in (limit, usage))
+                if most.isdigit() and used.isdigit():
+                    left.append(int(most) - int(used))
+    return max(0, min(left))
 
 
 class Foresight:
@@ -10425,7 +10454,9 @@ class Foresight:
     planned.
 
     There are children where sites are many, more than one CPU is usable,
-    and this process has one thread: a fork copies the locks of others. They
+    memory is plenty (the target may be in our cgroup, and must not be ended
+    for it), and this process has one thread: a fork copies the locks of
+    others. They
     write numbers only to memory that all share, [how many chunks are left]
     and then the chunks, each behind its checksum. The host knows nothing of
     them: clone(2) without a signal sends no SIGCHLD and is not waited for by
@@ -10443,7 +10474,8 @@ class Foresight:
             if (n > 0 and sum(not site.is_return for site in self._sites)
                     >= _LEAST_TO_FORESEE
                     and len(os.listdir("/proc/self/task")) == 1):
-                self._start(n)
+                self._start(min(n, memory_left() // max(
+                    _CHILD_ROOM, len(self._sites) * _CHILD_ROOM_OF_SITE)))
         except (UbpError, OSError) as error:
             log.debug("no children that help to plan: %s", error)
             self.__exit__()
@@ -10466,6 +10498,8 @@ class Foresight:
 
     def _start(self, n):
         """Start n children. What they all need is made before."""
+        if not n:
+            return
         for module in {site.module for site in self._sites}:
             text = self._planner.text_of(module)
             if text:
@@ -10491,6 +10525,7 @@ class Foresight:
     def _help(self, parent, first, step):
         """In a child: foresee every step-th chunk."""
         syscall(SYS_prctl, PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.nice(_CHILD_NICE)            # what the host has to do comes first
         gc.disable()
         self._planner.read(self._sites[0].vaddr, 1)     # or raise
         for chunk in range(first, self._end, step):

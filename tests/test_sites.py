@@ -524,7 +524,7 @@ sys.path.insert(0, %(root)r)
 import ubp
 
 CASES, us, n_forks, original = {}, os.getpid(), [0], ubp.syscall
-signals = []
+signals, ubp.memory_left = [], lambda: 1 << 40
 
 def case(function):
     CASES[function.__name__] = function
@@ -722,6 +722,9 @@ small()
 for name, options in (("one cpu", {"cpus": (3,)}),
                       ("no jump", {"strategy": "int3"})):
     tell(name, len(plan(target, "libc:s*", **options)) > 300, n_forks[0])
+ubp.memory_left = lambda: (512 << 20) - 1
+tell("no memory", len(plan(target, "libc:s*")) > 300, n_forks[0])
+ubp.memory_left = lambda: 1 << 40
 done = threading.Event()
 thread = threading.Thread(target=done.wait)
 thread.start()
@@ -732,7 +735,46 @@ thread.join()
         with live.Target("busy", 1, seconds=100) as child:
             found = self.host(child.pid, code)
         self.assertEqual(found, dict.fromkeys(
-            ("few", "one cpu", "no jump", "a thread"), [True, 0]))
+            ("few", "one cpu", "no jump", "no memory", "a thread"),
+            [True, 0]))
+
+    # MemAvailable, kB | /proc/self/cgroup | files that tell | bytes left
+    LEFT = """
+    1000 | 0::/        |                                          | 1024000
+         | 0::/        |                                          | 0
+    1000 | 0::/        | memory.max 5000 memory.current 2000      | 3000
+    1000 | 0::/        | memory.max max memory.current 2000       | 1024000
+    1000 | 0::/        | memory.max 2000 memory.current 5000      | 0
+    1000 | 0::/        | memory.high 4000 memory.current 2000     | 2000
+    1000 | 0::/a/b     | a/memory.max 5000 a/memory.current 2000  | 3000
+    1000 | 0::/a/b     | a/b/memory.max 9 a/b/memory.current 2    | 7
+    1000 | 0::/a       | b/memory.max 9 b/memory.current 2        | 1024000
+    1000 | 4:memory:/a | memory/a/memory.limit_in_bytes 9000 \
+                         memory/a/memory.usage_in_bytes 8000      | 1000
+    1000 | 4:memory:/a | memory/memory.limit_in_bytes 900 \
+                         memory/memory.usage_in_bytes 800         | 100
+    1000 | 4:cpu:/a    | memory/a/memory.limit_in_bytes 9000 \
+                         memory/a/memory.usage_in_bytes 8000      | 1024000
+    """
+
+    def test_the_memory_that_is_left_is_that_of_the_tightest_cgroup(self):
+        for line in self.LEFT.replace("\\\n", " ").strip().splitlines():
+            total, groups, tells, left = [
+                word.strip() for word in line.split("|")]
+            words = tells.split()
+            files = {"/sys/fs/cgroup/" + name: value.encode() + b"\n"
+                     for name, value in zip(words[::2], words[1::2])}
+            files["/proc/self/cgroup"] = groups.encode() + b"\n"
+            files["/proc/meminfo"] = b"MemTotal: 7 kB\n" + (
+                b"MemAvailable: %s kB\n" % total.encode() if total else b"")
+            with self.subTest(line), mock.patch.object(
+                    ubp, "read_proc", lambda path: files.get(path, b"")):
+                self.assertEqual(int(left), ubp.memory_left())
+
+    def test_there_is_memory_left_here(self):
+        pages = os.sysconf("SC_PHYS_PAGES")
+        self.assertIn(ubp.memory_left() // os.sysconf("SC_PAGE_SIZE"),
+                      range(1, pages))
 
     def test_the_host_does_not_notice_the_children(self):
         """Not by SIGCHLD, at-fork hooks, wait(2) or what signals to the
