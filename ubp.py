@@ -1638,6 +1638,11 @@ class Functions:
         all pay?"""
         return self._n_asked > _FEW
 
+    def expect_many(self):
+        """Be that at once: what bounds those have that a damaged symbol
+        table gives two must not hang on how many were asked for before."""
+        self._n_asked = max(self._n_asked, _FEW + 1)
+
     @property
     def marks(self):
         """Sorted lists of where symbols and FDEs begin; one, if it pays."""
@@ -2974,6 +2979,10 @@ class Module:
         a program that has no relocations to tell."""
         return [word + self.bias for word in _between(
             self._words, low - self.bias, high - self.bias)]
+
+    def expect_many(self):
+        """Have tables made, as so many functions will be asked for."""
+        self._functions.expect_many()
 
     @_Lazy
     def _places(self):
@@ -10254,8 +10263,12 @@ class Planner:
         function = known.get(vaddr)
         if function is None and starts:
             function = known[starts[bisect.bisect_right(starts, vaddr) - 1]]
-        if function is not None and 0 <= vaddr - function[0] < function[1]:
-            return function
+        if function is not None:
+            low, size, _, entries = function[:4]
+            if 0 <= vaddr - low < size and not (
+                    entries and entries[0] <= vaddr):
+                return function     # another may begin at its entries: which
+        #                             was asked for first must not tell
         bounds = module.bounds(vaddr)
         if bounds is None:
             return None
@@ -10438,6 +10451,15 @@ def memory_left():
     return max(0, min(left))
 
 
+def _may_fork():
+    """Has this process one thread, and is a child of it one like others? It
+    may be the first of a new PID namespace, and end it (pid_namespaces(7)).
+    """
+    ours, childrens = (os.readlink("/proc/self/ns/" + name)
+                       for name in ("pid", "pid_for_children"))
+    return len(os.listdir("/proc/self/task")) == 1 and ours == childrens
+
+
 class Foresight:
     """Fills Planner.foreseen for many sites, with the help of children.
 
@@ -10469,11 +10491,14 @@ class Foresight:
         self._children, self._text, self._map = [], [], None
 
     def __enter__(self):
+        if (sum(not site.is_return for site in self._sites)
+                < _LEAST_TO_FORESEE):
+            return self
         try:
+            for module in {site.module for site in self._sites}:
+                module.expect_many()    # as it would after some
             n = min(len(os.sched_getaffinity(0)) - 1, _MOST_CHILDREN)
-            if (n > 0 and sum(not site.is_return for site in self._sites)
-                    >= _LEAST_TO_FORESEE
-                    and len(os.listdir("/proc/self/task")) == 1):
+            if n > 0 and _may_fork():
                 self._start(min(n, memory_left() // max(
                     _CHILD_ROOM, len(self._sites) * _CHILD_ROOM_OF_SITE)))
         except (UbpError, OSError) as error:
@@ -10488,7 +10513,10 @@ class Foresight:
         self._planner.foreseen = {}
         while self._children:
             pid = self._children.pop()
-            os.kill(pid, signal.SIGKILL)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:      # the host waits with __WALL
+                continue
             while _waitpid(pid, None, WALL) < 0 and (
                     ctypes.get_errno() == errno.EINTR):
                 pass
@@ -16617,7 +16645,9 @@ class Target:
     def _has_become(self):
         """Is it another program by now, by exec?"""
         now = self._identity and program_identity(self.pid)
-        return bool(now) and now != self._identity
+        # If it is still the process: a pid is reused by any other program.
+        return (bool(now) and now != self._identity
+                and self._tracer.is_same_process())
 
     def _meet_exec(self, held=None, when=None, timeout=5):
         """It became another program, and what was in the old one is gone.
@@ -16687,6 +16717,7 @@ class Target:
         tracer = Tracer(self.pid)
         tracer.may_suspend, tracer.pause_us = (self._tracer.may_suspend,
                                                pause_us)
+        tracer.birth = self._tracer.birth       # exec changes it not
         self._begin(tracer)
         self._installer.clock = clock
         self._identity = program_identity(self.pid)

@@ -519,8 +519,13 @@ class OtherProcess(unittest.TestCase):
 
     @unittest.skipUnless(live.IS_ROOT, "needs root to choose the next pid")
     def test_a_reused_pid_is_not_written_to(self):
+        for follows in False, True:
+            with self.subTest(follows=follows):
+                self.reused(follows)
+
+    def reused(self, follows):
         with live.Target("busy", 1) as process:
-            target = ubp.attach(process.pid)
+            target = ubp.attach(process.pid, follow_exec=follows)
             probe = target.probe("exe:hot", ubp.Count())
             n = process.ask("c")["hot"]
             process.quit()
@@ -540,10 +545,15 @@ class OtherProcess(unittest.TestCase):
             self.skipTest("the pid could not be had again")
         with successor:
             before = live.Snapshot(successor.pid)
+            time.sleep(0.3)     # it is no exec, to who looks what became
             self.assertFalse(target.alive)
+            self.assertNotIn("exec", str(target.notes))
             self.assertEqual(n, probe.read())
-            with self.assertRaises(ubp.UbpError):
-                target.probe("exe:tiny", ubp.Count())
+            if follows:     # it may have children still
+                self.assertFalse(target.probe("exe:tiny", ubp.Count()).sites)
+            else:
+                with self.assertRaises(ubp.UbpError):
+                    target.probe("exe:tiny", ubp.Count())
             probe.remove()
             target.close()
             live.Snapshot(successor.pid).compare(self, before)

@@ -664,6 +664,23 @@ tell("found", one == other, len(one), forks, n_forks[0], before == left())
                 self.assertGreater(n_sites, 600)
                 self.assertEqual(rest, [0, min(n, 4) - 1, True])
 
+    def test_functions_that_begin_in_others_are_planned_in_any_order(self):
+        """The outer ones do not decode; those within are functions."""
+        code = """
+small()
+one = plan(target, "exe:*", {0})
+alone = [plan(target, "exe:" + name, {0})[0] for name in (
+    "outer3", "first7", "second50", "plain99")]
+other = plan(target, "exe:*")
+of = {each.site.vaddr: each for each in one}
+tell("found", one == other, [each.strategy for each in alone],
+     [bool(of[each.site.vaddr].strategy) for each in alone], n_forks[0])
+"""
+        with live.Target("nested", seconds=100) as child:
+            self.assertEqual(self.host(child.pid, code)["found"], [
+                True, ["", "jump", "jump", "jump"],
+                [False, True, True, True], 1])
+
     def test_sites_that_share_windows_are_planned_as_by_one_process(self):
         """What is foreseen of a site does not hold where the bytes have been
         taken for another, and for one that has a debug register."""
