@@ -29,8 +29,8 @@ LIBRARIES = """
 /usr/lib/gcc/x86_64-linux-gnu/*/cc1  /usr/libexec/gcc/x86_64-*/*/cc1
 """
 
-PREFIX = (r"(?:rex(?:\.\w+)?|data16|data32|addr32|lock|repn?z?|[c-gs]s|"
-          r"xacquire|xrelease|bnd|notrack)")
+PREFIX = (r"(?:rex(?:\.\w+)?|data16|data32|addr16|addr32|lock|repn?z?|"
+          r"[c-gs]s|xacquire|xrelease|bnd|notrack)")
 # who is right, the bytes, objdump's text, why. Both are regular expressions
 # that must match all. Data between functions is where most of these occur.
 ALLOWED = [
@@ -59,6 +59,10 @@ ALLOWED = [
      "a mandatory prefix that this opcode does not have raises #UD"),
     ("ubp", r"(?:..)*4.(?:62|c4|c5|8f).*", PREFIX + r" v.*",
      "REX before VEX, EVEX or XOP raises #UD"),
+    ("ubp", r"(?:..)*(?:66|f[023])(?:..)*(?:62|c4|c5|8f).*", PREFIX + r" v.*",
+     "66, F2, F3 or LOCK before VEX, EVEX or XOP raises #UD"),
+    ("ubp", r"(?:..)*0f2[46].*", r".*%tr\d.*",
+     "the test registers went after the 80486"),
     ("ubp", r"(?:62|c4|c5|8f).*", r".*",
      "VEX, EVEX or XOP fields that the manual reserves"),
 ]
